@@ -1,0 +1,31 @@
+# Two commands do everything: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+# Another wheel index for torch, such as PyTorch's CPU one: make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: $(VENV)/installed  ## SFT, reward model and ReMax on embedded data; about five minutes
+	$(BIN)/python scripts/quickstart.py
+
+test: $(VENV)/installed  ## the first tier: no network, under ten minutes on two cores
+	$(BIN)/pytest -m "not long"
+
+test-all: $(VENV)/installed  ## both tiers; PARTS="-k word" runs a part
+	$(BIN)/pytest $(PARTS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(INDEX) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

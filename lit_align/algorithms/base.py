@@ -1,0 +1,234 @@
+"""What every algorithm shares: losses in, one optimizer step out."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from lit_align.batches import Experience, Pairs, Tokens, microbatches
+from lit_align.models.backbone import Backbone
+from lit_align.models.sharding import synchronise
+
+AnyBatch = Experience | Tokens | Pairs
+
+
+class Algorithm(LightningModule):
+    """A role or more to train, and the losses they learn from.
+
+    One Lightning batch is one step of the schedule. `update` owns the optimizer step, so that
+    results depend neither on micro-batches nor on the number of ranks.
+
+    Args:
+        optimizer: Optimizer class and settings.
+        warmup: Share of the run over which the learning rate rises from 0.
+        final_lr: Share of the learning rate left at the end of its cosine decay, 1 for no decay.
+        microbatch_tokens: Padded tokens per forward pass. Changes memory, never the result.
+        max_grad_norm: Longest gradient of a role that is not scaled down.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6),
+        warmup: float = 0.0,
+        final_lr: float = 1.0,
+        microbatch_tokens: int = 8192,
+        max_grad_norm: float = 1.0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen weights are not in a checkpoint
+        self.build_optimizer = optimizer
+        self.warmup, self.final_lr = warmup, final_lr
+        self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
+        self.means: dict[str, MeanMetric] = {}  # of the evaluation under way, by name
+        self.iteration = 0  # Lightning batches trained on, over all fits of this run
+
+    # What an algorithm says ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def roles(self) -> dict[str, Backbone]:
+        """The networks that train, by role; each is an optimizer group and clipped by itself."""
+
+    @abstractmethod
+    def losses(self, batch: Any) -> Iterator[Tensor]:
+        """Losses [n, R] per token or [n] per row, one role at a time, never a mean.
+
+        `update` runs backward on each before it asks for the next.
+        """
+
+    def count(self, batch: Any) -> Tensor:
+        """What the summed loss is divided by, on this rank: response tokens by default."""
+        count: Tensor = batch.scored.sum()
+        return count
+
+    # What the base does -------------------------------------------------------------------------
+
+    def update(self, batch: AnyBatch) -> dict[str, Tensor]:
+        """One optimizer step on the summed loss over the count of all ranks and micro-batches.
+
+        Returns:
+            Metrics of the step: the loss, and each role's gradient norm before clipping.
+        """
+        world = self.trainer.world_size
+        share = world / self.over_ranks(self.count(batch).float()).clamp(min=1.0)
+        plan = self.plan(batch)
+        summed = share.new_zeros(())
+        for number, rows in enumerate(plan, start=1):
+            part = batch.rows(rows).trim()
+            for role in self.roles.values():
+                synchronise(role, number == len(plan))
+            for loss in self.losses(part):
+                total = torch.where(part.scored, loss, 0.0).sum() * share
+                self.manual_backward(total)
+                summed += total.detach()
+        return {"loss": self.over_ranks(summed) / world, **self.step()}
+
+    def step(self) -> dict[str, Tensor]:
+        """Clips each role, steps once; the gradient norms before clipping."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
+        norms = {}
+        for group in optimizer.param_groups:
+            norm = nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+            name = "grad_norm" if len(self.roles) == 1 else f"grad_norm/{group['role']}"
+            norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer.step()
+        optimizer.zero_grad()
+        return norms
+
+    def plan(self, batch: AnyBatch) -> list[list[int]]:
+        """Rows of each micro-batch; every rank makes the same number of passes."""
+        rows = microbatches(batch.lengths, self.microbatch_tokens)
+        if self.trainer.world_size > 1:
+            most = self.trainer.strategy.reduce(
+                torch.tensor(len(rows), device=self.device), reduce_op="max"
+            )
+            rows = microbatches(batch.lengths, self.microbatch_tokens, at_least=int(most))
+        return rows
+
+    def in_parts(
+        self, batch: AnyBatch, compute: Callable[[Any], tuple[Tensor, ...]]
+    ) -> list[Tensor]:
+        """What `compute` says of each micro-batch, back in the batch's order and width.
+
+        Args:
+            batch: N rows.
+            compute: From a micro-batch to tensors [n, r] or [n].
+        """
+        plan, width = self.plan(batch), batch.scored.shape[-1]
+        parts = [compute(batch.rows(rows).trim()) for rows in plan]
+        order = [row for rows in plan for row in rows]
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__)).to(self.device)
+        results = []
+        for column in zip(*parts, strict=True):
+            whole = [
+                nn.functional.pad(part, (0, width - part.shape[1])) if part.ndim > 1 else part
+                for part in column
+            ]
+            results.append(torch.cat(whole)[back])
+        return results
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all ranks."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def log_means(self, means: Mapping[str, tuple[Tensor, Tensor]], prefix: str = "") -> None:
+        """Logs the mean of each (values, mask) over the True of all ranks, in one reduction."""
+        sums = [
+            torch.stack([torch.where(mask, values.float(), 0.0).sum(), mask.sum().float()])
+            for values, mask in means.values()
+        ]
+        for name, (total, number) in zip(means, self.over_ranks(torch.stack(sums)), strict=True):
+            self.log(f"{prefix}{name}", total / number.clamp(min=1.0), batch_size=1)
+
+    def measure(self, batch: AnyBatch, **means: tuple[Tensor, Tensor]) -> None:
+        """Adds (values, mask) of one evaluation batch to the means of its epoch.
+
+        Rows that only fill up the last round of the ranks (`counted` False) are left out.
+        """
+        counted = torch.tensor(batch.counted, device=self.device)
+        for name, (values, mask) in means.items():
+            if name not in self.means:
+                self.means[name] = MeanMetric().to(self.device)
+            rows = counted.view(-1, *[1] * (mask.ndim - 1))
+            self.means[name].update(values.masked_fill(~mask, 0.0), (mask & rows).float())
+
+    def evaluation(self) -> dict[str, Tensor]:
+        """The means over all rows of all ranks, by name, and a fresh start."""
+        means = {name: metric.compute() for name, metric in self.means.items()}
+        self.means.clear()
+        return means
+
+    # Lightning's hooks --------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer with a group per role; the schedule counts Lightning batches."""
+        groups = [
+            {"params": [p for p in network.parameters() if p.requires_grad], "role": role}
+            for role, network in self.roles.items()
+        ]
+        optimizer = self.build_optimizer(groups)
+        schedule = LambdaLR(optimizer, self.lr_share)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def lr_share(self, step: int) -> float:
+        """The learning rate at a Lightning batch, as a share of the configured one."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            return 1.0
+        rise = self.warmup * steps
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        progress = min((step - rise) / max(steps - rise, 1), 1.0)
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
+        """Logs the last step's metrics and moves the schedule on."""
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LambdaLR)
+        self.log("lr", schedule.get_last_lr()[0])
+        self.log_dict(dict(metrics))
+        schedule.step()
+        self.iteration += 1
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what the validation measured."""
+        self.log_dict({f"val/{name}": value for name, value in self.evaluation().items()})
+
+    def on_test_epoch_end(self) -> None:
+        """Logs what the test measured."""
+        self.log_dict({f"test/{name}": value for name, value in self.evaluation().items()})
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What trains; frozen weights come from their path again."""
+        frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the iteration, from which sampling and shuffling draw their noise."""
+        checkpoint["iteration"] = self.iteration
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint holds exactly what trains here."""
+        self.iteration = checkpoint["iteration"]
+        expected, found = set(self.state_dict()), set(checkpoint.get("state_dict", ()))
+        if found and expected != found:
+            strange = sorted(expected ^ found)[0]
+            raise ValueError(
+                f"The checkpoint does not fit this model: {len(found - expected)} weights are "
+                f"unknown and {len(expected - found)} are missing, such as '{strange}'."
+            )

@@ -1,0 +1,156 @@
+"""What every online algorithm shares: one rollout in, a few optimizer steps out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.batches import Experience
+from lit_align.functional.kl import k1, k3
+from lit_align.models.backbone import Backbone
+from lit_align.models.policy import Policy
+from lit_align.models.sharding import shard
+
+
+class OnlineAlgorithm(Algorithm):
+    """Learns from its own answers, which callbacks have sampled and scored before each step.
+
+    One training step = one iteration of the paper. A subclass says what to sample (the two
+    attributes), what each token is worth (`prepare`) and what to minimise (`losses`). It never
+    generates, scores, steps or clips.
+
+    Args:
+        policy: The model to align.
+        reference: The frozen model to stay near; by default the policy as it was at the start,
+            which for LoRA is its base with the adapter switched off.
+        epochs: Passes over each rollout.
+        minibatch_size: Rows per optimizer step and rank; by default the whole rollout.
+    """
+
+    policy: Policy
+    reference: Policy  # where the policy's own base cannot serve
+
+    num_samples: int = 1  # sampled responses per prompt
+    greedy_baseline: bool = False  # and one more, decoded greedily
+
+    def __init__(
+        self,
+        policy: Callable[[], Policy],
+        reference: Callable[[], Policy] | None = None,
+        epochs: int = 1,
+        minibatch_size: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.build_policy, self.build_reference = policy, reference
+        self.epochs, self.minibatch_size = epochs, minibatch_size
+
+    @property
+    def roles(self) -> dict[str, Backbone]:
+        """The policy; algorithms with a critic add it."""
+        return {"policy": self.policy}
+
+    def configure_model(self) -> None:
+        """Builds policy and reference, once: Lightning asks before every fit and validate."""
+        if "policy" in self._modules:
+            return
+        self.policy = shard(self.build_policy(), self.device_mesh)
+        if self.build_reference is not None or self.policy.adapted is None:
+            reference = (self.build_reference or self.build_policy)()
+            if reference.vocabulary != self.policy.vocabulary:
+                raise ValueError(
+                    f"The reference {reference.name} knows {reference.vocabulary} tokens and the "
+                    f"policy {self.policy.name} {self.policy.vocabulary}: they must share one."
+                )
+            self.reference = shard(reference.requires_grad_(False).eval(), self.device_mesh)
+
+    def training_step(self, batch: Experience, batch_idx: int) -> None:
+        """One iteration of the paper, on prompts already answered and scored."""
+        with torch.no_grad():
+            batch = self.prepare(batch)
+            self.log_rollout(batch)
+        for epoch in range(self.epochs):
+            for rows in self.minibatches(len(batch), epoch):
+                metrics = self.update(batch.rows(rows))
+        self.end_iteration(metrics)
+
+    def prepare(self, batch: Experience) -> Experience:
+        """Writes the log-probs of both models; a subclass goes on to write `advantages`."""
+        batch.logprobs, batch.entropy = self.in_parts(batch, self.policy.score)
+        (batch.ref_logprobs,) = self.in_parts(batch, lambda part: (self.reference_logprobs(part),))
+        return batch
+
+    def reference_logprobs(self, batch: Experience) -> Tensor:
+        """[n, r] nats: from the reference, or from the policy's base where they share it."""
+        if "reference" in self._modules:
+            return self.reference.logprobs(batch)
+        with self.policy.adapters_off():
+            return self.policy.logprobs(batch)
+
+    def minibatches(self, num_rows: int, epoch: int) -> list[list[int]]:
+        """Rows of each optimizer step, shuffled anew each epoch; the whole rollout as it is."""
+        size = self.minibatch_size or num_rows
+        if num_rows % size:
+            raise ValueError(
+                f"minibatch_size {size} does not divide the {num_rows} rows of a rollout."
+            )
+        rows = list(range(num_rows))
+        if size < num_rows:
+            random.Random(f"{torch.initial_seed()} {self.iteration} {epoch}").shuffle(rows)
+        return [rows[start : start + size] for start in range(0, num_rows, size)]
+
+    def log_rollout(self, batch: Experience) -> None:
+        """Logs what was sampled, under TRL's names and PPO's old ones (nats per response)."""
+        mask, answered = batch.response_mask, batch.response_mask.any(-1)
+        means = {
+            "reward": (batch.scores, answered),
+            "kl": (k3(batch.logprobs, batch.ref_logprobs), mask),
+            "objective/kl": (self.sequence_kl(batch), answered),
+            "entropy": (batch.entropy, mask),
+            "completions/mean_length": (mask.sum(-1), answered),
+            "completions/clipped_ratio": (self.on_device(batch.truncated), answered),
+            "sampling/sampling_logp_difference/mean": (
+                (batch.sampling_logprobs - batch.logprobs).abs(),
+                mask,
+            ),
+        }
+        self.log_means(means)
+        number = self.over_ranks(answered.sum().float())
+        mean = self.over_ranks(batch.scores.where(answered, 0.0).sum()) / number
+        squares = (batch.scores - mean).square().where(answered, 0.0).sum()
+        self.log("reward_std", (self.over_ranks(squares) / (number - 1).clamp(min=1)).sqrt())
+        self.log("rollout", float(self.iteration + 1))
+
+    def sequence_kl(self, batch: Experience) -> Tensor:
+        """[N] nats: how much likelier each response is under the policy than the reference."""
+        difference = k1(batch.logprobs, batch.ref_logprobs)
+        return difference.where(batch.response_mask, 0.0).sum(-1)
+
+    def on_device(self, values: list[Any]) -> Tensor:
+        """A Python list as a float tensor, without waiting for the device."""
+        return torch.tensor(values, dtype=torch.float).to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Experience, batch_idx: int) -> None:
+        """Adds greedy answers, already decoded and scored, to the epoch's means."""
+        batch = OnlineAlgorithm.prepare(self, batch)
+        answered = batch.response_mask.any(-1)
+        means = {
+            "reward": (batch.scores, answered),
+            "kl": (self.sequence_kl(batch), answered),
+            "mean_length": (batch.response_mask.sum(-1).float(), answered),
+            "clipped_ratio": (self.on_device(batch.truncated), answered),
+        }
+        self.measure(batch, **means)
+
+    test_step = validation_step
+
+    @torch.no_grad()
+    def predict_step(self, batch: Experience, batch_idx: int) -> Experience:
+        """The answered, scored batch with the log-probs of both models, for the table."""
+        return OnlineAlgorithm.prepare(self, batch)

@@ -1,0 +1,79 @@
+"""ReMax (Li et al., 2023, arXiv:2310.10505, Algorithm 1)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.batches import Experience
+from lit_align.functional.kl import k1
+from lit_align.functional.returns import rewards_to_go
+
+
+class ReMax(OnlineAlgorithm):
+    """REINFORCE; the baseline of a prompt is the score of its greedy response.
+
+    No critic, no ratio, one optimizer step per rollout. The greedy answer gives only its score.
+
+    Args:
+        kl_coef: Reward lost per nat by which a token exceeds the reference.
+        kl_to_go: Charge a token for all nats that follow it as well (the exact gradient of the
+            sequence KL) instead of its own alone.
+        num_samples: Sampled responses per prompt, which share one greedy baseline.
+        gamma: Discount of the advantage per token before the end; the released code takes 0.99.
+        advantage_clip: Largest advantage either way; the released code takes 5.
+        per_token: Average over response tokens as the released code does, not over responses.
+    """
+
+    greedy_baseline = True
+
+    def __init__(
+        self,
+        kl_coef: float = 0.1,
+        kl_to_go: bool = False,
+        num_samples: int = 1,
+        gamma: float = 1.0,
+        advantage_clip: float | None = None,
+        per_token: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if self.epochs > 1 or self.minibatch_size is not None:
+            raise ValueError(
+                "ReMax takes one step per rollout, since it has no importance ratio: leave out "
+                "epochs and minibatch_size, and set data.batch_size to what one step should see."
+            )
+        self.kl_coef, self.kl_to_go, self.num_samples = kl_coef, kl_to_go, num_samples
+        self.gamma, self.advantage_clip, self.per_token = gamma, advantage_clip, per_token
+
+    def prepare(self, batch: Experience) -> Experience:
+        """Adds `advantages`: the score above the greedy one, less the price of the KL."""
+        baseline = batch.rows([row for row, greedy in enumerate(batch.greedy) if greedy]).scores
+        batch = batch.rows([row for row, greedy in enumerate(batch.greedy) if not greedy])
+        batch = super().prepare(batch)
+        lead = batch.scores - baseline.repeat_interleave(self.num_samples)
+        zero = ((lead == 0), batch.response_mask.any(-1))
+        self.log_means({"frac_advantage_zero": zero})
+        batch.advantages = self.credit(batch, lead)
+        return batch
+
+    def credit(self, batch: Experience, lead: Tensor) -> Tensor:
+        """[N, R]: gamma^(T-t+1) lead - beta k_t; with kl_to_go, k summed from t on."""
+        mask = batch.response_mask
+        if self.advantage_clip is not None:
+            lead = lead.clamp(-self.advantage_clip, self.advantage_clip)
+        tokens_left = mask.flip(-1).cumsum(-1).flip(-1)  # T - t + 1
+        price = k1(batch.logprobs, batch.ref_logprobs)
+        if self.kl_to_go:
+            price = rewards_to_go(price, mask)
+        credit = self.gamma**tokens_left * lead.unsqueeze(-1) - self.kl_coef * price
+        return credit.where(mask, 0.0)
+
+    def losses(self, batch: Experience) -> Iterator[Tensor]:
+        """[n, R]: the score function times its credit (papers' Algorithm 1)."""
+        yield -batch.advantages * self.policy.logprobs(batch)
+
+    def count(self, batch: Experience) -> Tensor:
+        """Responses, so that a loss is summed over tokens; or response tokens."""
+        return super().count(batch) if self.per_token else batch.response_mask.any(-1).sum()

@@ -1,0 +1,74 @@
+"""A reward model from preference pairs (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_align.algorithms.offline import OfflineAlgorithm
+from lit_align.batches import Pairs
+from lit_align.functional.losses import bradley_terry
+from lit_align.models.backbone import Backbone
+from lit_align.models.scalar import Scalar
+from lit_align.models.sharding import shard
+
+
+class RewardModel(OfflineAlgorithm):
+    """Learns a score that is higher for the chosen text; a step averages over pairs.
+
+    Args:
+        reward_model: The network that scores.
+        use_margin: Ask for a lead of the data set's `margin` instead of any lead.
+        center_coef: Weight of (chosen + rejected)^2, which keeps scores around 0
+            (arXiv:2312.09244, section 2).
+    """
+
+    reward_model: Scalar
+
+    def __init__(
+        self,
+        reward_model: Callable[[], Scalar],
+        use_margin: bool = False,
+        center_coef: float = 0.0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.build_reward_model = reward_model
+        self.use_margin, self.center_coef = use_margin, center_coef
+
+    @property
+    def roles(self) -> dict[str, Backbone]:
+        """The reward model alone."""
+        return {"reward_model": self.reward_model}
+
+    def configure_model(self) -> None:
+        """Builds the network, once."""
+        if "reward_model" not in self._modules:
+            self.reward_model = shard(self.build_reward_model(), self.device_mesh)
+
+    def scores(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+        """([n], [n]): scores of the chosen and of the rejected texts."""
+        chosen, rejected = self.reward_model.scores(batch.texts()).view(-1, 2).unbind(-1)
+        return chosen, rejected
+
+    def losses(self, batch: Pairs) -> Iterator[Tensor]:
+        """[n] nats per pair."""
+        chosen, rejected = self.scores(batch)
+        loss = bradley_terry(chosen, rejected, batch.margin if self.use_margin else None)
+        yield loss + self.center_coef * (chosen + rejected).square()
+
+    @torch.no_grad()
+    def validation_step(self, batch: Pairs, batch_idx: int) -> None:
+        """Adds the batch's pairs to loss, accuracy and margin; a tie counts half."""
+        chosen, rejected = self.in_parts(batch, self.scores)
+        won = ((chosen - rejected).sign() + 1) / 2
+        pairs = batch.scored
+        self.measure(
+            batch,
+            loss=(bradley_terry(chosen, rejected), pairs),
+            accuracy=(won, pairs),
+            margin=(chosen - rejected, pairs),
+        )
+
+    test_step = validation_step

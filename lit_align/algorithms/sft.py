@@ -1,0 +1,57 @@
+"""Supervised fine-tuning: make the given answers likely."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_align.algorithms.offline import OfflineAlgorithm
+from lit_align.batches import Tokens
+from lit_align.models.backbone import Backbone
+from lit_align.models.policy import Policy
+from lit_align.models.sharding import shard
+
+
+class SFT(OfflineAlgorithm):
+    """Maximum likelihood of the learnt tokens; every token of a batch weighs the same.
+
+    Args:
+        policy: The model to train.
+    """
+
+    policy: Policy
+
+    def __init__(self, policy: Callable[[], Policy], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.build_policy = policy
+
+    @property
+    def roles(self) -> dict[str, Backbone]:
+        """The policy alone."""
+        return {"policy": self.policy}
+
+    def configure_model(self) -> None:
+        """Builds the policy, once: Lightning asks before every fit, validate and test."""
+        if "policy" not in self._modules:
+            self.policy = shard(self.build_policy(), self.device_mesh)
+
+    def losses(self, batch: Tokens) -> Iterator[Tensor]:
+        """[n, T-1] nats."""
+        yield -self.policy.logprobs(batch)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Tokens, batch_idx: int) -> None:
+        """Adds the batch to perplexity and token accuracy."""
+        mask = batch.response_mask
+        nll, hits = self.in_parts(
+            batch, lambda part: (-self.policy.logprobs(part), self.policy.hits(part).float())
+        )
+        self.measure(batch, loss=(nll, mask), mean_token_accuracy=(hits, mask))
+
+    test_step = validation_step
+
+    def evaluation(self) -> dict[str, Tensor]:
+        """Perplexity beside the mean loss it comes from."""
+        means = super().evaluation()
+        return {**means, "perplexity": means["loss"].exp()}

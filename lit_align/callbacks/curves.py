@@ -1,0 +1,69 @@
+"""The run as a picture."""
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+
+class Curves(Callback):
+    """Draws `curves.png` into the run folder when training ends, from the CSV logger's metrics.
+
+    Args:
+        metrics: Which metrics to draw, each in a panel of its own, where there are any.
+    """
+
+    def __init__(
+        self,
+        metrics: tuple[str, ...] = (
+            "loss",
+            "val/loss",
+            "val/accuracy",
+            "reward",
+            "val/reward",
+            "objective/kl",
+            "entropy",
+            "completions/mean_length",
+        ),
+    ):
+        self.metrics = metrics
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, algorithm: LightningModule) -> None:
+        """Draws what the run logged."""
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
+                metrics = Path(logger.log_dir) / "metrics.csv"
+                draw(metrics, self.metrics, metrics.with_name("curves.png"))
+
+
+def draw(metrics: Path, names: tuple[str, ...], picture: Path) -> None:
+    """One panel per metric that the file has values of, over optimizer steps."""
+    with metrics.open() as file:
+        rows = list(csv.DictReader(file))
+    series = {
+        name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        for name in names
+    }
+    panels = {name: points for name, points in series.items() if points}
+    if not panels:
+        return
+    columns = min(len(panels), 4)
+    rows_needed = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.5 * rows_needed), layout="constrained")
+    grid = figure.subplots(rows_needed, columns, squeeze=False).flatten()
+    for axes, (name, points) in zip(grid, panels.items(), strict=False):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, color="#2a6f97", marker="." if len(points) < 20 else "")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("optimizer steps", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.savefig(picture, dpi=150)

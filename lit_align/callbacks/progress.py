@@ -1,0 +1,56 @@
+"""A few lines that say how a run goes; they read as well in a file as on a screen."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class Progress(Callback):
+    """Prints the main metrics some twenty times over a run.
+
+    Args:
+        lines: Lines per fit, about.
+        metrics: Which metrics to show, where an algorithm logs them.
+    """
+
+    def __init__(
+        self,
+        lines: int = 20,
+        metrics: tuple[str, ...] = ("loss", "reward", "objective/kl", "entropy", "lr"),
+    ):
+        self.lines, self.metrics = lines, metrics
+        self.started, self.steps = 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, algorithm: LightningModule) -> None:
+        """Starts the clock."""
+        self.started, self.steps = time.monotonic(), 0
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, algorithm: LightningModule, outputs: Any, batch: Any, idx: int
+    ) -> None:
+        """Prints a line every so many batches, and at the end of an epoch."""
+        self.steps += 1
+        total = int(trainer.estimated_stepping_batches)
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if self.lines and (done % max(total // self.lines, 1) == 0 or done == total):
+            spent = time.monotonic() - self.started
+            left = spent / self.steps * (total - done)
+            print(
+                f"step {done:>{len(str(total))}}/{total}  {self.shown(trainer)}  {left:.0f} s left"
+            )
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, algorithm: LightningModule) -> None:
+        """Prints what the validation measured."""
+        if not trainer.sanity_checking:
+            values = trainer.callback_metrics
+            names = [name for name in values if name.startswith("val/")]
+            print("  ".join(f"{name} {float(values[name]):.4g}" for name in names))
+
+    def shown(self, trainer: Trainer) -> str:
+        """The metrics of the last step that this algorithm logs."""
+        values = trainer.callback_metrics
+        return "  ".join(f"{n} {float(values[n]):.4g}" for n in self.metrics if n in values)

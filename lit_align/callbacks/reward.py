@@ -1,0 +1,138 @@
+"""Scores every response as soon as it is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_align.batches import Experience
+from lit_align.rewards.base import RewardFunction
+from lit_align.rewards.calling import Caller
+from lit_align.rewards.panel import Panel
+
+
+class Reward(Callback):
+    """Writes the scores: a weighted sum of what the sources say. Stands behind `Rollout`.
+
+    Args:
+        sources: What judges responses: rules, reward models, Python functions; one or several.
+        weights: What each source's score is multiplied with, 1 by default.
+        time_limit: Seconds that a call of a source may take. Default: any time.
+        skip_failures: Leave out all rows of a prompt on which a source raises, returns NaN or
+            runs out of time, and count such prompts, instead of stopping the run.
+    """
+
+    def __init__(
+        self,
+        sources: RewardFunction | list[RewardFunction],
+        weights: list[float] | None = None,
+        time_limit: float | None = None,
+        skip_failures: bool = False,
+    ):
+        self.panel = Panel(sources, weights, Caller(time_limit, skip_failures))
+        self.skip_failures = skip_failures
+
+    def setup(self, trainer: Trainer, algorithm: LightningModule, stage: str) -> None:
+        """Loads what the sources need."""
+        with trainer.precision_plugin.module_init_context():
+            for source in self.panel.sources.values():
+                source.setup(algorithm)
+
+    @torch.no_grad()
+    def judge(self, trainer: Trainer, batch: Experience) -> list[bool]:
+        """Writes the scores; [N] whether a row is scored, or skipped with its prompt."""
+        with trainer.precision_plugin.forward_context():
+            return self.panel(batch)
+
+    def spread(
+        self, trainer: Trainer, batch: Experience, rows: list[bool]
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Mean, standard deviation and number of each source's scores, over `rows` of all ranks."""
+        device, reduce = batch.responses.device, trainer.strategy.reduce
+        columns = {name: batch.columns[f"scores/{name}"] for name in self.panel.sources}
+        scores = torch.tensor(list(columns.values()), dtype=torch.float32, device=device)  # [S, N]
+        mask = torch.tensor(rows, device=device) & ~scores.isnan()
+        sums = torch.stack([torch.where(mask, scores, 0.0).sum(1), mask.sum(1).float()])
+        total, number = reduce(sums, reduce_op="sum").unbind()
+        mean = total / number
+        squares = torch.where(mask, (scores - mean.unsqueeze(1)) ** 2, 0.0).sum(1)
+        std = (reduce(squares, reduce_op="sum") / (number - 1).clamp(min=1)).sqrt()
+        return dict(zip(columns, zip(mean, std, number, strict=True), strict=True))
+
+    def log_skipped(
+        self, algorithm: LightningModule, batch: Experience, scored: list[bool], prefix: str = ""
+    ) -> None:
+        """Logs how many prompts were left out, on all ranks."""
+        if self.skip_failures:
+            pairs = zip(batch.group, scored, strict=True)
+            number = float(len({group for group, known in pairs if not known}))
+            name = f"{prefix}rewards/skipped_prompts"
+            algorithm.log(name, number, sync_dist=True, reduce_fx="sum")
+
+    def evaluate(
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, prefix: str
+    ) -> None:
+        """Scores a batch whose counted rows are measured; skipped rows no longer count."""
+        if not answered(batch):
+            return
+        scored = self.judge(trainer, batch)
+        batch.counted = [a and b for a, b in zip(batch.counted, scored, strict=True)]
+        for name, (mean, _, number) in self.spread(trainer, batch, batch.counted).items():
+            key, rows = f"{prefix}rewards/{name}/mean", int(number)
+            algorithm.log(key, mean.nan_to_num(), batch_size=rows, sync_dist=True)
+        self.log_skipped(algorithm, batch, scored, prefix)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Scores the rollout and logs its sampled rows."""
+        if not answered(batch):
+            return
+        scored = self.judge(trainer, batch)
+        sampled = [not greedy for greedy in batch.greedy]
+        for name, (mean, std, _) in self.spread(trainer, batch, sampled).items():
+            algorithm.log(f"rewards/{name}/mean", mean)
+            algorithm.log(f"rewards/{name}/std", std)
+        self.log_skipped(algorithm, batch, scored)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        algorithm: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Scores the held-out answers."""
+        self.evaluate(trainer, algorithm, batch, "val/")
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        algorithm: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Scores the held-out answers."""
+        self.evaluate(trainer, algorithm, batch, "test/")
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        algorithm: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Scores the answers; Lightning logs nothing here."""
+        if answered(batch):
+            self.judge(trainer, batch)
+
+
+def answered(batch: Any) -> bool:
+    """Whether these are prompts that `Rollout` has answered."""
+    return isinstance(batch, Experience) and "responses" in batch.fields()

@@ -1,0 +1,148 @@
+"""Where responses come from."""
+
+import random
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.batches import Experience
+from lit_align.functional.masks import through_first
+from lit_align.models.decoding import Sampling
+from lit_align.models.sharding import gathered
+
+
+class Rollout(Callback):
+    """Answers the prompts of each batch with the policy as it is now.
+
+    Training samples what the algorithm asks for; validation and test decode greedily. A sample
+    depends on the seed, the iteration and the prompt's place in the batch of all ranks, so it is
+    the same for any number of ranks and after any resume.
+
+    Args:
+        max_new_tokens: R, tokens after which an answer is cut.
+        top_p: Share of the probability that may be sampled. Below 1 the samples are not the
+            policy's own, and its gradient is biased (papers' note on ReMax, pitfall 1).
+        top_k: Likeliest tokens that may be sampled, 0 for all.
+        predict_greedily: `predict` takes the likeliest tokens instead of sampling.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        predict_greedily: bool = False,
+    ):
+        if max_new_tokens < 1 or not 0 < top_p <= 1 or top_k < 0:
+            raise ValueError(
+                f"Rollout needs max_new_tokens >= 1, 0 < top_p <= 1 and top_k >= 0, found "
+                f"{max_new_tokens}, {top_p} and {top_k}."
+            )
+        self.max_new_tokens, self.sampling = max_new_tokens, Sampling(top_k, top_p)
+        self.predict_greedily = predict_greedily
+
+    def setup(self, trainer: Trainer, algorithm: LightningModule, stage: str) -> None:
+        """Refuses algorithms that learn from given answers."""
+        if not isinstance(algorithm, OnlineAlgorithm):
+            raise ValueError(
+                f"{type(algorithm).__name__} learns from given answers: leave out `rollout`."
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, algorithm: OnlineAlgorithm, batch: Experience, batch_idx: int
+    ) -> None:
+        """Samples, and decodes greedily where the algorithm asks for it."""
+        samples, greedy = algorithm.num_samples, int(algorithm.greedy_baseline)
+        self.answer(trainer, algorithm, batch, samples, greedy, f"train {algorithm.iteration}")
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        algorithm: OnlineAlgorithm,
+        batch: Experience,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """One greedy answer per prompt."""
+        self.answer(trainer, algorithm, batch, 0, 1, f"evaluate {batch_idx}")
+
+    on_test_batch_start = on_validation_batch_start
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        algorithm: OnlineAlgorithm,
+        batch: Experience,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """One answer per prompt, sampled unless `predict_greedily`."""
+        greedy = int(self.predict_greedily)
+        self.answer(trainer, algorithm, batch, 1 - greedy, greedy, f"predict {batch_idx}")
+
+    @torch.no_grad()
+    def answer(
+        self,
+        trainer: Trainer,
+        algorithm: OnlineAlgorithm,
+        batch: Experience,
+        samples: int,
+        greedy: int,
+        moment: str,
+    ) -> None:
+        """Turns B prompts into B * samples sampled rows and, behind them, B * greedy ones."""
+        prompts = list(range(len(batch)))
+        groups = [row for row in prompts for _ in range(samples)] + prompts * greedy
+        answered = batch.rows(groups)
+        answered.group = groups
+        answered.greedy = [row >= len(batch) * samples for row in range(len(groups))]
+        uniform = self.noise(trainer, len(batch), samples, moment).to(algorithm.device)
+        spare = uniform.new_zeros(len(batch) * greedy, self.max_new_tokens)
+        stops, tokenizer = self.stops(trainer, algorithm), trainer.datamodule.tokenizer
+        with trainer.precision_plugin.forward_context(), gathered(algorithm.policy) as policy:
+            answered.responses, answered.sampling_logprobs = policy.respond(
+                answered,
+                torch.cat([uniform, spare]),
+                answered.greedy,
+                stops,
+                tokenizer.pad_token_id,
+                self.sampling,
+            )
+        self.measure(trainer, answered, stops)
+        batch.become(answered)
+
+    def noise(self, trainer: Trainer, num_prompts: int, samples: int, moment: str) -> Tensor:
+        """[B * samples, R] uniform numbers: this rank's part of those of all ranks."""
+        seed = random.Random(f"{torch.initial_seed()} {moment}").getrandbits(63)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (num_prompts, trainer.world_size, samples, self.max_new_tokens)
+        return torch.rand(shape, generator=generator)[:, trainer.global_rank].flatten(0, 1)
+
+    def measure(self, trainer: Trainer, batch: Experience, stops: list[int]) -> None:
+        """Writes masks, lengths and texts: the one moment that reads the tokens on the host."""
+        ends = torch.tensor(stops, device=batch.responses.device)
+        batch.response_mask = through_first(batch.responses, stops)
+        stopped = (torch.isin(batch.responses, ends) & batch.response_mask).any(-1)
+        batch.response_lengths = batch.response_mask.sum(-1).tolist()
+        batch.truncated = (~stopped).tolist()
+        batch.columns["completion"] = [
+            self.text(trainer, tokens[: length if cut else length - 1], prompt)
+            for tokens, length, cut, prompt in zip(
+                batch.responses.tolist(),
+                batch.response_lengths,
+                batch.truncated,
+                batch.columns["prompt"],
+                strict=True,
+            )
+        ]
+
+    def text(self, trainer: Trainer, tokens: list[int], prompt: object) -> object:
+        """The answer in the form of its prompt: text, or a list with one message."""
+        text = trainer.datamodule.decode(tokens)
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+    def stops(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> list[int]:
+        """Token ids that end an answer: the policy's, the tokenizer's and the template's."""
+        return sorted({*algorithm.policy.stop_ids, *trainer.datamodule.stop_ids})

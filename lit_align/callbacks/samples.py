@@ -1,0 +1,83 @@
+"""What the policy said: completions as JSON lines in the run folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.batches import Experience
+
+
+class Samples(Callback):
+    """Writes `completions/rollout_00010.jsonl` while training, and `predictions.jsonl`.
+
+    Each line has the data set's columns, the completion, its score and its length in tokens;
+    predictions also have the nats by which the policy exceeds the reference (`kl`). With several
+    ranks each writes a file of its own.
+
+    Args:
+        every: Rollouts between two files while training, 0 for none.
+    """
+
+    def __init__(self, every: int = 10):
+        self.every = every
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        algorithm: OnlineAlgorithm,
+        outputs: Any,
+        batch: Experience,
+        batch_idx: int,
+    ) -> None:
+        """Writes the rollout just learnt from."""
+        if self.every and algorithm.iteration % self.every == 0:
+            name = f"rollout_{algorithm.iteration:05d}"
+            path = self.path(trainer, Path("completions") / name)
+            path.write_text(self.lines(table(batch)))
+
+    def on_predict_start(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
+        """Begins an empty file."""
+        self.path(trainer, Path("predictions")).write_text("")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        algorithm: OnlineAlgorithm,
+        outputs: Experience,
+        batch: Experience,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adds the batch's answers; rows that only fill up the last round are left out."""
+        rows = table(outputs, kl=algorithm.sequence_kl(outputs).tolist())
+        counted = [row for row, real in zip(rows, outputs.counted, strict=True) if real]
+        with self.path(trainer, Path("predictions")).open("a") as file:
+            file.write(self.lines(counted))
+
+    def path(self, trainer: Trainer, name: Path) -> Path:
+        """The file of this rank."""
+        rank = "" if trainer.world_size == 1 else f".rank{trainer.global_rank}"
+        path = Path(trainer.default_root_dir) / f"{name}{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def lines(self, rows: list[dict[str, Any]]) -> str:
+        """One JSON object a line."""
+        return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def table(batch: Experience, **more: list[Any]) -> list[dict[str, Any]]:
+    """One dict per row: the columns, and what the callbacks measured."""
+    scores = {"score": batch.scores.tolist()} if "scores" in batch.fields() else {}
+    columns = {
+        **batch.columns,
+        **scores,
+        "length": batch.response_lengths,
+        "truncated": batch.truncated,
+        "greedy": batch.greedy,
+        **more,
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,0 +1,100 @@
+"""LightningCLI with two more sections, `rollout` and `reward`, and a run folder."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.callbacks.curves import Curves
+from lit_align.callbacks.export import Export
+from lit_align.callbacks.progress import Progress
+from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
+from lit_align.callbacks.samples import Samples
+from lit_align.cli.batch_plan import BatchPlan
+from lit_align.cli.messages import TRAINER_HINTS, Parser
+from lit_align.data.loading import TextData
+
+
+class AlignCLI(LightningCLI):
+    """Parses, links the tokenizer, puts callbacks in their order, and runs the Trainer.
+
+    Args:
+        args: The command line without the program's name.
+    """
+
+    def __init__(self, args: list[str]):
+        super().__init__(
+            Algorithm,
+            TextData,
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "default_root_dir": "runs/last",
+                "enable_model_summary": False,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,  # `Progress` prints lines instead
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sections that online algorithms have and offline ones leave out."""
+        parser.add_argument(
+            "--rollout", type=Rollout | None, default=None, help="Where responses come from."
+        )
+        parser.add_argument(
+            "--reward", type=Reward | None, default=None, help="Where scores come from."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the words it is given; Lightning would warn that they are not sys.argv's."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Fills in what one section can tell another, and refuses what Lightning would."""
+        config = self.config[self.config.subcommand]
+        for flag, hint in TRAINER_HINTS.items():
+            if config.trainer.get(flag) not in (None, 1):
+                raise ValueError(f"--trainer.{flag} cannot be used here: {hint}")
+        if config.data is not None and config.data.init_args.get("tokenizer") is None:
+            config.data.init_args.tokenizer = self.model_path(config.model.init_args)
+        if self.config.subcommand == "predict":
+            config.return_predictions = False
+
+    def model_path(self, model: Namespace) -> str | None:
+        """Where the first network comes from that has a path: its tokenizer is there too."""
+        for role in ("policy", "reward_model"):
+            settings = (model.get(role) or Namespace()).get("init_args") or Namespace()
+            if settings.get("path") is not None:
+                return str(settings.path)
+        return None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the sections' callbacks first, then those that write the run folder."""
+        config = self.config_init[self.config_init.subcommand]
+        folder = Path(config.trainer.default_root_dir)
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = [
+                kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)
+            ]
+        trainer = super().instantiate_trainer(**kwargs)
+        given = {type(callback) for callback in trainer.callbacks}
+        sections = [section for section in (config.rollout, config.reward) if section is not None]
+        writers = [BatchPlan(), Progress(), Curves(), Export(), *([Samples()] if sections else [])]
+        writers = [writer for writer in writers if type(writer) not in given]
+        trainer.callbacks[:] = [*sections, *trainer.callbacks, *writers]
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's settings win over the command line; ours has none."""

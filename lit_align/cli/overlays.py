@@ -1,0 +1,87 @@
+"""Configs by name, and overlays that apply where they fit."""
+
+import difflib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.cli.rooms import arguments, kinds
+
+Settings = dict[str, Any]
+
+
+def packaged() -> dict[str, str]:
+    """The text of each config that ships with lit_align, by name."""
+    folder = files("lit_align.configs").iterdir()
+    texts = {file.name: file.read_text() for file in folder if file.name.endswith(".yaml")}
+    return {name.removesuffix(".yaml"): texts[name] for name in sorted(texts)}
+
+
+def read(name: str) -> Settings:
+    """The settings of a file, or of a packaged config by its bare name."""
+    path, known = Path(name), packaged()
+    if not path.is_file() and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}."
+        raise FileNotFoundError(f"--config {name}: no such file and no packaged config; {hint}")
+    try:
+        settings = yaml.safe_load(path.read_text() if path.is_file() else known[name])
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {name} must hold sections such as model and data.")
+    return settings
+
+
+def fit_overlays(argv: list[str]) -> list[str]:
+    """The command line with each `--config` read, and overlays cut to the chosen algorithm.
+
+    An overlay is a config without `model.class_path`. It may set what only some algorithms or
+    data modules have; what the chosen one lacks but another has is left out. Unknown names stay,
+    for the parser to refuse.
+    """
+    argv = [part for word in argv for part in split_config(word)]
+    places = [i + 1 for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
+    configs = {place: read(argv[place]) for place in places}
+    chosen = {
+        section: chosen_class(section, base, list(configs.values()), argv)
+        for section, base in (("model", Algorithm), ("data", LightningDataModule))
+    }
+    for place, settings in configs.items():
+        if "class_path" not in (settings.get("model") or {}):
+            settings = cut(settings, chosen)
+        argv[place] = json.dumps(settings)
+    return argv
+
+
+def split_config(word: str) -> list[str]:
+    """`--config=x` as two words."""
+    return word.split("=", 1) if word.startswith(("--config=", "-c=")) else [word]
+
+
+def chosen_class(section: str, base: type, configs: list[Settings], argv: list[str]) -> type | None:
+    """The class that the command line, or else the last config, names for `section`."""
+    names = [(settings.get(section) or {}).get("class_path") for settings in configs]
+    names += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == f"--{section}"]
+    name = next((name for name in reversed(names) if name), "").rpartition(".")[2]
+    return next((kind for kind in kinds(base) if kind.__name__ == name), None)
+
+
+def cut(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
+    """The overlay without what other algorithms and data modules have and the chosen lack."""
+    algorithm = chosen["model"]
+    offline = algorithm is not None and not issubclass(algorithm, OnlineAlgorithm)
+    left = {k: v for k, v in overlay.items() if not (offline and k in ("rollout", "reward"))}
+    for section, base in (("model", Algorithm), ("data", LightningDataModule)):
+        kind, settings = chosen[section], (overlay.get(section) or {}).get("init_args")
+        if kind is not None and settings:
+            elsewhere = set().union(*map(arguments, kinds(base))) - arguments(kind)
+            kept = {k: v for k, v in settings.items() if k not in elsewhere}
+            left[section] = {"init_args": kept}
+    return left

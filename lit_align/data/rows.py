@@ -1,0 +1,182 @@
+"""Where rows come from: the hub, local files, the toy grammar."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lit_align.data.toy import toy_rows
+
+Row = dict[str, Any]
+SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt"}
+BLANK_LINE = r"\n[ \t]*\n\s*"
+
+
+@dataclass
+class Source:
+    """One of the data sets that are mixed.
+
+    Args:
+        path: Hub id, local file or folder, or the word toy.
+        name: Configuration of a hub data set.
+        split: Split of a hub data set, a folder or the toy data.
+        weight: Times that an epoch has each training row: 0.5 is a random half, 2 all rows twice.
+        columns: New names of columns, such as {question: prompt}; the old ones stay too.
+        separator: Regular expression between two texts of a .txt file.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+    columns: dict[str, str] | None = None
+    separator: str = BLANK_LINE
+
+
+def load_rows(
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    separator: str = BLANK_LINE,
+    max_rows: int | None = None,
+) -> list[Row]:
+    """The rows of a data set, as dictionaries by column.
+
+    Args:
+        path: Hub id, local file or folder, or the word toy.
+        name: Configuration of a hub data set.
+        split: Split of a hub data set, a folder or the toy data.
+        separator: Regular expression between two texts of a .txt file.
+        max_rows: At most so many rows, the first ones.
+    """
+    place = Path(path).expanduser()
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if path == "toy":
+        rows: Iterator[Row] = iter(toy_rows(split))
+    elif place.is_dir():
+        rows = folder_rows(place, split, separator)
+    elif place.is_file():
+        if split != "train":
+            raise ValueError(
+                f"'{path}' is one file and has no split '{split}': use data.eval_path for a file, "
+                "or data.eval_fraction"
+            )
+        rows = file_rows(place, separator)
+    elif looks_local or place.suffix in SUFFIXES:
+        raise FileNotFoundError(f"there is no file or folder '{path}'")
+    else:
+        rows = hub_rows(path, name, split)
+    loaded = list(islice(rows, max_rows))
+    if not loaded:
+        raise ValueError(f"'{path}' has no rows")
+    return loaded
+
+
+def file_rows(path: Path, separator: str) -> Iterator[Row]:
+    """The rows of one local file, by its suffix."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"'{path}' is none of {', '.join(sorted(SUFFIXES))}")
+    if path.suffix == ".parquet":
+        return parquet_rows(path)
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".jsonl":
+        return json_lines(path, text)
+    if path.suffix == ".json":
+        return json_rows(path, text)
+    if path.suffix == ".csv":
+        return iter(csv.DictReader(io.StringIO(text, newline="")))
+    texts = (part.strip() for part in re.split(separator, text))
+    return ({"text": part} for part in texts if part)
+
+
+def json_lines(path: Path, text: str) -> Iterator[Row]:
+    """One JSON object per line."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield parse_object(path, f"line {number}", line)
+
+
+def json_rows(path: Path, text: str) -> Iterator[Row]:
+    """A JSON list of objects; or objects one per line, as many .json files on the hub are."""
+    if not text.lstrip().startswith("["):
+        yield from json_lines(path, text)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is not valid JSON: {error}") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} of '{path}' is no JSON object with named columns")
+        yield row
+
+
+def parse_object(path: Path, place: str, line: str) -> Row:
+    """One JSON object, or one sentence that names its place."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} of '{path}' is not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} of '{path}' is no JSON object with named columns")
+    return row
+
+
+def folder_rows(path: Path, split: str, separator: str) -> Iterator[Row]:
+    """All rows of the files in a folder whose names begin with the split; of all if none does.
+
+    A folder that `datasets` saved is read as such.
+    """
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return saved_rows(path, split)
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    splits = re.compile(r"(train|valid|validation|val|dev|eval|test)([-_.]|$)")
+    if any(splits.match(file.stem) for file in files):
+        named = [file for file in files if re.match(rf"{re.escape(split)}([-_.]|$)", file.stem)]
+        if not named:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"'{path}' has no file of the split '{split}', only {names}")
+        files = named
+    if not files:
+        raise ValueError(f"'{path}' holds no {', '.join(sorted(SUFFIXES))} file")
+    return (row for file in files for row in file_rows(file, separator))
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """The rows of a parquet file, streamed: nothing is written to a cache."""
+    from datasets import load_dataset  # seconds to import
+
+    return iter(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+
+
+def saved_rows(path: Path, split: str) -> Iterator[Row]:
+    """The rows of a folder written by `save_to_disk`."""
+    from datasets import DatasetDict, load_from_disk  # seconds to import
+
+    saved = load_from_disk(str(path))
+    if not isinstance(saved, DatasetDict):
+        return iter(saved)
+    if split not in saved:
+        raise ValueError(f"'{path}' has no split '{split}', only {', '.join(saved)}")
+    return iter(saved[split])
+
+
+def hub_rows(path: str, name: str | None, split: str) -> Iterator[Row]:
+    """The rows of a hub data set; its own Python code never runs."""
+    from datasets import load_dataset  # seconds to import
+
+    try:
+        return iter(load_dataset(path, name, split=split))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no rows of '{path}' (name {name}, split {split}), which is no local file either, "
+            f"can be loaded from the hub: {reason}"
+        ) from error

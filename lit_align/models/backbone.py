@@ -1,0 +1,175 @@
+"""A Hugging Face network in our hands: loading, padding, sharding, saving. Heads stand above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import logging as transformers_logging
+
+from lit_align.batches import Experience, Tokens
+from lit_align.models.lora import LoRA
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+class Backbone(nn.Module):
+    """A network from the hub, from a folder, or from random weights; dropout is switched off.
+
+    Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
+
+    Args:
+        path: Hub id or folder of the weights.
+        config: Architecture (`model_type` and its fields) to train from random weights where no
+            path is given.
+        lora: Low-rank adapter; without one all weights train.
+        dtype: Data type of the weights; by default what `trainer.precision` says.
+        attention: Attention implementation (sdpa, eager, flash_attention_2, ...); by default
+            the best that transformers has for the architecture.
+        checkpointing: Keep only the blocks' inputs and compute the rest again in backward.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that comes with the weights.
+    """
+
+    auto: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the wanted head
+    task: ClassVar[str]  # peft's name of it
+    new_weights: ClassVar[tuple[str, ...]] = ()  # what a checkpoint may lack
+    overrides: ClassVar[dict[str, Any]] = {}  # what the head asks of the configuration
+
+    network: PreTrainedModel
+
+    def __init__(
+        self,
+        path: str | None = None,
+        config: dict[str, Any] | None = None,
+        lora: LoRA | None = None,
+        dtype: str | None = None,
+        attention: str | None = None,
+        checkpointing: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        super().__init__()
+        if path is None and config is None:
+            raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
+        self.name = path or f"{(config or {}).get('model_type')} from random weights"
+        options = {
+            "dtype": getattr(torch, dtype) if dtype else torch.get_default_dtype(),
+            "trust_remote_code": trust_remote_code,
+            **({"attn_implementation": attention} if attention else {}),
+        }
+        if path is None:
+            settings = self.configure(AutoConfig.for_model(**(config or {})))
+            self.network = self.auto.from_config(settings, **options)
+        else:
+            self.network = self.load(path, {**options, "revision": revision})
+        if checkpointing:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        self.adapted = lora.adapt(self.network, self.task) if lora else None
+
+    @classmethod
+    def configure(cls, config: PretrainedConfig) -> PretrainedConfig:
+        """The configuration without dropout and with what the head asks for."""
+        for name, value in config.to_dict().items():
+            if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
+                setattr(config, name, 0.0)
+        for name, value in cls.overrides.items():
+            setattr(config, name, value)
+        return config
+
+    @classmethod
+    def load(cls, path: str, options: dict[str, Any]) -> PreTrainedModel:
+        """The network with all of its weights, or one sentence about what is missing."""
+        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+            raise FileNotFoundError(
+                f"{path}: no such folder; give a hub id or a folder of weights."
+            )
+        path = str(Path(path).expanduser()) if path.startswith("~") else path
+        known = {key: options[key] for key in ("revision", "trust_remote_code")}
+        settings = cls.configure(AutoConfig.from_pretrained(path, **known))
+        with quiet_transformers():
+            network, report = cls.auto.from_pretrained(
+                path, config=settings, output_loading_info=True, **options
+            )
+        missing = sorted(set(report["missing_keys"]) - set(cls.new_weights))
+        if missing:
+            raise ValueError(f"{path} lacks {len(missing)} weights, the first is '{missing[0]}'.")
+        return network
+
+    def forward(
+        self, compute: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
+    ) -> Result:
+        """`compute` where the weights are whole: the one way into a sharded network."""
+        return compute(*args, **kwargs)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, from first to last."""
+        names = set(self.network._no_split_modules or ())
+        return [module for module in self.modules() if type(module).__name__ in names]
+
+    @property
+    def vocabulary(self) -> int:
+        """V, token ids that the input embedding knows."""
+        size: int = self.network.get_input_embeddings().weight.shape[0]
+        return size
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The generation configuration's end tokens; the tokenizer may know more."""
+        generation = getattr(self.network, "generation_config", None) or GenerationConfig()
+        stops = generation.eos_token_id
+        return [stops] if isinstance(stops, int) else list(stops or [])
+
+    def hidden(self, batch: Experience | Tokens) -> Tensor:
+        """[N, T, H]: the trunk's last hidden state. Positions count from the first real token."""
+        mask = batch.token_mask
+        hidden: Tensor = self.network.base_model(
+            input_ids=batch.tokens,
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The base alone: what the network was before its adapter learnt anything."""
+        assert self.adapted is not None
+        with self.adapted.disable_adapter():
+            yield
+
+    def save(self, folder: Path, main: bool = True) -> None:
+        """Writes what transformers (or, for an adapter, peft) loads by itself.
+
+        Args:
+            folder: Where; created if it is not there.
+            main: Whether this process writes; sharded weights are gathered on all of them.
+        """
+        model = self.adapted or self.network
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if main:
+            with quiet_transformers():
+                model.save_pretrained(folder, state_dict=state)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and tables while loading and saving; what is missing becomes an error of ours."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

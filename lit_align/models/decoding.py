@@ -1,0 +1,131 @@
+"""From prompts to responses: a decode loop that a reader can follow."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lit_align.batches import Experience
+
+
+class Responses(NamedTuple):
+    """What a policy answered."""
+
+    tokens: Tensor  # [N, R] token ids, `pad` after the stop
+    logprobs: Tensor  # [N, R] nats, of softmax(logits / temperature), before top-k and top-p
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen, beside the temperature, which belongs to the policy."""
+
+    top_k: int = 0  # tokens that may be chosen, 0 for all
+    top_p: float = 1.0  # share of the probability that may be chosen
+
+
+def likeliest(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """[N, V] probabilities, zero outside the top k and outside the nucleus; not normalised.
+
+    The nucleus is the smallest set of likeliest tokens that holds `top_p` (arXiv:1904.09751).
+    """
+    probs = logprobs.exp()
+    if sampling.top_k:
+        kth = probs.topk(min(sampling.top_k, probs.shape[-1])).values[:, -1:]
+        probs = probs.where(probs >= kth, 0.0)
+    if sampling.top_p < 1.0:
+        ordered = probs.sort(descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        allowed = before < sampling.top_p * ordered.sum(-1, keepdim=True)
+        least = ordered.where(allowed, torch.inf).min(-1, keepdim=True).values
+        probs = probs.where(probs >= least, 0.0)
+    return probs
+
+
+def choose(logprobs: Tensor, noise: Tensor, greedy: Tensor, sampling: Sampling) -> Tensor:
+    """[N] token ids: the likeliest where `greedy`, else the one at quantile `noise`.
+
+    Inverse-CDF sampling with one number per token makes a sample depend on its own noise alone,
+    not on the batch or on the number of ranks.
+
+    Args:
+        logprobs: [N, V] nats.
+        noise: [N] uniform in [0, 1).
+        greedy: [N] bool.
+        sampling: What may be chosen.
+    """
+    mass = likeliest(logprobs, sampling).cumsum(-1)
+    total = mass[:, -1:]
+    target = (noise.unsqueeze(-1) * total).minimum(torch.nextafter(total, total.new_zeros(1)))
+    sampled = torch.searchsorted(mass, target, right=True).squeeze(-1)
+    return torch.where(greedy, logprobs.argmax(-1), sampled)
+
+
+def decode(
+    network: PreTrainedModel,
+    prompts: Experience,
+    noise: Tensor,
+    greedy: Tensor,
+    stops: Tensor,
+    pad: int,
+    temperature: float,
+    sampling: Sampling,
+) -> Responses:
+    """Answers of at most R tokens, with a key-value cache; ends when every row has stopped.
+
+    Args:
+        network: A causal language model with whole weights.
+        prompts: N rows; only their prompts are read.
+        noise: [N, R] uniform in [0, 1).
+        greedy: [N] bool, rows that take the likeliest token.
+        stops: [S] token ids that end an answer.
+        pad: Token id that stands behind the end.
+        temperature: Divides the logits.
+        sampling: What may be chosen.
+    """
+    context = Context(
+        prompts.prompts, prompts.prompt_mask.long(), DynamicCache(config=network.config)
+    )
+    responses = prompts.prompts.new_full(noise.shape, pad)
+    logprobs = noise.new_zeros(noise.shape)
+    done = torch.zeros_like(greedy)
+    for step in range(noise.shape[1]):
+        likely = (context.logits(network) / temperature).log_softmax(-1)
+        chosen = choose(likely, noise[:, step], greedy, sampling).where(~done, pad)
+        responses[:, step] = chosen
+        logprobs[:, step] = likely.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).where(~done, 0.0)
+        done = done | torch.isin(chosen, stops)
+        if done.all():
+            break
+        context.append(chosen)
+    return Responses(responses, logprobs)
+
+
+class Context:
+    """What has been said so far: its last tokens, its mask, and keys and values of the rest.
+
+    Args:
+        tokens: [N, P] token ids, left-padded.
+        mask: [N, P] 1 on real tokens.
+        cache: Empty.
+    """
+
+    def __init__(self, tokens: Tensor, mask: Tensor, cache: DynamicCache):
+        self.tokens, self.mask, self.cache = tokens, mask, cache
+        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def logits(self, network: PreTrainedModel) -> Tensor:
+        """[N, V] fp32 logits of the next token."""
+        logits: Tensor = network(
+            input_ids=self.tokens,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return logits.float()
+
+    def append(self, tokens: Tensor) -> None:
+        """Goes on with [N] token ids."""
+        self.tokens, self.positions = tokens.unsqueeze(-1), self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)

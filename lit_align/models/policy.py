@@ -1,0 +1,116 @@
+"""The model that answers, and knows how likely its answers are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lit_align.batches import Experience, Tokens
+from lit_align.functional.logprobs import chosen_logprobs
+from lit_align.models.backbone import Backbone
+from lit_align.models.decoding import Responses, Sampling, decode
+
+
+class Policy(Backbone):
+    """A causal language model; its policy is softmax(logits / temperature), everywhere.
+
+    Args:
+        path: Hub id or folder of the weights.
+        temperature: Divides the logits when sampling and when scoring.
+    """
+
+    auto = AutoModelForCausalLM
+    task = "CAUSAL_LM"
+
+    def __init__(self, path: str | None = None, temperature: float = 1.0, **kwargs: Any):
+        super().__init__(path, **kwargs)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, found {temperature}.")
+        self.temperature = temperature
+        self.verify()
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer from hidden states to logits."""
+        head: nn.Linear = self.network.get_output_embeddings()
+        return head
+
+    @torch.no_grad()
+    def respond(
+        self,
+        prompts: Experience,
+        noise: Tensor,
+        greedy: Sequence[bool],
+        stops: Sequence[int],
+        pad: int,
+        sampling: Sampling,
+    ) -> Responses:
+        """Answers N prompts; greedy and sampled rows in the same pass.
+
+        Args:
+            prompts: N rows; only their prompts are read.
+            noise: [N, R] uniform in [0, 1): one number decides one token.
+            greedy: [N] rows that take the likeliest token instead.
+            stops: Token ids that end an answer.
+            pad: Token id that stands behind the end.
+            sampling: What may be chosen.
+        """
+        device = prompts.prompts.device
+        rows = torch.tensor(list(greedy), device=device)
+        ends = torch.tensor(list(stops), dtype=torch.long, device=device)
+        responses: Responses = self(
+            decode, self.network, prompts, noise, rows, ends, pad, self.temperature, sampling
+        )
+        return responses
+
+    def logprobs(self, batch: Experience | Tokens) -> Tensor:
+        """[N, R] nats, log-probability of each response token in its context."""
+        return self.score(batch)[0]
+
+    def score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+        """([N, R], [N, R]) nats: `logprobs`, and the entropy of the policy at each token."""
+        scored: tuple[Tensor, Tensor] = self(self._score, batch)
+        return scored
+
+    def _score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(batch)[:, batch.num_context - 1 : -1]
+        return chosen_logprobs(
+            hidden,
+            self.head.weight,
+            batch.responses,
+            bias=self.head.bias,
+            temperature=self.temperature,
+        )
+
+    @torch.no_grad()
+    def hits(self, batch: Experience | Tokens) -> Tensor:
+        """[N, R] bool: the token is the likeliest one. For accuracy; 1,024 x V at once."""
+        hits: Tensor = self(self._hits, batch)
+        return hits
+
+    def _hits(self, batch: Experience | Tokens) -> Tensor:
+        hidden = self.hidden(batch)[:, batch.num_context - 1 : -1]
+        parts = hidden.flatten(0, 1).split(1024)
+        best = torch.cat([self.head(part).argmax(-1) for part in parts])
+        return best.view_as(batch.responses) == batch.responses
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Refuses a network whose logits are not its head times its hidden states.
+
+        Soft caps and logit scales come after the head, and scoring would not see them.
+        """
+        tokens = torch.arange(min(8, self.vocabulary), device=self.head.weight.device)[None]
+        ones = torch.ones_like(tokens, dtype=torch.bool)
+        batch = Tokens(tokens=tokens, token_mask=ones, loss_mask=ones, lengths=[tokens.shape[1]])
+        logits = self.network(input_ids=tokens).logits[:, :-1].float() / self.temperature
+        own = logits.log_softmax(-1).gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
+        difference = float((own - self.logprobs(batch)).abs().max())
+        tolerance = 1e-3 if self.head.weight.dtype in (torch.float32, torch.float64) else 0.25
+        if not difference <= tolerance:
+            raise ValueError(
+                f"{self.name} changes its logits after the output head (log-probs differ by "
+                f"{difference:.2g} nats): soft-capped or scaled logits are not supported."
+            )

@@ -1,0 +1,121 @@
+"""Any Python function as a reward, with TRL's signature."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lit_align.batches import Experience
+from lit_align.rewards.base import RewardError, RewardFunction, Scores
+
+
+class PythonReward(RewardFunction):
+    """A function `f(prompts, completions, completion_ids, **columns) -> list[float | None]`.
+
+    `def` or `async def`, one score per row, None where it does not apply. It gets those keyword
+    arguments that it names, or all if it takes `**kwargs`: prompts and completions as text, or as
+    lists of messages if the data set's prompts are; completion_ids, the token ids with the stop;
+    and every other column of the data set.
+
+    Args:
+        function: Where it is: `module.name`, also from the current folder, or `file.py:name`.
+    """
+
+    def __init__(self, function: str):
+        self.function = load(function)
+        parameters = inspect.signature(self.function).parameters.values()
+        self.takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
+        named = [
+            each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        ]
+        self.takes = {each.name for each in named}
+        self.needs = {each.name for each in named if each.default is each.empty}
+
+    @property
+    def name(self) -> str:
+        """The function's own name."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it is an `async def`."""
+        call = getattr(self.function, "__call__", None)  # noqa: B004
+        return any(inspect.iscoroutinefunction(each) for each in (self.function, call))
+
+    def __call__(self, batch: Experience) -> Scores | Awaitable[Scores]:
+        """[N] scores, or something to await that gives them."""
+        answer: Scores | Awaitable[Scores] = self.function(**self.arguments(batch))
+        return answer
+
+    def arguments(self, batch: Experience) -> dict[str, Any]:
+        """What the function is called with."""
+        ids = zip(batch.responses.tolist(), batch.response_lengths, strict=True)
+        offered = {
+            **batch.columns,
+            "prompts": batch.columns["prompt"],
+            "completions": batch.columns["completion"],
+            "completion_ids": [row[:length] for row, length in ids],
+        }
+        del offered["prompt"], offered["completion"]
+        missing = sorted(self.needs - set(offered))
+        if missing:
+            known = ", ".join(offered)
+            raise RewardError(f"needs the argument '{missing[0]}', but there are only: {known}")
+        if self.takes_all:
+            return offered
+        return {name: value for name, value in offered.items() if name in self.takes}
+
+
+def load(path: str) -> Callable[..., Any]:
+    """The function at an import path, or one sentence about why it cannot be had."""
+    file, colon, name = path.rpartition(":")
+    if not colon:
+        file, _, name = path.rpartition(".")
+    if not file or not name:
+        raise ValueError(f"reward function '{path}': write `module.name` or `file.py:name`")
+    try:
+        module = from_file(file) if file.endswith(".py") else from_path(file)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"reward function '{path}': cannot import {file}: {reason}") from error
+    function: Any = getattr(module, name, None)
+    if function is None:
+        raise ValueError(f"reward function '{path}': {file} has no '{name}'")
+    if not callable(function):
+        kind = type(function).__name__
+        raise ValueError(f"reward function '{path}': '{name}' is a {kind}, not a function")
+    found: Callable[..., Any] = function
+    return found
+
+
+def from_path(name: str) -> ModuleType:
+    """A module by its dotted name; the current folder counts, as with `python -m`."""
+    look_in(Path.cwd())
+    return importlib.import_module(name)
+
+
+def from_file(file: str) -> ModuleType:
+    """A module from a file, which may import its neighbours."""
+    where = Path(file).expanduser().resolve()
+    if not where.is_file():
+        raise FileNotFoundError("no such file")
+    look_in(where.parent)
+    spec = importlib.util.spec_from_file_location(str(where), where)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def look_in(folder: Path) -> None:
+    """Lets imports find what is in a folder, now and later."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

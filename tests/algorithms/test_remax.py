@@ -1,0 +1,174 @@
+"""ReMax: what a token is worth, what is divided by what, and what the loop guarantees."""
+
+import pytest
+import torch
+from harness import RandomPrompts, distance, tiny, trainer, weights
+from lightning.pytorch import Callback
+from torch.optim import SGD, AdamW
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.batches import Experience
+
+LOGPROBS, REFERENCE = [-0.4, -0.8, -0.2, 0.0], [-0.5, -0.6, -0.2, 0.0]
+
+
+def one_row() -> Experience:
+    """The shared input of the numeric tests: three tokens and a pad position."""
+    return Experience(
+        logprobs=torch.tensor([LOGPROBS], dtype=torch.float64),
+        ref_logprobs=torch.tensor([REFERENCE], dtype=torch.float64),
+        response_mask=torch.tensor([[True, True, True, False]]),
+    )
+
+
+def credit(score=2.1, greedy=1.4, **settings) -> list[float]:
+    algorithm = ReMax(policy=tiny, **settings)
+    lead = torch.tensor([score - greedy], dtype=torch.float64)
+    return algorithm.credit(one_row(), lead)[0].tolist()
+
+
+def test_one_step_kl_charges_a_token_for_its_own_nats():
+    assert credit(kl_coef=0.1) == pytest.approx([0.69, 0.72, 0.70, 0.0])
+
+
+def test_kl_to_go_charges_it_for_all_that_follow():
+    assert credit(kl_coef=0.1, kl_to_go=True) == pytest.approx([0.71, 0.72, 0.70, 0.0])
+
+
+def test_the_release_discounts_the_lead_even_on_the_last_token():
+    expected = [0.6742093, 0.69607, 0.693, 0.0]
+    assert credit(kl_coef=0.05, gamma=0.99) == pytest.approx(expected)
+
+
+def test_the_lead_is_clipped_after_the_baseline_is_subtracted():
+    clipped = credit(score=20.0, greedy=1.0, kl_coef=0.0, advantage_clip=5.0)
+    assert clipped == pytest.approx([5.0, 5.0, 5.0, 0.0])
+    shifted = credit(score=20.0, greedy=19.3, kl_coef=0.0, advantage_clip=5.0)
+    assert shifted == pytest.approx([0.7, 0.7, 0.7, 0.0])
+
+
+def test_a_constant_added_to_all_rewards_changes_nothing():
+    assert credit(score=102.1, greedy=101.4) == pytest.approx(credit())
+
+
+def test_defaults_are_the_papers():
+    algorithm = ReMax(policy=tiny)
+    assert (algorithm.kl_coef, algorithm.kl_to_go, algorithm.gamma) == (0.1, False, 1.0)
+    assert (algorithm.num_samples, algorithm.advantage_clip, algorithm.per_token) == (
+        1,
+        None,
+        False,
+    )
+
+
+def test_the_loss_counts_responses_or_tokens():
+    batch = Experience(response_mask=torch.tensor([[True, True, False], [False] * 3]))
+    assert ReMax(policy=tiny).count(batch) == 1  # the second prompt was skipped
+    assert ReMax(policy=tiny, per_token=True).count(batch) == 2
+
+
+def test_more_than_one_step_per_rollout_is_refused():
+    with pytest.raises(ValueError, match="no importance ratio"):
+        ReMax(policy=tiny, epochs=2)
+
+
+class Spy(ReMax):
+    """ReMax that keeps the batches it prepared."""
+
+    def prepare(self, batch):
+        batch = super().prepare(batch)
+        self.seen = [*getattr(self, "seen", []), batch]
+        return batch
+
+
+def test_ratio_is_one_and_kl_zero_at_the_first_step(run):
+    algorithm = Spy(policy=tiny)
+    run(algorithm, num_batches=1)
+    assert torch.equal(algorithm.seen[0].logprobs, algorithm.seen[0].ref_logprobs)
+
+
+def test_sampled_rows_learn_and_greedy_rows_only_score(run):
+    algorithm = Spy(policy=tiny, num_samples=3)
+    run(algorithm, num_batches=1)
+    batch = algorithm.seen[0]
+    assert len(batch) == 12
+    assert batch.group == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert not any(batch.greedy)
+
+
+@pytest.mark.parametrize("microbatch_tokens", [12, 40])
+def test_micro_batches_do_not_change_the_result(run, microbatch_tokens):
+    results = []
+    for size in (8192, microbatch_tokens):
+        algorithm = ReMax(
+            policy=tiny, num_samples=2, microbatch_tokens=size, optimizer=lambda p: SGD(p, lr=0.1)
+        )
+        run(algorithm, num_batches=2)
+        results.append(weights(algorithm))
+    assert distance(results[0], weights(tiny())) > 1e-3
+    assert distance(*results) < 1e-5
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(run):
+    one, two = ReMax(policy=tiny), ReMax(policy=tiny)
+    run(one)
+    run(two)
+    assert all(map(torch.equal, weights(one), weights(two)))
+
+
+class StopAfter(Callback):
+    """Saves and leaves after some epochs, as a preempted job does."""
+
+    def __init__(self, epochs, path):
+        self.epochs, self.path = epochs, path
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch + 1 == self.epochs:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_resuming_is_bitwise(tmp_path, stop_at):
+    def algorithm():
+        return ReMax(policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), warmup=0.4, final_lr=0.1)
+
+    whole, first, second = algorithm(), algorithm(), algorithm()
+    torch.manual_seed(0)
+    trainer(tmp_path, max_epochs=3).fit(whole, RandomPrompts())
+    stop = StopAfter(stop_at, tmp_path / "part.ckpt")
+    trainer(tmp_path, max_epochs=3, callbacks=[stop]).fit(first, RandomPrompts())
+    trainer(tmp_path, max_epochs=3).fit(second, RandomPrompts(), ckpt_path=stop.path)
+    assert (first.iteration, second.iteration) == (3 * stop_at, 9)
+    assert all(map(torch.equal, weights(whole), weights(second)))
+
+
+def test_a_checkpoint_holds_what_trains_and_loads_with_weights_only(run, tmp_path):
+    algorithm = ReMax(policy=tiny)
+    run(algorithm).save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert checkpoint["iteration"] == 3
+    assert checkpoint["state_dict"]
+    assert all(name.startswith("policy.") for name in checkpoint["state_dict"])
+
+
+def test_a_foreign_checkpoint_is_refused_in_a_sentence(run):
+    algorithm = ReMax(policy=tiny)
+    run(algorithm)
+    with pytest.raises(ValueError, match="The checkpoint does not fit this model: 1 weights are"):
+        algorithm.on_load_checkpoint({"iteration": 1, "state_dict": {"other": 1}})
+
+
+def test_validation_measures_greedy_answers(tmp_path):
+    algorithm = ReMax(policy=tiny)
+    tool = trainer(tmp_path)
+    (measured,) = tool.validate(algorithm, RandomPrompts(), verbose=False)
+    assert set(measured) >= {"val/reward", "val/kl", "val/mean_length", "val/clipped_ratio"}
+    assert measured["val/kl"] == 0.0
+
+
+def test_metrics_have_trls_names(run):
+    logged = run(ReMax(policy=tiny)).callback_metrics
+    names = "reward reward_std kl objective/kl entropy completions/mean_length loss grad_norm lr"
+    assert set(names.split()) <= set(logged)
+    assert logged["sampling/sampling_logp_difference/mean"] < 1e-4

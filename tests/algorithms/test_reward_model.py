@@ -1,0 +1,98 @@
+"""The reward model: Bradley-Terry over pairs, accuracy and margin over all pairs."""
+
+import math
+
+import pytest
+import torch
+from harness import TINY, RandomPrompts, trainer
+from torch.optim import AdamW
+
+from lit_align.algorithms.reward_model import RewardModel
+from lit_align.batches import Pairs
+from lit_align.models.scalar import Scalar
+
+
+def scalar() -> Scalar:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Scalar(config=dict(TINY))
+
+
+class RandomPairs(RandomPrompts):
+    """Pairs whose chosen text ends in token 5 and whose rejected text ends in 6."""
+
+    def batch(self, number: int) -> Pairs:
+        generator = torch.Generator().manual_seed(number)
+        chosen, rejected = torch.randint(7, 32, (2, 4, 6), generator=generator)
+        chosen[:, 5], rejected[:, 3] = 5, 6
+        whole = torch.ones(4, 6, dtype=torch.bool)
+        short = torch.arange(6).expand(4, 6) < 4
+        return Pairs(
+            chosen=chosen,
+            chosen_mask=whole,
+            chosen_loss_mask=whole,
+            chosen_lengths=[6] * 4,
+            rejected=rejected.where(short, 0),
+            rejected_mask=short,
+            rejected_loss_mask=short,
+            rejected_lengths=[4] * 4,
+            margin=torch.zeros(4),
+            counted=[True, True, True, False],
+        )
+
+
+def quiet(tmp_path, **settings):
+    run = trainer(tmp_path, **settings)
+    run.callbacks.clear()
+    return run
+
+
+def test_it_learns_which_text_is_better(tmp_path):
+    algorithm = RewardModel(reward_model=scalar, optimizer=lambda p: AdamW(p, lr=1e-2))
+    quiet(tmp_path, max_epochs=2, limit_val_batches=0).fit(algorithm, RandomPairs(15))
+    (measured,) = quiet(tmp_path).validate(algorithm, RandomPairs(15), verbose=False)
+    assert measured["val/accuracy"] == 1.0
+    assert measured["val/margin"] > 1.0
+
+
+def test_accuracy_and_margin_count_each_pair_once(tmp_path):
+    algorithm = RewardModel(reward_model=scalar)
+    (measured,) = quiet(tmp_path).validate(algorithm, RandomPairs(1), verbose=False)
+    pairs = RandomPairs().batch(0).rows([0, 1, 2])
+    chosen, rejected = scalar().scores(pairs.texts()).view(-1, 2).unbind(-1)
+    assert measured["val/accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
+    assert measured["val/margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-5)
+
+
+def test_micro_batches_do_not_change_scores():
+    algorithm = RewardModel(reward_model=scalar)
+    algorithm.configure_model()
+    pairs = RandomPairs().batch(0)
+    together = algorithm.scores(pairs)
+    alone = [algorithm.scores(pairs.rows([row]).trim()) for row in range(4)]
+    torch.testing.assert_close(together[0], torch.cat([chosen for chosen, _ in alone]))
+    torch.testing.assert_close(together[1], torch.cat([rejected for _, rejected in alone]))
+
+
+class Fixed:
+    """Stands for a network that gives the chosen text 1 and the rejected -3."""
+
+    def scores(self, texts):
+        return torch.tensor([1.0, -3.0]).repeat(len(texts) // 2)
+
+
+def loss_of(pairs, **settings) -> list[float]:
+    algorithm = RewardModel(reward_model=scalar, **settings)
+    algorithm.__dict__["reward_model"] = Fixed()
+    (loss,) = algorithm.losses(pairs)
+    return loss.tolist()
+
+
+def test_the_loss_is_bradley_terrys_with_margin_and_centring():
+    pairs = RandomPairs().batch(0).rows([0])
+    assert loss_of(pairs) == pytest.approx([math.log1p(math.exp(-4))])
+    pairs.margin = torch.tensor([1.0])
+    assert loss_of(pairs) == pytest.approx([math.log1p(math.exp(-4))])
+    assert loss_of(pairs, use_margin=True) == pytest.approx([math.log1p(math.exp(-3))])
+    centred = loss_of(pairs, center_coef=0.5)
+    assert centred == pytest.approx([math.log1p(math.exp(-4)) + 0.5 * 4.0])

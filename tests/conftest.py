@@ -1,0 +1,44 @@
+"""Fixtures that all tests share."""
+
+import pytest
+import torch
+from harness import RandomPrompts, tiny, trainer
+from lightning.pytorch import Trainer
+
+from lit_align.batches import Experience
+from lit_align.models.policy import Policy
+
+torch.set_num_threads(1)  # two threads wait for each other when a machine is busy
+
+
+@pytest.fixture
+def tiny_policy() -> Policy:
+    """A Llama of two blocks with the same random weights in every test."""
+    return tiny()
+
+
+@pytest.fixture
+def prompts() -> Experience:
+    """Four prompts of 3, 5, 1 and 4 tokens, left-padded to 5."""
+    lengths = [3, 5, 1, 4]
+    ids = torch.randint(3, 32, (4, 5), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(5) >= 5 - torch.tensor(lengths).unsqueeze(1)
+    return Experience(
+        columns={"prompt": ["a", "b", "c", "d"]},
+        prompts=ids.where(mask, 0),
+        prompt_mask=mask,
+        prompt_lengths=lengths,
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs an algorithm on random prompts and returns the trainer."""
+
+    def go(algorithm, num_batches: int = 3, **settings) -> Trainer:
+        torch.manual_seed(0)
+        done = trainer(tmp_path, **settings)
+        done.fit(algorithm, RandomPrompts(num_batches))
+        return done
+
+    return go

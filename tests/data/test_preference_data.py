@@ -1,0 +1,98 @@
+"""Preference pairs: one width, loss on the answers, limits."""
+
+import json
+
+import pytest
+
+from lit_align.data.preferences import PreferenceData
+
+
+@pytest.fixture
+def pairs(tmp_path, chat_path):
+    def load(*rows, **settings):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = str(tmp_path / "rows.jsonl")
+        module = PreferenceData(path, eval_path=path, tokenizer=chat_path, **settings)
+        return module, next(iter(module.val_dataloader()))
+
+    return load
+
+
+def scored(module, batch, side):
+    """The texts under the loss mask."""
+    tokens, masks = getattr(batch, side), getattr(batch, f"{side}_loss_mask")
+    return [module.tokenizer.decode(row[mask]) for row, mask in zip(tokens, masks, strict=True)]
+
+
+def test_both_sides_have_one_width_and_loss_on_the_answers(pairs):
+    module, batch = pairs(
+        {"prompt": "ab", "chosen": "c", "rejected": "defg"},
+        {"prompt": "a", "chosen": "bc", "rejected": "d"},
+    )
+    assert batch.chosen.shape == batch.rejected.shape == (2, 7)
+    assert (batch.chosen_lengths, batch.rejected_lengths) == ([4, 4], [7, 3])
+    assert batch.chosen_mask.sum(1).tolist() == [4, 4]
+    assert scored(module, batch, "chosen") == ["c<|eos|>", "bc<|eos|>"]
+    assert scored(module, batch, "rejected") == ["defg<|eos|>", "d<|eos|>"]
+    assert batch.margin.tolist() == [0.0, 0.0]
+    assert batch.lengths == [14, 8]
+    assert batch.texts().tokens.shape == (4, 7)
+    assert batch.counted == [True, True]
+
+
+def test_margins(pairs):
+    batch = pairs({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.5})[1]
+    assert batch.margin.tolist() == [1.5]
+
+
+def test_hh_rlhf(pairs):
+    shared = "\n\nHuman: hi\n\nAssistant:"
+    module, batch = pairs({"chosen": shared + " yes", "rejected": shared + " no"})
+    assert scored(module, batch, "chosen") == [" yes<|eos|>"]
+    assert scored(module, batch, "rejected") == [" no<|eos|>"]
+    assert module.tokenizer.decode(batch.chosen[0]) == shared + " yes<|eos|>"
+
+
+def test_conversations_end_in_the_end_of_turn(pairs):
+    user = {"role": "user", "content": "hi"}
+    module, batch = pairs(
+        {
+            "chosen": [user, {"role": "assistant", "content": "yes"}],
+            "rejected": [user, {"role": "assistant", "content": "no"}],
+        }
+    )
+    assert scored(module, batch, "chosen") == ["yes<|im_end|>"]
+    assert scored(module, batch, "rejected") == ["no<|im_end|>"]
+
+
+def test_long_answers_are_cut_and_have_no_stop(pairs):
+    module, batch = pairs({"prompt": "ab", "chosen": "cdef", "rejected": "g"}, max_tokens=4)
+    assert scored(module, batch, "chosen") == ["cd"]
+    assert scored(module, batch, "rejected") == ["g<|eos|>"]
+    assert module.cut == {"pairs of more than max_tokens 4": 1}
+
+
+def test_pairs_that_say_nothing_are_dropped(pairs):
+    module, batch = pairs(
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "abcd", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "bcde", "rejected": "bcdf"},
+        max_tokens=4,
+    )
+    assert len(batch) == 1
+    assert module.dropped == {
+        "pairs of which both answers are the same": 2,
+        "prompts that fill max_tokens 4": 1,
+    }
+
+
+def test_pairs_without_a_prompt(pairs):
+    module, batch = pairs({"chosen": "good", "rejected": "bad"})
+    assert scored(module, batch, "chosen") == ["good<|eos|>"]
+    assert scored(module, batch, "rejected") == ["bad<|eos|>"]
+
+
+def test_other_columns(pairs):
+    with pytest.raises(ValueError, match=r"row 0 of .*columns better, worse; wanted: chosen and"):
+        pairs({"better": "a", "worse": "b"})

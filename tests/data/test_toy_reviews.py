@@ -1,0 +1,100 @@
+"""The embedded film reviews: what the grammar writes, and what it accepts."""
+
+import pytest
+
+from lit_align.data.toy import all_prompts, parses, sentiment, subject, toy_rows, toy_tokenizer
+
+PROMPT = "review of the silent river, a recent drama, on its music:"
+
+
+@pytest.fixture(scope="module")
+def train():
+    return toy_rows("train")
+
+
+@pytest.fixture(scope="module")
+def test():
+    return toy_rows("test")
+
+
+def test_sizes_and_held_out_prompts(train, test):
+    assert (len(train), len(test)) == (6000, 500)
+    seen, held_out = ({row["prompt"] for row in rows} for rows in (train, test))
+    assert (len(seen), len(held_out)) == (6000, 500)
+    assert not seen & held_out
+    assert seen | held_out <= set(all_prompts())
+
+
+def test_rows_are_the_same_every_time(test):
+    assert toy_rows("test") == test
+    assert toy_rows("test", seed=1) != test
+
+
+def test_everything_that_is_written_parses(train, test):
+    for row in train + test:
+        assert all(
+            parses(row["prompt"], row[name]) for name in ("completion", "chosen", "rejected")
+        )
+
+
+def test_decoding_gives_the_text_back(test):
+    tokenizer = toy_tokenizer()
+    assert 100 <= len(tokenizer) <= 300
+    for row in test:
+        for text in row.values():
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert 8 <= len(tokenizer(row["completion"])["input_ids"]) <= 31
+
+
+@pytest.mark.parametrize(
+    "review",
+    [
+        "haunting, but the plot feels thin.",
+        "truly haunting, but the plot feels rather thin. overall a good film.",
+        "grating, and the plot is thin, and the music is catchy, yet the ending seems open.",
+    ],
+)
+def test_reviews_of_the_grammar(review):
+    assert parses(PROMPT, review)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "review"),
+    [
+        (PROMPT, "haunting."),  # one clause
+        (PROMPT, "haunting, but the plot feels thin"),  # no full stop
+        (PROMPT, "wooden, but the plot feels thin."),  # acting's word
+        (PROMPT, "haunting, but the sound feels thin."),
+        (PROMPT, "haunting, but the plot feels thin very."),
+        (PROMPT, "haunting, but the plot feels thin. overall a good drama."),
+        (PROMPT, "haunting, but the plot feels thin.."),
+        (PROMPT, "haunting" + ", and the plot is thin, and the music is catchy" * 2 + "."),  # five
+        ("review of the music:", "haunting, but the plot feels thin."),
+        (PROMPT, ""),
+    ],
+)
+def test_texts_outside_the_grammar(prompt, review):
+    assert not parses(prompt, review)
+
+
+def test_sentiment_by_hand():
+    assert sentiment("haunting, but the plot feels thin.") == (2 - 1) / 2
+    assert sentiment("utterly haunting, but the plot feels slightly thin.") == (2 * 2 - 0.5) / 2
+    assert sentiment("orchestral, and the plot is linear. overall a terrible film.") == -2 / 3
+    assert sentiment("") == 0
+
+
+def test_the_better_answer_is_chosen_more_often_but_not_always(train):
+    better = [sentiment(row["chosen"]) - sentiment(row["rejected"]) for row in train]
+    assert 0.8 < sum(gap > 0 for gap in better) / len(better) < 0.95
+    clear = [gap for gap in better if abs(gap) > 1.5]
+    assert sum(gap > 0 for gap in clear) / len(clear) > 0.98
+
+
+def test_prompts_name_their_aspect_and_splits_their_names():
+    assert subject(PROMPT) == "music"
+    assert subject("once upon a time") == ""
+    with pytest.raises(ValueError, match="no split 'dev'; there are train and test"):
+        toy_rows("dev")

@@ -1,0 +1,208 @@
+"""Losses per element, against numbers by hand and other people's code."""
+
+import math
+
+import pytest
+import torch
+
+from lit_align.functional.kl import k3
+from lit_align.functional.losses import bradley_terry, clipped_surrogate, clipped_value, dpo
+from lit_align.functional.masks import masked_mean
+
+PAIR = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+
+
+def grad(loss, x):
+    return torch.autograd.grad(loss, x)[0]
+
+
+def numbers(name):
+    """The values of 'a=1,b=2' as floats."""
+    return [float(part.split("=")[1]) for part in name.split(",")]
+
+
+def test_the_ratio_stops_earning_at_the_clip():
+    ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5])
+    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    loss = clipped_surrogate(ratio.log(), torch.zeros(6), advantages, 0.2, 0.3)
+    torch.testing.assert_close(loss, torch.tensor([-0.5, -1.0, -1.3, 0.8, 1.0, 1.5]))
+
+
+def test_on_policy_the_gradient_is_that_of_reinforce():
+    logprobs = torch.randn(4, 1, requires_grad=True)
+    advantages = torch.randn(4, 1)
+    loss = clipped_surrogate(logprobs, logprobs.detach(), advantages)
+    torch.testing.assert_close(grad(loss.sum(), logprobs), -advantages)
+
+
+def test_a_clipped_element_has_no_gradient():
+    logprobs = torch.tensor([1.0, -1.0], requires_grad=True)
+    loss = clipped_surrogate(logprobs, torch.zeros(2), torch.tensor([1.0, -1.0]))
+    assert grad(loss.sum(), logprobs).tolist() == [0, 0]
+
+
+def test_a_value_stops_earning_at_the_clip():
+    """Towards a return of 1 from 0: at 0.1 (1 - 0.1)^2 / 2, at 0.5 still (1 - 0.2)^2 / 2."""
+    loss = clipped_value(torch.tensor([0.1, 0.5]), torch.zeros(2), torch.ones(2))
+    torch.testing.assert_close(loss, torch.tensor([0.405, 0.32]))
+
+
+def test_a_preference_by_hand():
+    """At the reference -log(1/2); a margin of 10 nats at beta 0.1 gives log(1 + 1/e)."""
+    zero, ten = torch.zeros(2), torch.tensor([0.0, 10.0])
+    expected = torch.tensor([math.log(2), math.log1p(math.exp(-1))])
+    torch.testing.assert_close(dpo(ten, zero, zero, zero), expected)
+    torch.testing.assert_close(bradley_terry(ten / 10, zero), expected)
+
+
+def test_smoothing_mixes_both_directions():
+    sides = torch.randn(4, 3)
+    right, wrong = dpo(*sides), dpo(sides[1], sides[0], sides[3], sides[2])
+    torch.testing.assert_close(dpo(*sides, label_smoothing=0.25), 0.75 * right + 0.25 * wrong)
+
+
+def test_a_margin_is_to_be_won_on_top():
+    chosen, rejected, margin = torch.randn(3, 5)
+    assert torch.equal(
+        bradley_terry(chosen, rejected, margin), bradley_terry(chosen - rejected, margin)
+    )
+
+
+def test_large_differences_stay_finite():
+    far = torch.tensor([1e4, -1e4])
+    assert bradley_terry(far, torch.zeros(2)).tolist() == [0, 1e4]
+    assert dpo(far, -far, far, far, beta=1.0).tolist() == [0, 2e4]
+
+
+@pytest.mark.parametrize(
+    ("function", "num_inputs"),
+    [(clipped_surrogate, 3), (clipped_value, 3), (dpo, 4), (bradley_terry, 2)],
+)
+def test_gradients_against_finite_differences(function, num_inputs):
+    inputs = [0.3 * torch.randn(6, dtype=torch.double) for _ in range(num_inputs)]
+    inputs[0].requires_grad_()
+    assert function(*inputs).dtype == torch.double
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+class TestReMaxReductions:
+    """papers/remax.md R4 and R11: what a sum over tokens weighs, and what a mean does."""
+
+    def test_r4_sum_and_mean_of_tokens(self):
+        loss = -0.7 * torch.tensor([[-0.4, -0.8, -0.2]])
+        assert loss.sum().item() == pytest.approx(0.98)
+        mean = masked_mean(loss, torch.ones(1, 3, dtype=torch.bool))
+        assert mean.item() == pytest.approx(0.3266667)
+
+    def test_r11_a_token_mean_can_turn_a_short_and_a_long_answer_around(self):
+        logprobs = torch.tensor([[-1.0, 0.0, 0.0], [-0.5, -0.5, -0.5]])
+        mask = torch.tensor([[True, False, False], [True, True, True]])
+        loss = -torch.tensor([[1.0], [-1.0]]) * logprobs
+        per_row = torch.stack(
+            [masked_mean(row, real) for row, real in zip(loss, mask, strict=True)]
+        )
+        assert (loss * mask).sum().item() / 2 == -0.25
+        assert masked_mean(loss, mask).item() == -0.125
+        assert per_row.mean().item() == 0.25
+
+
+@pytest.mark.parametrize(("source", "high"), [("logp", 0.2), ("logp", 0.28), ("logp_wild", 0.28)])
+def test_the_surrogate_agrees_with_openrlhf(close, golden, source, high):
+    file = golden("openrlhf_policy_loss")
+    wild = "logp_wild," if source == "logp_wild" else ""
+    case = file.cases[f"ppo,{wild}low=0.2,high={high},dual_clip=None,token_level=True"]
+    logprobs = file[source].requires_grad_()
+    loss = masked_mean(
+        clipped_surrogate(logprobs, file["old_logp"], file["adv"], 0.2, high), file.mask
+    )
+    close(loss, case["loss"])
+    close(grad(loss, logprobs), case["grad_logp"])
+
+
+def test_the_surrogate_of_sequences_agrees_with_openrlhf(close, golden):
+    """GSPO's ratio: mean log-ratio of a response, one advantage per response."""
+    file = golden("openrlhf_policy_loss")
+    case = file.cases["gspo,low=0.2,high=0.28,adv=adv_seq"]
+    logprobs = file["logp"].requires_grad_()
+    lengths = file.mask.sum(-1, keepdim=True)
+    new, old = (
+        torch.where(file.mask, x, 0).sum(-1, keepdim=True) / lengths
+        for x in (logprobs, file["old_logp"])
+    )
+    loss = clipped_surrogate(new, old, file["adv_seq"].unsqueeze(-1), 0.2, 0.28).mean()
+    close(loss, case["loss"])
+    close(grad(loss, logprobs), case["grad_logp"])
+
+
+@pytest.mark.parametrize("name", ["epsilon=0.2,value_clip=0.2", "epsilon=0.1,value_clip=0.5"])
+def test_both_clipped_losses_agree_with_torchtune(close, golden, name):
+    file = golden("torchtune_ppo_loss")
+    case = next(case for key, case in file.cases.items() if key.startswith(name))
+    epsilon, clip = numbers(name)
+    logprobs, values = file["logp"].requires_grad_(), file["new_values"].requires_grad_()
+    policy = clipped_surrogate(logprobs, file["old_logp"], file["adv"], epsilon, epsilon)
+    policy_loss = masked_mean(policy, file.mask)
+    close(policy_loss, case["policy_loss"])
+    close(grad(policy_loss, logprobs), case["grad_logp"])
+    value = masked_mean(clipped_value(values, file["values"], file["returns"], clip), file.mask)
+    close(value, case["value_loss"])
+
+
+@pytest.mark.parametrize("clip", ["None", "0.2", "0.5"])
+def test_values_agree_with_openrlhf(close, golden, clip):
+    """Without a clip it is an infinite one."""
+    file = golden("openrlhf_value_loss")
+    case = file.cases[f"clip={clip},token_level=True"]
+    values = file["new_values"].requires_grad_()
+    bound = math.inf if clip == "None" else float(clip)
+    loss = masked_mean(clipped_value(values, file["values"], file["returns"], bound), file.mask)
+    close(loss, case["loss"])
+    close(grad(loss, values), case["grad_new_values"])
+
+
+def test_grpo_agrees_with_torchtune(close, golden):
+    file = golden("torchtune_grpo_loss")
+    case = file.cases["GRPOLoss,epsilon=0.2,kl=0.1"]
+    logprobs = file["logp"].requires_grad_()
+    surrogate = clipped_surrogate(logprobs, file["old_logp"], file["adv_seq"].unsqueeze(-1))
+    kl = k3(logprobs, file["ref_logp"])
+    loss = masked_mean(surrogate + 0.1 * kl, file.mask)
+    close(masked_mean(kl, file.mask), case["kl"])
+    close(loss, case["loss"])
+    close(grad(loss, logprobs), case["grad_logp"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "beta=0.1,label_smoothing=0.0",
+        "beta=0.5,label_smoothing=0.0",
+        "beta=0.1,label_smoothing=0.1",
+    ],
+)
+def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(close, golden, name):
+    beta, label_smoothing = numbers(name)
+    for source, suffix, loss_key, grad_key in (
+        ("dpo_reference", ",ipo=False,reference_free=False", "mean", "_of_mean"),
+        ("torchtune_dpo_loss", "", "mean", "_of_mean"),
+        ("openrlhf_dpo_loss", ",ipo=False", "loss", ""),
+    ):
+        file = golden(source)
+        case = file.cases[name + suffix]
+        sides = [file[side] for side in PAIR]
+        sides[0].requires_grad_()
+        losses = dpo(*sides, beta, label_smoothing)
+        close(losses, case.get("losses", losses))
+        close(losses.mean(), case[loss_key])
+        close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
+
+
+@pytest.mark.parametrize("margin", ["None", "given"])
+def test_bradley_terry_agrees_with_openrlhf(close, golden, margin):
+    file = golden("openrlhf_reward_model_loss")
+    case = file.cases[f"PairWiseLoss,margin={margin}"]
+    chosen = file["chosen_reward"].requires_grad_()
+    given = [file["margin"]] if margin == "given" else []
+    loss = bradley_terry(chosen, file["rejected_reward"], *given).mean()
+    close(loss, case["loss"])
+    close(grad(loss, chosen), case["grad_chosen_reward"])

@@ -1,0 +1,107 @@
+"""Rewards, returns and advantages: the numbers of OpenRLHF, torchtune and the authors of RTO."""
+
+import math
+
+import pytest
+import torch
+
+from lit_align.functional.kl import k1
+from lit_align.functional.masks import whiten
+from lit_align.functional.returns import (
+    dpo_token_rewards,
+    gae,
+    group_relative,
+    leave_one_out,
+    on_last_token,
+    rewards_to_go,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gamma=1.0,lam=0.95", "gamma=0.99,lam=0.9", "gamma=1.0,lam=1.0", "gamma=0.9,lam=0.0"],
+)
+def test_gae(close, golden, name):
+    gamma, lam = (float(part.split("=")[1]) for part in name.split(","))
+    for source, prefix, key in (
+        ("openrlhf_gae", "gae,", "advantages"),
+        ("torchtune_gae", "", "raw_advantages"),
+    ):
+        file = golden(source)
+        case = file.cases[prefix + name]
+        advantages, returns = gae(file["token_rewards"], file["values"], file.mask, gamma, lam)
+        close(advantages, torch.where(file.mask, case[key], 0))
+        close(returns, torch.where(file.mask, case["returns"], 0))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_returns(close, golden, gamma):
+    file = golden("openrlhf_gae")
+    expected = file.cases[f"cumulative_returns,gamma={gamma}"]
+    close(rewards_to_go(file["token_rewards"], file.mask, gamma), expected)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_rewards(close, golden, kl_coef):
+    file = golden("openrlhf_misc")
+    kl = k1(file["old_logp"], file["ref_logp"])
+    rewards = on_last_token(file["scores"], file.mask) - kl_coef * file["mask"] * kl
+    close(rewards, file.cases[f"compute_reward,kl_coef={kl_coef},kl=k1*mask"])
+
+    file = golden("torchtune_rewards")
+    kl = k1(file["old_logp"], file["ref_logp"])
+    rewards = on_last_token(file["scores"], file.mask) - kl_coef * kl
+    close(rewards, file.cases[f"kl_coeff={kl_coef}"]["total_reward"])
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("name", "worth"),
+    [
+        ("group_norm", group_relative),
+        ("dr_grpo", lambda scores: group_relative(scores, scale=False)),
+        ("rloo", leave_one_out),
+    ],
+)
+def test_group_advantages(close, golden, name, worth, kl_coef):
+    file = golden("openrlhf_advantages")
+    case = file.cases[f"{name},gamma=1,lam=0.95,kl_coef={kl_coef}"]
+    scores = worth(file["scores"].view(-1, 3)).flatten()
+    kl = kl_coef * k1(file["old_logp"], file["ref_logp"])
+    advantages = rewards_to_go(on_last_token(scores, file.mask) - kl, file.mask)
+    close(advantages, torch.where(file.mask, case["advantages"], 0))
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+@pytest.mark.parametrize("name", ["gae", "reinforce", "reinforce_baseline"])
+def test_whitened_advantages(close, golden, name, kl_coef):
+    """Their variance is biased: n instead of n - 1."""
+    file = golden("openrlhf_advantages")
+    case = file.cases[f"{name},gamma=1,lam=0.95,kl_coef={kl_coef}"]
+    scores = file["scores"]
+    if name == "reinforce_baseline":
+        scores = group_relative(scores.view(-1, 3), scale=False).flatten()
+    kl = kl_coef * k1(file["old_logp"], file["ref_logp"])
+    rewards = on_last_token(scores, file.mask) - kl
+    advantages = returns = rewards_to_go(rewards, file.mask)
+    if name == "gae":
+        advantages, returns = gae(rewards, file["values"], file.mask)
+    count = file["mask"].sum().item()
+    biased = whiten(advantages, file.mask) * math.sqrt(count / (count - 1))
+    close(biased, torch.where(file.mask, case["advantages"], 0))
+    close(returns, torch.where(file.mask, case["returns"], 0))
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.01])
+@pytest.mark.parametrize(("coef", "clip"), [(1.0, None), (0.05, 0.05), (0.05, None), (1.0, 0.3)])
+def test_rto(close, golden, coef, clip, kl_coef):
+    file = golden("rto_rewards")
+    case = file.cases[f"scale={coef},clip={clip or 0.0},kl_coef={kl_coef}"]
+    dense = dpo_token_rewards(file["dpo_logp"], file["ref_logp"], file.mask, coef, clip)
+    close(dense, case["token_reward"])
+    kl = torch.where(file.mask, k1(file["old_logp"], file["ref_logp"]), 0)
+    rewards = dense - kl_coef * kl + on_last_token(file["scores"].clamp(-10, 10), file.mask)
+    close(rewards, case["reward"])
+    advantages, returns = gae(rewards, file["values"], file.mask, 1.0, 0.95)
+    close(advantages, case["advantages(gamma=1,lam=0.95)"])
+    close(returns, case["returns"])

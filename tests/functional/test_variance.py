@@ -1,0 +1,178 @@
+"""Reward variance increase: papers/grpovi.md section 6, and what must hold for any group."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_align.functional.returns import group_relative
+from lit_align.functional.variance import increase_variance
+
+EQUAL = [0.25] * 4
+
+
+def increased(scores, probs, low=0.0, high=1.0, split_ties=False):
+    rows = (torch.tensor([row], dtype=torch.double) for row in (scores, probs))
+    return increase_variance(*rows, low, high, split_ties).squeeze(0)
+
+
+def mean_and_variance(scores, probs):
+    mean = (probs * scores).sum(-1)
+    return mean, (probs * scores.square()).sum(-1) - mean.square()
+
+
+@pytest.mark.parametrize(
+    ("probs", "scores", "expected"),
+    [
+        (EQUAL, [0.9, 0.6, 0.4, 0.1], [1, 1, 0, 0]),
+        ([0.1, 0.5, 0.15, 0.25], [0.2, 0.4, 0.9, 0.1], [0, 0.46, 1, 0]),
+        (EQUAL, [1, 1, 0, 0], [1, 1, 0, 0]),
+        (EQUAL, [0.5] * 4, [0.5] * 4),
+        (EQUAL, [0.502, 0.501, 0.5, 0.499], [1, 1, 0.002, 0]),
+    ],
+    ids=["G1", "G3", "G5", "G6", "G11"],
+)
+def test_numbers_of_the_paper(close, probs, scores, expected):
+    close(increased(scores, probs), expected, 1e-12)
+
+
+def test_g1_and_g3_as_advantages(close):
+    """Over the population's standard deviation, and without it."""
+    population = math.sqrt(4 / 3)
+    advantages = group_relative(increased([0.9, 0.6, 0.4, 0.1], EQUAL).unsqueeze(0))
+    close(advantages * population, [[1, 1, -1, -1]], 3e-6)
+    adjusted = increased([0.2, 0.4, 0.9, 0.1], [0.1, 0.5, 0.15, 0.25]).unsqueeze(0)
+    expected = [[-0.886102, 0.230629, 1.541575, -0.886102]]
+    close(group_relative(adjusted) * population, expected, 5e-6)
+    close(group_relative(adjusted, scale=False), [[-0.365, 0.095, 0.635, -0.365]], 1e-12)
+
+
+def test_g1_g3_and_g11_variances():
+    for probs, scores, before, after in (
+        (EQUAL, [0.9, 0.6, 0.4, 0.1], 0.085, 0.25),
+        ([0.1, 0.5, 0.15, 0.25], [0.2, 0.4, 0.9, 0.1], 0.0636, 0.1114),
+        (EQUAL, [0.502, 0.501, 0.5, 0.499], 1.25e-6, 0.249501),
+    ):
+        weights = torch.tensor(probs, dtype=torch.double)
+        raw = torch.tensor(scores, dtype=torch.double)
+        assert mean_and_variance(raw, weights)[1].item() == pytest.approx(before)
+        adjusted = increased(scores, probs)
+        assert mean_and_variance(adjusted, weights)[1].item() == pytest.approx(after, abs=1e-6)
+
+
+def test_split_ties_rank_by_column():
+    assert increased([0.5] * 4, EQUAL, split_ties=True).tolist() == [1, 1, 0, 0]
+    split = increased([0.1, 0.5, 0.9, 0.5], EQUAL, split_ties=True)
+    assert split.tolist() == pytest.approx([0, 1, 1, 0])
+
+
+def test_an_empty_range_returns_the_scores():
+    scores = torch.tensor([[0.3, 7.0]])
+    assert torch.equal(increase_variance(scores, scores, 1.0, 1.0), scores)
+    assert torch.equal(increase_variance(scores, scores, 1.0, 0.0), scores)
+
+
+def test_scores_outside_the_range_are_clipped_to_it():
+    assert increased([5.0, -3.0], [0.5, 0.5]).tolist() == [1, 0]
+    assert increased([5.0, 2.0, 0.0], [0.25, 0.25, 0.5]).tolist() == [1, 1, 0]
+
+
+def test_single_scores_and_single_precision_come_back():
+    assert increased([0.3], [1.0]).tolist() == pytest.approx([0.3])
+    scores = torch.rand(3, 5)
+    assert increase_variance(scores, torch.full((3, 5), 0.2), 0.0, 1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("probs", "scores", "expected"),
+    [
+        ([0, 0.5, 0.5], [1, 0, 0], [1, 0, 0]),
+        ([0.5, 0.5, 0], [1, 1, 0], [1, 1, 0]),
+        ([0, 1, 0], [0.9, 0.5, 0.1], [1, 0.5, 0]),
+        ([1, 0, 0], [0.9, 0.5, 0.1], [0.9, 0, 0]),
+        ([0, 0, 1], [0.9, 0.5, 0], [0.9, 0.5, 0]),
+    ],
+)
+def test_responses_without_weight(close, probs, scores, expected):
+    """They follow their place in the order, and keep their score where nothing decides."""
+    for split_ties in (False, True):
+        close(increased(scores, probs, split_ties=split_ties), expected, 1e-12)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (0.1, 0.7)])
+def test_scores_at_the_bounds_come_back_exactly(low, high):
+    """The float trap: the mean meets a partial sum of the weights up to the last bit."""
+    probs = torch.randn(2000, 8, dtype=torch.double).mul(4).softmax(-1)
+    scores = torch.tensor([low, high], dtype=torch.double)[torch.randint(2, (2000, 8))]
+    assert torch.equal(increase_variance(scores, probs, low, high), scores)
+
+
+def random_groups(num_groups, size, spread=2.0, levels=6):
+    probs = torch.randn(num_groups, size, dtype=torch.double).mul(spread).softmax(-1)
+    scores = torch.randint(0, levels + 1, (num_groups, size)).double() / levels
+    return scores, probs
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(0, 10_000),
+    st.booleans(),
+    st.sampled_from([1, 4, 300]),
+    st.sampled_from([1, 30]),
+)
+def test_mean_order_box_and_variance(size, seed, split_ties, spread, levels):
+    """For any weights, down to exact zeros."""
+    torch.manual_seed(seed)
+    scores, probs = random_groups(200, size, spread, levels)
+    adjusted = increase_variance(scores, probs, 0.0, 1.0, split_ties)
+    assert adjusted.isfinite().all()
+    assert ((adjusted >= 0) & (adjusted <= 1)).all()
+    (mean, variance), (new_mean, new_variance) = (
+        mean_and_variance(x, probs) for x in (scores, adjusted)
+    )
+    torch.testing.assert_close(new_mean, mean, rtol=0, atol=1e-14)
+    assert (new_variance >= variance - 1e-14).all()
+    higher = scores.unsqueeze(-1) > scores.unsqueeze(-2)
+    gap = adjusted.unsqueeze(-1) - adjusted.unsqueeze(-2)
+    assert (gap[higher] >= 0).all()
+    if not split_ties:
+        assert (gap[scores.unsqueeze(-1) == scores.unsqueeze(-2)] == 0).all()
+
+
+def test_idempotent_permutation_and_affine():
+    scores, probs = random_groups(500, 9, spread=1.0)
+    adjusted = increase_variance(scores, probs, 0.0, 1.0)
+
+    def same(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+    same(increase_variance(adjusted, probs, 0.0, 1.0), adjusted)
+    shuffle = torch.randperm(9)
+    same(increase_variance(scores[:, shuffle], probs[:, shuffle], 0.0, 1.0), adjusted[:, shuffle])
+    same(increase_variance(3 * scores - 5, probs, -5.0, -2.0), 3 * adjusted - 5)
+
+
+def test_no_vertex_of_the_problem_does_better():
+    """The paper's algorithm 1: a top block `high`, one value for the next, the rest `low`."""
+    scores, probs = random_groups(100, 6, levels=100)
+    scores = scores.sort(-1, descending=True).values
+    adjusted = increase_variance(scores, probs, 0.0, 1.0, split_ties=True)
+    mean, variance = mean_and_variance(adjusted, probs)
+    best = torch.zeros_like(mean)
+    for top, rest in itertools.combinations(range(7), 2):
+        middle = (mean - probs[:, :top].sum(-1)) / probs[:, top:rest].sum(-1)
+        vertex = torch.zeros_like(scores)
+        vertex[:, :top], vertex[:, top:rest] = 1, middle.unsqueeze(-1)
+        found = mean_and_variance(vertex, probs)[1]
+        best = torch.where((middle >= 0) & (middle <= 1), torch.maximum(best, found), best)
+    torch.testing.assert_close(variance, best, rtol=0, atol=1e-12)
+
+
+def test_a_group_that_is_not_finite_comes_back():
+    scores = torch.tensor([[0.2, math.nan, 0.4]])
+    adjusted = increase_variance(scores, torch.full((1, 3), 1 / 3), 0.0, 1.0)
+    assert torch.equal(adjusted.nan_to_num(9), scores.nan_to_num(9))

@@ -1,0 +1,111 @@
+"""A whole run in a second: a tiny policy, random prompts, a reward that counts a token."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from lit_align.batches import Experience
+from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
+from lit_align.models.policy import Policy
+from lit_align.rewards.base import RewardFunction
+
+SHARED = Path(__file__).parents[2] / "shared"
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+class RandomPrompts(LightningDataModule):
+    """Prompts of five random tokens; texts are their token ids."""
+
+    def __init__(self, num_batches: int = 3, batch_size: int = 4):
+        super().__init__()
+        self.num_batches, self.batch_size = num_batches, batch_size
+        self.tokenizer = SimpleNamespace(pad_token_id=0, __len__=lambda self: 32)
+        self.stop_ids = [2]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def batch(self, number: int) -> Experience:
+        """The rows r, r + W, ... of the batch of all ranks."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(3, 32, (self.batch_size * world, 5), generator=generator)[rank::world]
+        return Experience(
+            columns={"prompt": [self.decode(row) for row in ids.tolist()]},
+            prompts=ids,
+            prompt_mask=torch.ones_like(ids, dtype=torch.bool),
+            prompt_lengths=[5] * self.batch_size,
+            counted=[True] * self.batch_size,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(range(self.num_batches), batch_size=1, collate_fn=self.first)
+
+    val_dataloader = predict_dataloader = train_dataloader
+
+    def first(self, numbers: list[int]) -> Experience:
+        return self.batch(numbers[0])
+
+
+class Count(RewardFunction):
+    """How often a token stands in the response."""
+
+    def __init__(self, token: int = 5):
+        self.token = token
+
+    def __call__(self, batch: Experience) -> Tensor:
+        return ((batch.responses == self.token) & batch.response_mask).sum(-1).float()
+
+
+def tiny(**settings: Any) -> Policy:
+    """The same random weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Policy(config=dict(TINY), **settings)
+
+
+def weights(module: torch.nn.Module) -> list[Tensor]:
+    """The trained weights, whole and on their own."""
+    tensors = [weight.detach() for weight in module.parameters() if weight.requires_grad]
+    return [t.full_tensor() if isinstance(t, DTensor) else t.clone() for t in tensors]
+
+
+def distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """The largest distance of a tensor from its counterpart, relative to its norm."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
+
+
+def trainer(folder, max_new_tokens: int = 6, **settings) -> Trainer:
+    """A silent trainer on one CPU process that rolls out and counts tokens."""
+    callbacks = [Rollout(max_new_tokens=max_new_tokens), Reward(Count())]
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "use_distributed_sampler": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    more = settings.pop("callbacks", [])
+    return Trainer(callbacks=[*callbacks, *more], **{**defaults, **settings})

@@ -1,0 +1,206 @@
+"""The one door for sampling and scoring."""
+
+import math
+
+import pytest
+import torch
+from harness import TINY
+
+from lit_align.batches import Experience, Tokens
+from lit_align.functional.masks import through_first
+from lit_align.models.decoding import Sampling, choose, likeliest
+from lit_align.models.lora import LoRA
+from lit_align.models.policy import Policy
+
+
+def answer(policy, prompts, greedy=(False,) * 4, temperature_noise=7, length=6):
+    """Answers four prompts as Rollout does."""
+    noise = torch.rand(4, length, generator=torch.Generator().manual_seed(temperature_noise))
+    batch = prompts.repeat(1)
+    responses = policy.eval().respond(batch, noise, greedy, [2], 0, Sampling())
+    batch.responses, batch.sampling_logprobs = responses
+    batch.response_mask = through_first(batch.responses, [2])
+    batch.response_lengths = batch.response_mask.sum(-1).tolist()
+    return batch
+
+
+def shifted(batch, left, right):
+    """The same rows with more padding on either side."""
+    pad = torch.nn.functional.pad
+    wider = Experience(batch.columns, **batch.fields())
+    wider.prompts = pad(batch.prompts, (left, 0), value=0)
+    wider.prompt_mask = pad(batch.prompt_mask, (left, 0), value=False)
+    wider.responses = pad(batch.responses, (0, right), value=0)
+    wider.response_mask = pad(batch.response_mask, (0, right), value=False)
+    return wider
+
+
+def test_logprobs_equal_the_networks_own_softmax(tiny_policy, prompts):
+    batch = answer(tiny_policy, prompts)
+    row = batch.rows([1])  # the longest prompt: no padding in front
+    length = row.response_lengths[0]
+    ids = torch.cat([row.prompts, row.responses[:, :length]], 1)
+    logits = tiny_policy.network(input_ids=ids).logits[:, 4:-1].log_softmax(-1)
+    expected = logits.gather(-1, row.responses[:, :length].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(tiny_policy.logprobs(row)[:, :length], expected)
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (5, 7)])
+def test_logprobs_do_not_depend_on_padding(tiny_policy, prompts, left, right):
+    batch = answer(tiny_policy, prompts)
+    plain = tiny_policy.logprobs(batch)
+    wide = tiny_policy.logprobs(shifted(batch, left, right))[:, : plain.shape[1]]
+    mask = batch.response_mask
+    torch.testing.assert_close(wide[mask], plain[mask], atol=1e-5, rtol=0)
+
+
+def test_logprobs_of_a_row_do_not_depend_on_its_company(tiny_policy, prompts):
+    batch = answer(tiny_policy, prompts)
+    together = tiny_policy.logprobs(batch)
+    for row in range(4):
+        alone = batch.rows([row]).trim()
+        mask = alone.response_mask
+        part = together[row : row + 1, : mask.shape[1]]
+        torch.testing.assert_close(tiny_policy.logprobs(alone)[mask], part[mask], atol=1e-5, rtol=0)
+
+
+def test_sampling_logprobs_equal_scoring_logprobs(prompts):
+    torch.manual_seed(0)
+    policy = Policy(config=dict(TINY), temperature=0.7)
+    batch = answer(policy, prompts)
+    mask = batch.response_mask
+    scored = policy.logprobs(batch)
+    torch.testing.assert_close(scored[mask], batch.sampling_logprobs[mask], atol=1e-4, rtol=0)
+
+
+def test_greedy_rows_are_identical_across_two_calls_and_take_the_likeliest(tiny_policy, prompts):
+    one = answer(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=1)
+    two = answer(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=2)
+    assert torch.equal(one.responses, two.responses)
+    hits = tiny_policy.hits(one)
+    assert hits[one.response_mask].all()
+
+
+def test_greedy_and_sampled_rows_share_a_call(tiny_policy, prompts):
+    mixed = answer(tiny_policy, prompts, greedy=(True, False, True, False))
+    greedy = answer(tiny_policy, prompts, greedy=(True,) * 4)
+    sampled = answer(tiny_policy, prompts)
+    assert torch.equal(mixed.responses[::2], greedy.responses[::2])
+    assert torch.equal(mixed.responses[1::2], sampled.responses[1::2])
+
+
+def test_an_answer_is_padded_behind_its_stop_even_where_pad_is_a_stop(tiny_policy, prompts):
+    noise = torch.rand(4, 12, generator=torch.Generator().manual_seed(3))
+    stops = list(range(2, 18))  # half of the vocabulary: every row stops early
+    tokens, logprobs = tiny_policy.eval().respond(prompts, noise, [False] * 4, stops, 2, Sampling())
+    mask = through_first(tokens, stops)
+    assert (mask.sum(-1) < 12).all()
+    assert (tokens[~mask] == 2).all()
+    assert (logprobs[~mask] == 0).all()
+
+
+def test_a_token_is_chosen_at_its_quantile():
+    probs = torch.tensor([[0.2, 0.5, 0.3]]).expand(5, 3)
+    noise = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71])
+    greedy = torch.zeros(5, dtype=torch.bool)
+    assert choose(probs.log(), noise, greedy, Sampling()).tolist() == [0, 0, 1, 1, 2]
+    assert choose(probs.log(), noise, ~greedy, Sampling()).tolist() == [1] * 5
+
+
+def test_sampling_frequencies_are_the_policys():
+    probs = torch.tensor([0.6, 0.35, 0.05]).expand(200_000, 3)
+    noise = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    tokens = choose(probs.log(), noise, torch.zeros(200_000, dtype=torch.bool), Sampling())
+    frequencies = tokens.bincount(minlength=3) / 200_000
+    assert (frequencies - probs[0]).abs().max() < 0.005  # over four standard errors
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logprobs = torch.tensor([[0.6, 0.35, 0.05]]).log()
+    assert likeliest(logprobs, Sampling(top_k=1)).tolist()[0][1:] == [0.0, 0.0]
+    kept = likeliest(logprobs, Sampling(top_p=0.9))
+    torch.testing.assert_close(kept, torch.tensor([[0.6, 0.35, 0.0]]))
+
+
+def test_temperature_divides_the_logits(tiny_policy, prompts):
+    batch = answer(tiny_policy, prompts)
+    hot = Policy(config=dict(TINY), temperature=2.0)
+    hot.load_state_dict(tiny_policy.state_dict())
+    logits = hot.network(input_ids=batch.rows([1]).tokens).logits[:, 4:-1] / 2
+    expected = logits.log_softmax(-1).gather(-1, batch.rows([1]).responses.unsqueeze(-1))
+    torch.testing.assert_close(hot.logprobs(batch.rows([1])), expected.squeeze(-1))
+
+
+def test_an_adapter_starts_as_its_base_and_can_be_switched_off(prompts):
+    torch.manual_seed(0)
+    policy = Policy(config=dict(TINY), lora=LoRA(rank=2, alpha=4))
+    batch = answer(policy, prompts)
+    before = policy.logprobs(batch)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    assert (policy.logprobs(batch) - before).abs().max() > 0.1
+    with policy.adapters_off():
+        torch.testing.assert_close(policy.logprobs(batch), before)
+    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_dropout_is_off(prompts):
+    policy = Policy(
+        config={"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    )
+    batch = answer(policy, prompts)
+    policy.train()
+    assert torch.equal(policy.logprobs(batch), policy.logprobs(batch))
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 0.05},
+        {"model_type": "granite", "logits_scaling": 8.0},
+    ],
+)
+def test_capped_or_scaled_logits_are_refused_in_a_sentence(special):
+    config = {**TINY, **special, "initializer_range": 0.2}
+    with pytest.raises(ValueError, match="soft-capped or scaled logits are not supported"):
+        Policy(config=config)
+
+
+def test_a_policy_needs_a_path_or_a_config():
+    with pytest.raises(ValueError, match="needs a path, or a config to start from"):
+        Policy()
+    with pytest.raises(FileNotFoundError, match=r"\./nowhere: no such folder"):
+        Policy("./nowhere")
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        Policy(config=dict(TINY), temperature=0.0)
+
+
+def test_a_saved_policy_loads_elsewhere(tiny_policy, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tiny_policy.save(tmp_path)
+    ids = torch.arange(3, 9)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, tiny_policy.network(ids).logits)
+    assert (tmp_path / "model.safetensors").is_file()
+    again = Policy(str(tmp_path))
+    assert all(map(torch.equal, again.state_dict().values(), tiny_policy.state_dict().values()))
+
+
+def test_several_stop_ids_come_from_the_generation_config(tiny_policy):
+    assert tiny_policy.stop_ids == [2]
+    tiny_policy.network.generation_config.eos_token_id = [2, 5]
+    assert tiny_policy.stop_ids == [2, 5]
+
+
+def test_hits_are_the_share_of_likeliest_tokens(tiny_policy):
+    ids = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones_like(ids, dtype=torch.bool)
+    batch = Tokens(tokens=ids, token_mask=ones, loss_mask=ones, lengths=[6, 6])
+    best = tiny_policy.network(input_ids=ids).logits[:, :-1].argmax(-1)
+    assert torch.equal(tiny_policy.hits(batch), best == ids[:, 1:])
+    assert math.isclose(float(batch.response_mask.sum()), 10)

@@ -1,0 +1,71 @@
+"""Nothing after the rollout reads a tensor's value: the step runs on tensors that have none."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import RandomPrompts, tiny
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import AdamW
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.batches import Experience
+from lit_align.models.policy import Policy
+
+
+def rollout() -> Experience:
+    """Two prompts, a sampled and a greedy answer each, as Rollout and Reward leave them."""
+    data = RandomPrompts(batch_size=2)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1)
+    batch = data.batch(0).rows([0, 1, 0, 1])
+    batch.group, batch.greedy = [0, 1, 0, 1], [False, False, True, True]
+    batch.responses = torch.randint(3, 32, (4, 6))
+    batch.response_lengths, batch.truncated = [3, 6, 2, 4], [False, True, False, False]
+    lengths = torch.tensor(batch.response_lengths).unsqueeze(1)
+    batch.response_mask = torch.arange(6) < lengths
+    batch.sampling_logprobs = torch.zeros(4, 6)
+    batch.scores = torch.tensor([1.0, 0.0, 0.5, 2.0])
+    return batch
+
+
+class Bare(ReMax):
+    """ReMax with an optimizer and without a Trainer around it."""
+
+    trainer = SimpleNamespace(
+        world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value)
+    )
+    log = log_dict = lambda self, *args, **kwargs: None
+
+    def manual_backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.adam.step()
+        return {"grad_norm": norm}
+
+    def end_iteration(self, metrics):
+        self.iteration += 1
+
+
+def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
+    """A loaded policy without its weights' values: loading verifies them, a step does not."""
+    for module in policy.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(mode.from_tensor(weight.detach())))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, mode.from_tensor(buffer))
+    return policy
+
+
+@pytest.mark.parametrize("settings", [{}, {"kl_to_go": True, "gamma": 0.99, "per_token": True}])
+def test_one_remax_step_runs_on_fake_tensors(settings):
+    policy, reference, batch, mode = tiny(), tiny(), rollout(), FakeTensorMode()
+    algorithm = Bare(policy=tiny, microbatch_tokens=16, **settings)
+    algorithm.policy, algorithm.reference = fake(policy, mode), fake(reference, mode)
+    algorithm.adam = AdamW(policy.parameters(), lr=1e-3)
+    with mode:
+        algorithm.training_step(batch.map(mode.from_tensor), 0)
+    assert algorithm.iteration == 1
+    assert all(isinstance(state["exp_avg"], FakeTensor) for state in algorithm.adam.state.values())
+    assert len(algorithm.adam.state) == len(list(policy.parameters()))
