@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -59,15 +60,16 @@ class OnlineAlgorithm(Algorithm):
         """Builds policy and reference, once: Lightning asks before every fit and validate."""
         if "policy" in self._modules:
             return
-        self.policy = shard(self.build_policy(), self.device_mesh)
-        if self.build_reference is not None or self.policy.adapted is None:
-            reference = (self.build_reference or self.build_policy)()
-            if reference.vocabulary != self.policy.vocabulary:
+        policy = self.build_policy()
+        if self.build_reference is not None or policy.adapted is None:
+            reference = self.build_reference() if self.build_reference else deepcopy(policy)
+            if reference.vocabulary != policy.vocabulary:
                 raise ValueError(
                     f"The reference {reference.name} knows {reference.vocabulary} tokens and the "
-                    f"policy {self.policy.name} {self.policy.vocabulary}: they must share one."
+                    f"policy {policy.name} {policy.vocabulary}: they must share one vocabulary."
                 )
             self.reference = shard(reference.requires_grad_(False).eval(), self.device_mesh)
+        self.policy = shard(policy, self.device_mesh)
 
     def training_step(self, batch: Experience, batch_idx: int) -> None:
         """One iteration of the paper, on prompts already answered and scored."""

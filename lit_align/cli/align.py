@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.callbacks.curves import Curves
 from lit_align.callbacks.export import Export
 from lit_align.callbacks.progress import Progress
@@ -16,7 +17,7 @@ from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.callbacks.samples import Samples
 from lit_align.cli.batch_plan import BatchPlan
-from lit_align.cli.messages import TRAINER_HINTS, Parser
+from lit_align.cli.messages import Parser
 from lit_align.data.loading import TextData
 
 
@@ -64,9 +65,16 @@ class AlignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fills in what one section can tell another, and refuses what Lightning would."""
         config = self.config[self.config.subcommand]
-        for flag, hint in TRAINER_HINTS.items():
-            if config.trainer.get(flag) not in (None, 1):
-                raise ValueError(f"--trainer.{flag} cannot be used here: {hint}")
+        if config.trainer.get("gradient_clip_val") is not None:
+            raise ValueError(
+                "--trainer.gradient_clip_val cannot be used here: set --model.max_grad_norm, "
+                "which clips each role by itself."
+            )
+        if config.trainer.get("accumulate_grad_batches") not in (None, 1):
+            raise ValueError(
+                "--trainer.accumulate_grad_batches cannot be used here: set --data.batch_size to "
+                "what one step sees and --model.microbatch_tokens to what fits in memory."
+            )
         if config.data is not None and config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = self.model_path(config.model.init_args)
         if self.config.subcommand == "predict":
@@ -88,6 +96,7 @@ class AlignCLI(LightningCLI):
             kwargs["logger"] = [
                 kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)
             ]
+        self.check_sections(config)
         trainer = super().instantiate_trainer(**kwargs)
         given = {type(callback) for callback in trainer.callbacks}
         sections = [section for section in (config.rollout, config.reward) if section is not None]
@@ -95,6 +104,14 @@ class AlignCLI(LightningCLI):
         writers = [writer for writer in writers if type(writer) not in given]
         trainer.callbacks[:] = [*sections, *trainer.callbacks, *writers]
         return trainer
+
+    def check_sections(self, config: Namespace) -> None:
+        """Refuses an online algorithm that would wait for answers or scores in vain."""
+        name = type(self.model).__name__
+        if isinstance(self.model, OnlineAlgorithm) and config.rollout is None:
+            raise ValueError(f"{name} learns from its own answers: add a `rollout` section.")
+        if isinstance(self.model, OnlineAlgorithm) and config.reward is None:
+            raise ValueError(f"{name} learns from scores: add a `reward` section.")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's settings win over the command line; ours has none."""

@@ -24,9 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return configs(args[1:]) if args[:1] == ["configs"] else run(args)
     except Exception as error:
-        if not explained(error):
+        text = explained(error)
+        if text is None:
             raise
-        print(f"lit-align: {error}", file=sys.stderr)
+        print(f"lit-align: {text}", file=sys.stderr)
         return 2
 
 
@@ -39,6 +40,7 @@ def run(args: list[str]) -> int:
 
     quieten()
     open_rooms()
+    sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as python itself would find them
     AlignCLI(fit_overlays(args))
     return 0
 

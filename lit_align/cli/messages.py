@@ -10,18 +10,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from torch.optim import Optimizer
 
+from lit_align.algorithms.base import Algorithm
 from lit_align.cli.rooms import arguments, kinds
+from lit_align.data.loading import TextData
+from lit_align.models.backbone import Backbone
+from lit_align.rewards.base import RewardFunction
 
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:$"
-    r"|Expected a <class 'NoneType'>|Given value|Expected a path but |^$"
+    r"|Expected a <class '(NoneType|list)'>|Given value|Expected a path but "
+    r"|^$"
 )
-TRAINER_HINTS = {
-    "gradient_clip_val": "set --model.max_grad_norm instead, which clips each role by itself.",
-    "accumulate_grad_batches": "set --model.microbatch_tokens instead; it never changes results.",
-}
+BASES = (Algorithm, Backbone, TextData, RewardFunction, Callback, Optimizer)
 
 
 class Parser(LightningArgumentParser):
@@ -32,7 +36,7 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        options = [action.dest for action in parser._actions]
+        options = [a.dest for a in parser._actions if not a.dest.endswith("help")]
         sys.stderr.write(f"lit-align: {sentence(message, options)}\n")
         sys.exit(2)
 
@@ -47,35 +51,33 @@ def sentence(message: str, options: Iterable[str]) -> str:
     lines = [line.strip(" -") for line in message.splitlines()]
     kept = [line for line in lines if not NOISE.search(line)]
     text = " ".join(dict.fromkeys(kept))
+    text = re.sub(r"Type \S+Callable\[.*?\]+ expects a function or a callable class: ", "", text)
+    text = re.sub(r"\.? Got value: Namespace\(.*", "", text)
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class '\1'", text)
     text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)':", r"\1:", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"--\1:", text)
-    return text + nearest(message, text, options)
+    return f"{text.rstrip('. ')}.{nearest(message, text, options)}"
 
 
 def nearest(message: str, text: str, options: Iterable[str]) -> str:
     """' Did you mean ...?', for a name that stands close to one that exists."""
-    wrong = re.search(
-        r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)"
-        r"|[Kk]ey '([\w.]+)' is not expected|import path string: ([\w.]+)"
-        r"|Group '\w+' does not accept nested key '([\w.]+)'|Unexpected class path '([\w.]+)'",
-        message,
-    )
-    if wrong is None:
-        return ""
-    name = next(group for group in wrong.groups() if group)
-    owners = re.findall(r"\b([A-Z]\w+):", text)
-    known = set(options) | {kind.__name__ for kind in kinds(object) if ours(kind)}
-    for kind in kinds(object):
-        if kind.__name__ in owners and ours(kind):
-            known = arguments(kind)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def ours(kind: type) -> bool:
-    """Whether a class belongs to lit_align."""
-    return kind.__module__.startswith("lit_align.")
+    classes = {kind.__name__: kind for base in BASES for kind in kinds(base)}
+    owners = [classes[name] for name in re.findall(r"\b([A-Z]\w+):", text) if name in classes]
+    anywhere = set().union(*map(arguments, classes.values()))
+    places: dict[str, list[Iterable[str]]] = {
+        r"import path string: ([\w.]+)": [classes],
+        r"unrecognized arguments: --([\w.]+)|[Kk]ey '([\w.]+)' is not expected": [options],
+        r"Option '([\w.]+)' is not accepted": [*map(arguments, owners[-1:]), anywhere],
+    }
+    for pattern, known in places.items():
+        found = re.search(pattern, message)
+        wrong = next(filter(None, found.groups())) if found else ""
+        for names in known:
+            near = difflib.get_close_matches(wrong, list(names), n=1)
+            if near:
+                return f" Did you mean '{near[0]}'?"
+    return ""
 
 
 def quieten() -> None:
@@ -88,7 +90,10 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", f".*{text}")
 
 
-def explained(error: Exception) -> bool:
-    """Whether an error was raised by our own files: then its text is meant for the user."""
+def explained(error: Exception) -> str | None:
+    """The text of an error that our own files raised: it is meant for the user. Else None."""
+    if str(error).startswith("Does not validate against"):  # ours, seen through the parser
+        return sentence(str(error), ())
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
+    ours = bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
+    return str(error) if ours else None

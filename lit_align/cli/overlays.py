@@ -1,19 +1,21 @@
 """Configs by name, and overlays that apply where they fit."""
 
 import difflib
+import importlib
 import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.cli.rooms import arguments, kinds
+from lit_align.data.loading import TextData
 
 Settings = dict[str, Any]
+SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextData}
 
 
 def packaged() -> dict[str, str]:
@@ -51,7 +53,7 @@ def fit_overlays(argv: list[str]) -> list[str]:
     configs = {place: read(argv[place]) for place in places}
     chosen = {
         section: chosen_class(section, base, list(configs.values()), argv)
-        for section, base in (("model", Algorithm), ("data", LightningDataModule))
+        for section, base in SECTIONS.items()
     }
     for place, settings in configs.items():
         if "class_path" not in (settings.get("model") or {}):
@@ -69,8 +71,20 @@ def chosen_class(section: str, base: type, configs: list[Settings], argv: list[s
     """The class that the command line, or else the last config, names for `section`."""
     names = [(settings.get(section) or {}).get("class_path") for settings in configs]
     names += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == f"--{section}"]
-    name = next((name for name in reversed(names) if name), "").rpartition(".")[2]
-    return next((kind for kind in kinds(base) if kind.__name__ == name), None)
+    name = next((name for name in reversed(names) if name), None)
+    if name is None:
+        return None
+    if "." in name:
+        try:
+            importlib.import_module(name.rpartition(".")[0])
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--{section} {name}: {error}") from error
+    known = {kind.__name__: kind for kind in kinds(base)}
+    if name.rpartition(".")[2] not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(sorted(known))}."
+        raise ValueError(f"--{section} {name}: there is no such class. {hint}")
+    return known[name.rpartition(".")[2]]
 
 
 def cut(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
@@ -78,7 +92,7 @@ def cut(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
     algorithm = chosen["model"]
     offline = algorithm is not None and not issubclass(algorithm, OnlineAlgorithm)
     left = {k: v for k, v in overlay.items() if not (offline and k in ("rollout", "reward"))}
-    for section, base in (("model", Algorithm), ("data", LightningDataModule)):
+    for section, base in SECTIONS.items():
         kind, settings = chosen[section], (overlay.get(section) or {}).get("init_args")
         if kind is not None and settings:
             elsewhere = set().union(*map(arguments, kinds(base))) - arguments(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from lit_align.data.forms import rename
 from lit_align.data.order import Order, Rows
 from lit_align.data.rows import Row, Source, load_rows
 from lit_align.data.text import load_tokenizer, stop_ids
+from lit_align.data.unwanted import Unwanted
 
 
 class TextData(LightningDataModule):
@@ -37,6 +38,9 @@ class TextData(LightningDataModule):
         columns: New names of columns, such as {question: prompt}; the old ones stay too.
         tokenizer: Hub id or local folder; the command line gives the policy's by default.
         chat_template: Jinja text or its file; replaces the tokenizer's own template.
+        eos_token: Token that ends an answer; replaces the tokenizer's own eos.
+        drop: Rows to leave out: a regular expression for each column in which it may be found,
+            such as {answer: '^$'}; of a conversation its text is searched.
         batch_size: Rows per batch and rank.
         eval_batch_size: Rows per evaluation batch and rank; as in training if not given.
         max_rows: At most so many rows are read of each source, the first ones.
@@ -56,6 +60,8 @@ class TextData(LightningDataModule):
         columns: dict[str, str] | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
+        eos_token: str | None = None,
+        drop: dict[str, str] | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_rows: int | None = None,
@@ -74,6 +80,8 @@ class TextData(LightningDataModule):
         self.columns = columns
         self.tokenizer_path = tokenizer
         self.chat_template = chat_template
+        self.eos_token = eos_token
+        self.unwanted = Unwanted(drop or {})
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_rows = max_rows
@@ -107,7 +115,7 @@ class TextData(LightningDataModule):
                     "Python code gives tokenizer= a hub id or a local folder"
                 )
             self.loaded_tokenizer = load_tokenizer(
-                self.tokenizer_path, self.chat_template, self.trust_remote_code
+                self.tokenizer_path, self.chat_template, self.trust_remote_code, self.eos_token
             )
         return self.loaded_tokenizer
 
@@ -160,7 +168,8 @@ class TextData(LightningDataModule):
         first = self.sources[0]
         if self.eval_path:
             split, columns = self.eval_split or "train", self.columns
-            examples = self.examples(Source(self.eval_path, first.name, split, columns=columns))
+            other = replace(first, path=self.eval_path, split=split, columns=columns)
+            examples = self.examples(other)
         elif self.eval_split:
             for source in self.sources:
                 examples += self.examples(replace(source, split=self.eval_split))
@@ -202,7 +211,11 @@ class TextData(LightningDataModule):
     def halves(self, source: Source) -> tuple[list[Any], list[Any]]:
         """The training rows of a source, and those of them that are set aside."""
         fraction = 0.0 if self.eval_path or self.eval_split else self.eval_fraction
-        return share(self.examples(source), fraction, self.seed)
+        return share(self.examples(source), fraction, self.seed, self.unit)
+
+    def unit(self, example: Any) -> Hashable:
+        """What examples have in common that are set aside only together; by default nothing."""
+        return id(example)
 
     def examples(self, source: Source) -> list[Any]:
         """The encoded rows of a source; each source is read once."""
@@ -213,16 +226,27 @@ class TextData(LightningDataModule):
 
     def read(self, source: Source) -> list[Any]:
         """Loads and encodes the rows of a source, and says how many were dropped or cut."""
-        rows = load_rows(source.path, source.name, source.split, source.separator, self.max_rows)
+        rows = load_rows(
+            source.path,
+            source.name,
+            source.split,
+            source.separator,
+            self.max_rows,
+            source.header,
+        )
         before = self.dropped.copy(), self.cut.copy()
         self.load_tokenizer()  # whose errors are not a row's
         examples = []
         for number, row in enumerate(rows):
             try:
-                example = self.encode(rename(row, source.columns or {}))
+                row = rename(row, source.columns or {})
+                reason = self.unwanted.reason(row)
+                example = self.encode(row) if reason is None else None
             except ValueError as error:
                 raise ValueError(f"row {number} of '{source.path}': {error}") from error
-            if example is not None:
+            if reason is not None:
+                self.dropped[reason] += 1
+            elif example is not None:
                 examples.append(example)
         dropped, cut = self.dropped - before[0], self.cut - before[1]
         for verb, reasons in (("dropped", dropped), ("cut", cut)):
@@ -245,12 +269,15 @@ def collated(make: Callable[..., Batch], training: bool, items: list[tuple[Any, 
     return make(examples) if training else make(examples, counted=[new for _, new in items])
 
 
-def share(examples: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """A random `fraction`, at least one, set aside; both parts in the data's order."""
-    count = max(1, round(fraction * len(examples))) if fraction else 0
-    aside = set(random.Random(seed).sample(range(len(examples)), count))
-    kept = [example for i, example in enumerate(examples) if i not in aside]
-    return kept, [examples[i] for i in sorted(aside)]
+def share(
+    examples: list[Any], fraction: float, seed: int, unit: Callable[[Any], Hashable] = id
+) -> tuple[list[Any], list[Any]]:
+    """A random `fraction` of the units, at least one, set aside; both parts in the data's order."""
+    units = list(dict.fromkeys(map(unit, examples)))
+    count = max(1, round(fraction * len(units))) if fraction else 0
+    aside = {units[i] for i in random.Random(seed).sample(range(len(units)), count)}
+    kept = [example for example in examples if unit(example) not in aside]
+    return kept, [example for example in examples if unit(example) in aside]
 
 
 def weighted(examples: list[Any], weight: float, seed: int) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from lit_align.data.toy import toy_rows
 
 Row = dict[str, Any]
-SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt"}
+SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"}
 BLANK_LINE = r"\n[ \t]*\n\s*"
 
 
@@ -30,6 +30,8 @@ class Source:
         weight: Times that an epoch has each training row: 0.5 is a random half, 2 all rows twice.
         columns: New names of columns, such as {question: prompt}; the old ones stay too.
         separator: Regular expression between two texts of a .txt file.
+        header: Column names of a .csv or .tsv file that has no line with them; makes a .txt file
+            a table as well, with tabs between the columns.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Source:
     weight: float = 1.0
     columns: dict[str, str] | None = None
     separator: str = BLANK_LINE
+    header: list[str] | None = None
 
 
 def load_rows(
@@ -46,6 +49,7 @@ def load_rows(
     split: str = "train",
     separator: str = BLANK_LINE,
     max_rows: int | None = None,
+    header: list[str] | None = None,
 ) -> list[Row]:
     """The rows of a data set, as dictionaries by column.
 
@@ -55,20 +59,21 @@ def load_rows(
         split: Split of a hub data set, a folder or the toy data.
         separator: Regular expression between two texts of a .txt file.
         max_rows: At most so many rows, the first ones.
+        header: Column names of tables without a line of them.
     """
     place = Path(path).expanduser()
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if path == "toy":
         rows: Iterator[Row] = iter(toy_rows(split))
     elif place.is_dir():
-        rows = folder_rows(place, split, separator)
+        rows = folder_rows(place, split, separator, header)
     elif place.is_file():
         if split != "train":
             raise ValueError(
                 f"'{path}' is one file and has no split '{split}': use data.eval_path for a file, "
                 "or data.eval_fraction"
             )
-        rows = file_rows(place, separator)
+        rows = file_rows(place, separator, header)
     elif looks_local or place.suffix in SUFFIXES:
         raise FileNotFoundError(f"there is no file or folder '{path}'")
     else:
@@ -79,7 +84,7 @@ def load_rows(
     return loaded
 
 
-def file_rows(path: Path, separator: str) -> Iterator[Row]:
+def file_rows(path: Path, separator: str, header: list[str] | None) -> Iterator[Row]:
     """The rows of one local file, by its suffix."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"'{path}' is none of {', '.join(sorted(SUFFIXES))}")
@@ -90,10 +95,25 @@ def file_rows(path: Path, separator: str) -> Iterator[Row]:
         return json_lines(path, text)
     if path.suffix == ".json":
         return json_rows(path, text)
-    if path.suffix == ".csv":
-        return iter(csv.DictReader(io.StringIO(text, newline="")))
+    if path.suffix in (".csv", ".tsv") or header is not None:
+        return table_rows(path, text, header)
     texts = (part.strip() for part in re.split(separator, text))
     return ({"text": part} for part in texts if part)
+
+
+def table_rows(path: Path, text: str, header: list[str] | None) -> Iterator[Row]:
+    """Columns between commas, where quotes may enclose them, or between tabs, without quotes."""
+    lines = io.StringIO(text, newline="")
+    if path.suffix == ".csv":
+        reader = csv.DictReader(lines, header)
+    else:
+        reader = csv.DictReader(lines, header, delimiter="\t", quoting=csv.QUOTE_NONE)
+    for row in reader:
+        if None in row or None in row.values():
+            names = reader.fieldnames or []
+            place = f"line {reader.line_num} of '{path}'"
+            raise ValueError(f"{place} does not have the {len(names)} columns {', '.join(names)}")
+        yield dict(row)
 
 
 def json_lines(path: Path, text: str) -> Iterator[Row]:
@@ -129,7 +149,7 @@ def parse_object(path: Path, place: str, line: str) -> Row:
     return row
 
 
-def folder_rows(path: Path, split: str, separator: str) -> Iterator[Row]:
+def folder_rows(path: Path, split: str, separator: str, header: list[str] | None) -> Iterator[Row]:
     """All rows of the files in a folder whose names begin with the split; of all if none does.
 
     A folder that `datasets` saved is read as such.
@@ -146,7 +166,7 @@ def folder_rows(path: Path, split: str, separator: str) -> Iterator[Row]:
         files = named
     if not files:
         raise ValueError(f"'{path}' holds no {', '.join(sorted(SUFFIXES))} file")
-    return (row for file in files for row in file_rows(file, separator))
+    return (row for file in files for row in file_rows(file, separator, header))
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:

@@ -19,7 +19,10 @@ Message = dict[str, Any]  # {"role": "user", "content": "..."}
 
 
 def load_tokenizer(
-    path: str, chat_template: str | None = None, trust_remote_code: bool = False
+    path: str,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer at a hub id or in a local folder.
 
@@ -27,10 +30,15 @@ def load_tokenizer(
         path: Hub id or local folder; the word toy is the embedded word-level tokenizer.
         chat_template: Jinja text or the path of a file with it; replaces the tokenizer's own.
         trust_remote_code: Whether to run Python code that comes with the tokenizer.
+        eos_token: Token that ends an answer; replaces the tokenizer's own eos.
     """
     tokenizer = toy_tokenizer() if path == "toy" else read_tokenizer(path, trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer of '{path}' has no token '{eos_token}' to be its eos")
+        tokenizer.eos_token = eos_token
     if tokenizer.pad_token_id is None:  # any known token will do: masks come from lengths
         known = [tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token]
         known.append(tokenizer.convert_ids_to_tokens(0))
@@ -170,6 +178,7 @@ def by_prefixes(
     done = ""
 
     def go_on(through: str) -> list[int]:
+        """Ids of what comes after `done`."""
         check_prefix(text, through)
         check_prefix(through, done)
         return continuation(ids, tokenize(tokenizer, through), tokenizer, through[len(done) :])

@@ -14,6 +14,7 @@ import math
 import random
 import re
 from itertools import product
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -111,7 +112,7 @@ def toy_rows(split: str = "train", seed: int = 0) -> list[Row]:
 
 
 def all_prompts() -> list[str]:
-    """Every prompt of the grammar, of 10 to 13 words and signs."""
+    """Every prompt of the grammar, of 12 to 14 words and signs."""
     titles = [*NOUNS, *(f"{adjective} {noun}" for adjective, noun in product(ADJECTIVES, NOUNS))]
     kinds = [*GENRES, *(f"{era} {genre}" for era, genre in product(ERAS, GENRES))]
     return [
@@ -190,6 +191,11 @@ def sentiment(completion: str) -> float:
         if word in POLARITY
     ]
     return sum(values) / len(values) if values else 0.0
+
+
+def sentiment_reward(completions: list[str], **columns: Any) -> list[float]:
+    """The sentiment of each completion, with the signature of TRL's reward functions."""
+    return [sentiment(completion) for completion in completions]
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:

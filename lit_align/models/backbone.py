@@ -164,7 +164,7 @@ class Backbone(nn.Module):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and tables while loading and saving; what is missing becomes an error of ours."""
+    """No bars and tables while loading and saving; missing weights are an error of ours."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -2,7 +2,15 @@
 
 import pytest
 
-from lit_align.data.toy import all_prompts, parses, sentiment, subject, toy_rows, toy_tokenizer
+from lit_align.data.toy import (
+    all_prompts,
+    parses,
+    sentiment,
+    sentiment_reward,
+    subject,
+    toy_rows,
+    toy_tokenizer,
+)
 
 PROMPT = "review of the silent river, a recent drama, on its music:"
 
@@ -84,6 +92,7 @@ def test_sentiment_by_hand():
     assert sentiment("utterly haunting, but the plot feels slightly thin.") == (2 * 2 - 0.5) / 2
     assert sentiment("orchestral, and the plot is linear. overall a terrible film.") == -2 / 3
     assert sentiment("") == 0
+    assert sentiment_reward(prompts=[PROMPT] * 2, completions=["grating.", "perfect."]) == [-2, 2]
 
 
 def test_the_better_answer_is_chosen_more_often_but_not_always(train):

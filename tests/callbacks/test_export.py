@@ -1,0 +1,124 @@
+"""Export: folders that transformers loads as if we had never been there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import TINY
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_align.callbacks.export import Export
+from lit_align.data.toy import toy_rows, toy_tokenizer
+from lit_align.models.backbone import Backbone
+from lit_align.models.lora import LoRA
+from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
+
+CONFIG = {**TINY, "vocab_size": 192, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": None}
+STOPS = [3, 5]
+
+
+def export(folder, **roles: Backbone) -> None:
+    """What happens at the end of training, on one rank."""
+    data = SimpleNamespace(tokenizer=toy_tokenizer(), stop_ids=STOPS)
+    trainer = SimpleNamespace(
+        default_root_dir=folder,
+        datamodule=data,
+        is_global_zero=True,
+        strategy=SimpleNamespace(barrier=lambda name: None),
+    )
+    Export().on_train_end(trainer, SimpleNamespace(roles=roles))
+
+
+def policy(**settings) -> Policy:
+    torch.manual_seed(0)
+    return Policy(**settings) if "path" in settings else Policy(config=dict(CONFIG), **settings)
+
+
+@torch.no_grad()
+def moved(model: Backbone) -> None:
+    """What training does to the weights that train."""
+    for weight in model.parameters():
+        weight.add_(0.1 if weight.requires_grad else 0.0)
+
+
+def texts() -> list[str]:
+    """Two reviews of different lengths, each with its stop."""
+    rows = toy_rows("test")[:2]
+    return [f"{row['prompt']} {row['completion']} </s>" for row in rows]
+
+
+def encoded(folder) -> dict[str, torch.Tensor]:
+    """The texts as the exported tokenizer pads them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = tokenizer(texts(), return_tensors="pt", padding=True, padding_side="right")
+    assert found["input_ids"].shape[0] == 2
+    assert not found["attention_mask"].bool().all()
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def logits(model, folder) -> torch.Tensor:
+    return model.eval()(**encoded(folder)).logits
+
+
+def test_a_policy_loads_with_its_logits_tokenizer_and_stops(tmp_path):
+    trained = policy()
+    export(tmp_path, policy=trained)
+    folder = tmp_path / "hf"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(loaded, folder), logits(trained.network, folder))
+    assert AutoTokenizer.from_pretrained(folder)(texts()[0]) == toy_tokenizer()(texts()[0])
+    assert loaded.generation_config.eos_token_id == [3, 5]
+    assert loaded.generation_config.pad_token_id == toy_tokenizer().pad_token_id == 0
+    assert "lit_align" not in (folder / "config.json").read_text()
+
+
+def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path):
+    torch.manual_seed(0)
+    trained = Scalar(config=dict(CONFIG))
+    export(tmp_path, reward_model=trained)
+    folder = tmp_path / "hf"
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    found = encoded(folder)
+    ones = found["attention_mask"].bool()
+    batch = SimpleNamespace(tokens=found["input_ids"], token_mask=ones)
+    with torch.no_grad():
+        scores = trained.scores(batch)
+    torch.testing.assert_close(logits(loaded, folder).squeeze(-1), scores)
+    assert loaded.config.num_labels == 1
+
+
+def test_an_adapter_loads_over_the_base_that_it_was_trained_on(tmp_path):
+    export(tmp_path / "base", policy=policy())
+    trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(rank=2, alpha=4))
+    moved(trained)
+    export(tmp_path / "lora", policy=trained)
+    folder = tmp_path / "lora" / "hf"
+    assert not (folder / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded, folder), logits(trained.network, folder))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base" / "hf")
+    assert not torch.equal(logits(plain, folder), logits(loaded, folder))
+
+
+def test_whole_weights_replace_an_adapter_of_an_earlier_run(tmp_path):
+    adapted, trained = policy(lora=LoRA(rank=2, alpha=4)), policy()
+    moved(adapted)
+    export(tmp_path, policy=adapted)
+    export(tmp_path, policy=trained)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(logits(loaded, tmp_path / "hf"), logits(trained.network, tmp_path / "hf"))
+
+
+def test_several_roles_get_a_folder_each(tmp_path):
+    export(tmp_path, policy=policy(), critic=Scalar(config=dict(CONFIG)))
+    for role, kind in (("policy", "LlamaForCausalLM"), ("critic", "LlamaForSequenceClassification")):
+        assert kind in (tmp_path / "hf" / role / "config.json").read_text()
+        assert (tmp_path / "hf" / role / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_first_rank_writes(tmp_path, main):
+    policy().save(tmp_path / "hf", main=main)
+    assert (tmp_path / "hf").exists() == main

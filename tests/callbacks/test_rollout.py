@@ -1,0 +1,161 @@
+"""Rollout: what it writes, and that a sample depends on its own place alone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import tiny
+from lightning.pytorch.plugins.precision import Precision
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.sft import SFT
+from lit_align.batches import Experience
+from lit_align.callbacks.rollout import Rollout
+from lit_align.models.decoding import Sampling
+
+STOPS = [2, *range(8, 14)]  # so many that some answers of random weights stop and some do not
+
+
+def fake_trainer(rank: int = 0, world: int = 1) -> SimpleNamespace:
+    """What Rollout asks of a trainer: its rank, its data and its precision."""
+    data = SimpleNamespace(
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        stop_ids=STOPS,
+        decode=lambda ids: " ".join(map(str, ids)),
+    )
+    return SimpleNamespace(
+        global_rank=rank, world_size=world, datamodule=data, precision_plugin=Precision()
+    )
+
+
+def sampler(num_samples: int = 2, iteration: int = 0) -> ReMax:
+    """ReMax with a policy and without a Trainer."""
+    algorithm = ReMax(policy=tiny, num_samples=num_samples)
+    algorithm.policy, algorithm.iteration = tiny(), iteration
+    return algorithm
+
+
+def copied(prompts: Experience) -> Experience:
+    return prompts.rows(range(len(prompts)))
+
+
+def train(prompts: Experience, rank=0, world=1, iteration=0, **settings) -> Experience:
+    """The prompts, sampled twice and decoded greedily, on one of the ranks."""
+    torch.manual_seed(0)
+    batch, rollout = copied(prompts), Rollout(**{"max_new_tokens": 6, **settings})
+    algorithm = sampler(iteration=iteration)
+    rollout.on_train_batch_start(fake_trainer(rank, world), algorithm, batch, 0)
+    return batch
+
+
+def test_samples_of_a_prompt_stand_side_by_side_and_greedy_rows_behind_all_of_them(prompts):
+    batch = train(prompts)
+    assert batch.group == [0, 0, 1, 1, 2, 2, 3, 3, 0, 1, 2, 3]
+    assert batch.greedy == [False] * 8 + [True] * 4
+    assert batch.columns["prompt"] == ["abcd"[row] for row in batch.group]
+    assert batch.prompt_lengths == [[3, 5, 1, 4][row] for row in batch.group]
+    assert torch.equal(batch.prompts, prompts.prompts[batch.group])
+    assert batch.responses.shape == batch.sampling_logprobs.shape == (12, 6)
+
+
+def test_masks_lengths_and_texts_agree_with_the_tokens(prompts):
+    batch = train(prompts)
+    assert set(batch.truncated) == {True, False}
+    for row, tokens in enumerate(batch.responses.tolist()):
+        ends = [place for place, token in enumerate(tokens) if token in STOPS]
+        length = ends[0] + 1 if ends else 6
+        assert batch.response_lengths[row] == length
+        assert batch.truncated[row] == (not ends)
+        assert batch.response_mask[row].tolist() == [place < length for place in range(6)]
+        said = tokens[: length - 1] if ends else tokens
+        assert batch.columns["completion"][row] == " ".join(map(str, said))
+
+
+def test_what_is_measured_by_hand():
+    talk = [{"role": "user", "content": "and you?"}]
+    batch = Experience(
+        columns={"prompt": ["a", "b", talk]},
+        responses=torch.tensor([[5, 6, 2, 0], [2, 9, 9, 9], [5, 5, 5, 5]]),
+    )
+    Rollout().measure(fake_trainer(), batch, [2])
+    assert batch.response_lengths == [3, 1, 4]
+    assert batch.truncated == [False, False, True]
+    assert batch.response_mask.sum(-1).tolist() == [3, 1, 4]
+    answer = [{"role": "assistant", "content": "5 5 5 5"}]
+    assert batch.columns["completion"] == ["5 6", "", answer]
+
+
+def test_ends_are_those_of_policy_tokenizer_and_template():
+    assert Rollout().stops(fake_trainer(), sampler()) == STOPS
+    assert sampler().policy.stop_ids == [2]
+
+
+def test_noise_of_two_ranks_is_that_of_one():
+    rollout = Rollout(max_new_tokens=3)
+    one = rollout.noise(fake_trainer(), 4, 2, "train 0").view(4, 2, 3)
+    ranks = [rollout.noise(fake_trainer(r, 2), 2, 2, "train 0").view(2, 2, 3) for r in (0, 1)]
+    assert torch.equal(torch.stack(ranks, 1).flatten(0, 1), one)
+    assert one.unique().numel() == one.numel()
+
+
+def test_answers_of_two_ranks_are_those_of_one(prompts):
+    whole = train(prompts)
+    for rank in (0, 1):
+        part = train(prompts.rows([rank, rank + 2]), rank, world=2)
+        rows = [row for row, group in enumerate(whole.group) if group % 2 == rank]
+        assert torch.equal(part.responses, whole.responses[rows])
+
+
+def test_each_iteration_samples_anew_and_a_resumed_one_the_same(prompts):
+    first, again, second = train(prompts), train(prompts), train(prompts, iteration=1)
+    assert torch.equal(first.responses, again.responses)
+    assert not torch.equal(first.responses[:8], second.responses[:8])
+    assert torch.equal(first.responses[8:], second.responses[8:])  # greedy rows need no noise
+
+
+def test_another_seed_samples_something_else():
+    def noise(seed):
+        torch.manual_seed(seed)
+        return Rollout(max_new_tokens=2).noise(fake_trainer(), 2, 1, "train 0")
+
+    assert not torch.equal(noise(0), noise(1))
+
+
+@pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_test_batch_start"])
+def test_evaluation_decodes_greedily_once_per_prompt(prompts, hook):
+    batch = copied(prompts)
+    getattr(Rollout(max_new_tokens=6), hook)(fake_trainer(), sampler(), batch, 0)
+    assert batch.group == [0, 1, 2, 3]
+    assert batch.greedy == [True] * 4
+    assert torch.equal(batch.responses, train(prompts).responses[8:])
+
+
+def test_predict_samples_unless_it_is_told_not_to(prompts):
+    answers = []
+    for greedily in (False, True):
+        batch, rollout = copied(prompts), Rollout(max_new_tokens=6, predict_greedily=greedily)
+        torch.manual_seed(0)
+        rollout.on_predict_batch_start(fake_trainer(), sampler(), batch, 0)
+        assert batch.group == [0, 1, 2, 3]
+        assert batch.greedy == [greedily] * 4
+        answers.append(batch.responses)
+    greedy = train(prompts).responses[8:]
+    assert not torch.equal(answers[0], greedy)
+    assert torch.equal(answers[1], greedy)
+
+
+def test_the_likeliest_of_one_is_the_greedy_token(prompts):
+    batch = train(prompts, top_k=1)
+    assert batch.responses[:8].tolist() == batch.responses[[8, 8, 9, 9, 10, 10, 11, 11]].tolist()
+    assert Rollout(top_p=0.9, top_k=3).sampling == Sampling(top_k=3, top_p=0.9)
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"top_p": 0.0}, {"top_k": -1}])
+def test_settings_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match="Rollout needs max_new_tokens >= 1, 0 < top_p <= 1 and"):
+        Rollout(**wrong)
+
+
+def test_algorithms_that_learn_from_given_answers_are_refused():
+    with pytest.raises(ValueError, match="SFT learns from given answers: leave out `rollout`"):
+        Rollout().setup(fake_trainer(), SFT(policy=tiny), "fit")

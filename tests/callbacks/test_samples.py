@@ -1,0 +1,84 @@
+"""Samples: completions as JSON lines that a person and a table program can read."""
+
+import json
+from types import SimpleNamespace
+
+from harness import RandomPrompts, tiny, trainer
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.batches import Experience
+from lit_align.callbacks.rollout import Rollout
+from lit_align.callbacks.samples import Samples, table
+
+KEYS = ["prompt", "completion", "scores/count", "score", "length", "truncated", "greedy"]
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("**/*.jsonl"))
+
+
+def test_every_second_rollout_has_a_file_with_a_line_per_row(run, tmp_path):
+    run(ReMax(policy=tiny), num_batches=5, callbacks=[Samples(every=2)])
+    assert names(tmp_path) == ["rollout_00002.jsonl", "rollout_00004.jsonl"]
+    rows = read(tmp_path / "completions" / "rollout_00002.jsonl")
+    assert [list(row) for row in rows] == [KEYS] * 8
+    assert [row["greedy"] for row in rows] == [False] * 4 + [True] * 4
+    assert [row["prompt"] for row in rows[:4]] == [row["prompt"] for row in rows[4:]]
+    for row in rows:
+        said = row["completion"].split()
+        assert row["length"] == len(said) + (not row["truncated"])
+        assert row["score"] == row["scores/count"] == said.count("5")
+
+
+def test_none_means_no_file(run, tmp_path):
+    run(ReMax(policy=tiny), callbacks=[Samples(every=0)])
+    assert names(tmp_path) == []
+
+
+class LastIsARepeat(RandomPrompts):
+    """The fourth row of a batch only fills up a round."""
+
+    def batch(self, number: int) -> Experience:
+        batch = super().batch(number)
+        batch.counted = [True, True, True, False]
+        return batch
+
+
+def test_predictions_have_the_kl_and_each_row_once(tmp_path):
+    for _ in range(2):  # the second run begins an empty file
+        trainer(tmp_path, callbacks=[Samples()]).predict(ReMax(policy=tiny), LastIsARepeat(2))
+    rows = read(tmp_path / "predictions.jsonl")
+    assert [list(row) for row in rows] == [[*KEYS, "kl"]] * 6
+    assert [row["kl"] for row in rows] == [0.0] * 6
+    assert len({row["prompt"] for row in rows}) == 6
+
+
+def test_each_of_several_ranks_writes_its_own_file(tmp_path):
+    fake = SimpleNamespace(world_size=2, global_rank=1, default_root_dir=tmp_path)
+    batch = Experience(
+        {"prompt": ["déjà vu"], "completion": ["naïve"]},
+        response_lengths=[2],
+        truncated=[False],
+        greedy=[False],
+    )
+    Samples(every=1).on_train_batch_end(fake, SimpleNamespace(iteration=3), None, batch, 2)
+    text = (tmp_path / "completions" / "rollout_00003.rank1.jsonl").read_text()
+    assert "déjà vu" in text
+    assert "\\u" not in text
+
+
+def test_a_table_without_a_reward_has_no_score(prompts):
+    fields = {"response_lengths": [1] * 4, "truncated": [True] * 4, "greedy": [True] * 4}
+    batch = Experience(prompts.columns, **prompts.fields(), **fields)
+    assert list(table(batch)[0]) == ["prompt", "length", "truncated", "greedy"]
+
+
+def test_predict_works_without_a_reward(tmp_path):
+    run = trainer(tmp_path, callbacks=[Samples()])
+    run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Rollout | Samples)]
+    run.predict(ReMax(policy=tiny), RandomPrompts(1))
+    assert "score" not in read(tmp_path / "predictions.jsonl")[0]

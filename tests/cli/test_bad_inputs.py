@@ -1,0 +1,132 @@
+"""What a user gets wrong: one to three lines that name the key and what to do, and status 2."""
+
+import re
+
+import pytest
+
+from lit_align.cli.main import main
+
+ONLINE = ("fit", "--config", "remax", "--config", "toy")
+OFFLINE = ("fit", "--config", "sft", "--config", "toy")
+
+CASES = {
+    "a config that is not there": (
+        ("fit", "--config", "remaxx"),
+        r"--config remaxx: no such file and no packaged config; did you mean 'remax'\?",
+    ),
+    "a command that is not there": (("fot",), r"invalid choice: 'fot' \(choose from 'fit'"),
+    "nothing to do": (("fit",), r"arguments are required: fit.data, fit.model"),
+    "an unknown section": (
+        (*ONLINE, "--rolout.top_p", "1"),
+        r"unrecognized arguments: --rolout.top_p 1. Did you mean 'rollout'\?",
+    ),
+    "an unknown trainer flag": (
+        (*ONLINE, "--trainer.accelerater", "cpu"),
+        r"Did you mean 'trainer.accelerator'\?",
+    ),
+    "an unknown argument of the algorithm": (
+        (*ONLINE, "--model.kl_cof", "0.1"),
+        r"--model: ReMax: Option 'kl_cof' is not accepted. Did you mean 'kl_coef'\?",
+    ),
+    "an unknown argument of the policy": (
+        (*ONLINE, "--model.policy.pth", "x"),
+        r"--policy: Option 'pth' is not accepted. Did you mean 'path'\?",
+    ),
+    "an unknown argument of the optimizer": (
+        (*ONLINE, "--model.optimizer.lrr", "1"),
+        r"--optimizer: Option 'lrr' is not accepted. Did you mean 'lr'\?",
+    ),
+    "an unknown argument of the data": (
+        (*OFFLINE, "--data.btch_size", "3"),
+        r"InstructionData: Option 'btch_size' is not accepted. Did you mean 'batch_size'\?",
+    ),
+    "a wrong type": (
+        (*ONLINE, "--model.kl_coef", "abc"),
+        r"ReMax: --kl_coef: Expected a float. Got value: abc",
+    ),
+    "an unknown algorithm": (
+        (*ONLINE, "--model", "ReMaxx"),
+        r"--model ReMaxx: there is no such class. Did you mean 'ReMax'\?",
+    ),
+    "a module of the user's that is not there": (
+        (*ONLINE, "--model", "my_module.Mine"),
+        r"--model my_module.Mine: No module named 'my_module'",
+    ),
+    "an unknown reward": (
+        (*ONLINE, "--reward.sources", "Lxicon"),
+        r"there is no class 'Lxicon'. Did you mean 'Lexicon'\?",
+    ),
+    "Lightning's own clipping": (
+        (*ONLINE, "--trainer.gradient_clip_val", "1.0"),
+        r"--trainer.gradient_clip_val cannot be used here: set --model.max_grad_norm",
+    ),
+    "Lightning's own accumulation": (
+        (*ONLINE, "--trainer.accumulate_grad_batches", "2"),
+        r"set --data.batch_size .* and --model.microbatch_tokens",
+    ),
+    "no room for an answer": (
+        (*ONLINE, "--rollout.max_new_tokens", "0"),
+        r"Rollout needs max_new_tokens >= 1",
+    ),
+    "several epochs of ReMax": (
+        (*ONLINE, "--model.epochs", "2"),
+        r"ReMax takes one step per rollout, since it has no importance ratio",
+    ),
+    "a lexicon that is not there": (
+        (*ONLINE, "--reward.sources", "Lexicon", "--reward.sources.path", "nowhere.txt"),
+        r"nowhere.txt: no such lexicon file",
+    ),
+    "data that are not there": (
+        (*ONLINE, "--data.path", "nowhere.jsonl"),
+        r"there is no file or folder 'nowhere.jsonl'",
+    ),
+    "a tokenizer that is not there": (
+        (*ONLINE, "--data.tokenizer", "./nowhere"),
+        r"there is no tokenizer folder './nowhere'",
+    ),
+    "a model that is not there": (
+        (*ONLINE, "--model.policy.path", "./nowhere"),
+        r"\./nowhere: no such folder; give a hub id or a folder",
+    ),
+    "a rollout for an algorithm that learns from given answers": (
+        (*OFFLINE, "--rollout.max_new_tokens", "5"),
+        r"SFT learns from given answers: leave out `rollout`",
+    ),
+    "no reward for an algorithm that needs one": (
+        (*ONLINE, "--reward", "null"),
+        r"ReMax learns from scores: add a `reward` section",
+    ),
+    "no rollout for an algorithm that needs one": (
+        (*ONLINE, "--rollout", "null"),
+        r"ReMax learns from its own answers: add a `rollout` section",
+    ),
+    "a vocabulary smaller than the tokenizer's": (
+        (*ONLINE, "--model.policy.config.vocab_size", "100"),
+        r"The tokenizer makes 138 token ids and the policy llama from random weights knows 100",
+    ),
+    "a config to be copied that is not there": (
+        ("configs", "copy", "remaxx"),
+        r"There is no config 'remaxx'; there are",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_answered_in_a_sentence(case, tmp_path, monkeypatch, capfd):
+    argv, expected = CASES[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        raise SystemExit(main(list(argv)))
+    assert left.value.code == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "lit-align:" in line]
+    text = "\n".join(said)
+    assert re.search(expected, text), text
+    assert len(said) <= 3
+    assert len(text) < 400
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_config_that_is_not_yaml(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("model: {class_path: [")
+    assert main(["fit", "--config", str(tmp_path / "x.yaml")]) == 2
+    assert "is not YAML" in capsys.readouterr().err

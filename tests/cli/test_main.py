@@ -1,0 +1,154 @@
+"""The command line: names of configs, what overlays may say, what wins over what."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.reward_model import RewardModel
+from lit_align.cli.main import main
+from lit_align.cli.overlays import SECTIONS, chosen_class, cut, fit_overlays, packaged, read
+from lit_align.cli.rooms import arguments, open_rooms
+from lit_align.data.preferences import PreferenceData
+from lit_align.version import __version__
+
+FAST = ("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1")
+
+
+@pytest.fixture(autouse=True)
+def rooms():
+    open_rooms()
+
+
+def resolved(capsys, *argv: str) -> dict:
+    """What --print_config says of a command."""
+    with pytest.raises(SystemExit) as left:
+        main([*argv, "--print_config"])
+    assert left.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lit-align {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["fit"], ["predict"], ["configs"]])
+def test_help(command, capsys):
+    try:
+        status = main([*command, "--help"])
+    except SystemExit as left:
+        status = left.code
+    assert status == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_the_help_of_an_algorithm_is_its_docstring(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "ReMax"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Reward lost per nat by which a token exceeds the reference." in text
+    assert "Padded tokens per forward pass" in text
+
+
+def test_the_version_needs_no_torch():
+    code = (
+        "import sys; from lit_align.cli.main import main; main(['--version']); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_configs_are_listed_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["configs", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in packaged())
+    assert main(["configs", "copy", "remax", "mine.yaml"]) == 0
+    assert (tmp_path / "mine.yaml").read_text() == packaged()["remax"]
+    assert read("mine.yaml")["model"]["class_path"] == "ReMax"
+    assert main(["configs", "copy", "remax", "mine.yaml"]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_later_config_and_the_command_line_win(capsys, tmp_path):
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("model: {init_args: {kl_coef: 0.7, num_samples: 3}}")
+    config = resolved(
+        capsys, "fit", "--config", "remax", "--config", str(overlay), "--model.kl_coef", "0.9"
+    )
+    settings = config["model"]["init_args"]
+    assert (settings["kl_coef"], settings["num_samples"]) == (0.9, 3)
+    assert settings["policy"]["init_args"]["path"] == "mistralai/Mistral-7B-Instruct-v0.2"
+
+
+def test_sections_take_short_forms(capsys):
+    config = resolved(
+        capsys, "fit", "--config", "remax", "--rollout.max_new_tokens", "77",
+        "--reward.sources", "Length", "--reward.sources.target", "9",
+    )  # fmt: skip
+    assert config["rollout"]["init_args"]["max_new_tokens"] == 77
+    assert config["reward"]["init_args"]["sources"]["class_path"].endswith(".Length")
+    assert config["reward"]["init_args"]["sources"]["init_args"]["target"] == 9
+
+
+def test_an_overlay_applies_where_it_fits():
+    overlay = {
+        "model": {"init_args": {"policy": 1, "reward_model": 2, "max_grad_norm": 3, "typo": 4}},
+        "data": {"init_args": {"max_tokens": 5, "max_prompt_tokens": 6}},
+        "rollout": {"class_path": "Rollout"},
+    }
+    left = cut(overlay, {"model": RewardModel, "data": PreferenceData})
+    assert left["model"]["init_args"] == {"reward_model": 2, "max_grad_norm": 3, "typo": 4}
+    assert left["data"]["init_args"] == {"max_tokens": 5}
+    assert "rollout" not in left
+    assert cut(overlay, {"model": ReMax, "data": None})["rollout"] == {"class_path": "Rollout"}
+
+
+def test_the_command_line_names_the_class_that_overlays_are_cut_to():
+    argv = ["fit", "--config", "remax", "--model", "SFT"]
+    assert chosen_class("model", SECTIONS["model"], [read("remax")], argv).__name__ == "SFT"
+    words = fit_overlays(["fit", "--config=sft", "--config", "toy"])
+    assert words[1] == "--config"
+    overlay = json.loads(words[4])
+    assert "rollout" not in overlay
+    assert "kl_coef" not in overlay["model"]["init_args"]
+
+
+def test_arguments_are_those_of_the_class_and_its_parents():
+    assert {"kl_coef", "policy", "epochs", "microbatch_tokens"} <= arguments(ReMax)
+    assert "kwargs" not in arguments(ReMax)
+
+
+def test_predict_writes_completions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["predict", "--config", "remax", "--config", "toy", "--data.max_rows", "8",
+          "--trainer.limit_predict_batches", "1", "--trainer.default_root_dir", "out"])  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
+    assert len(rows) == 8
+    assert {"prompt", "completion", "score", "kl", "length", "truncated"} <= set(rows[0])
+    assert all(row["kl"] == 0.0 for row in rows)  # policy and reference start the same
+
+
+def test_the_batch_plan_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model.num_samples", "3"])
+    said = capsys.readouterr().out
+    assert "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in said
+    assert "answers end at token ids [3]" in said
+    run = tmp_path / "runs" / "remax"
+    assert {"metrics.csv", "config.yaml", "curves.png", "hf"} <= {p.name for p in run.iterdir()}
+
+
+def test_the_command_line_wins_over_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = ("fit", "--config", "sft", "--config", "toy", *FAST)
+    main([*start, "--trainer.default_root_dir", "one"])
+    (checkpoint,) = (tmp_path / "one" / "checkpoints").glob("*.ckpt")
+    main([*start, "--trainer.default_root_dir", "two", "--trainer.max_epochs", "2",
+          "--model.max_grad_norm", "0.5", "--ckpt_path", str(checkpoint)])  # fmt: skip
+    config = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["max_grad_norm"] == 0.5
