@@ -13,8 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
 
 from lit_align.batches import Experience, Pairs, Tokens, microbatches
@@ -174,15 +173,28 @@ class Algorithm(LightningModule):
 
     # Lightning's hooks --------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """One optimizer with a group per role; the schedule counts Lightning batches."""
+    def configure_optimizers(self) -> Optimizer:
+        """One optimizer with a group per role."""
         groups = [
             {"params": [p for p in network.parameters() if p.requires_grad], "role": role}
             for role, network in self.roles.items()
         ]
         optimizer = self.build_optimizer(groups)
-        schedule = LambdaLR(optimizer, self.lr_share)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+        return optimizer
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Sets the learning rates: a function of the iteration, so that no state is to be kept.
+
+        A learning rate changed on the command line holds after a resume, too. (Lightning's
+        schedulers would ask for the run's length before the data's position is restored.)
+        """
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
+        share = self.lr_share(self.iteration)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rates[group["role"]] * share
+        self.log("lr", optimizer.param_groups[0]["lr"])
 
     def lr_share(self, step: int) -> float:
         """The learning rate at a Lightning batch, as a share of the configured one."""
@@ -196,12 +208,8 @@ class Algorithm(LightningModule):
         return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
     def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
-        """Logs the last step's metrics and moves the schedule on."""
-        schedule = self.lr_schedulers()
-        assert isinstance(schedule, LambdaLR)
-        self.log("lr", schedule.get_last_lr()[0])
+        """Logs the last step's metrics and counts the iteration."""
         self.log_dict(dict(metrics))
-        schedule.step()
         self.iteration += 1
 
     def on_validation_epoch_end(self) -> None:
@@ -214,7 +222,8 @@ class Algorithm(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What trains; frozen weights come from their path again."""
-        frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
+        weights = self.named_parameters(remove_duplicate=False)  # tied ones under each name
+        frozen = {name for name, weight in weights if not weight.requires_grad}
         state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if name not in frozen}
 

@@ -38,21 +38,22 @@ class Curves(Callback):
             if isinstance(logger, CSVLogger):
                 logger.save()
                 metrics = Path(logger.log_dir) / "metrics.csv"
-                draw(metrics, self.metrics, metrics.with_name("curves.png"))
+                if metrics.exists():  # not where nothing was logged
+                    draw(metrics, self.metrics, metrics.with_name("curves.png"))
 
 
 def draw(metrics: Path, names: tuple[str, ...], picture: Path) -> None:
-    """One panel per metric that the file has values of, over optimizer steps."""
+    """One panel per metric that the file has a curve of, over optimizer steps."""
     with metrics.open() as file:
         rows = list(csv.DictReader(file))
     series = {
         name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         for name in names
     }
-    panels = {name: points for name, points in series.items() if points}
+    panels = {name: points for name, points in series.items() if len(points) > 1}
     if not panels:
         return
-    columns = min(len(panels), 4)
+    columns = min(len(panels), 3)
     rows_needed = -(-len(panels) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.5 * rows_needed), layout="constrained")
     grid = figure.subplots(rows_needed, columns, squeeze=False).flatten()

@@ -1,5 +1,6 @@
 """A few lines that say how a run goes; they read as well in a file as on a screen."""
 
+import math
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ class Progress(Callback):
     """Prints the main metrics some twenty times over a run.
 
     Args:
-        lines: Lines per fit, about.
+        lines: Lines per fit, about; in a run without an end, steps per line.
         metrics: Which metrics to show, where an algorithm logs them.
     """
 
@@ -33,14 +34,14 @@ class Progress(Callback):
     ) -> None:
         """Prints a line every so many batches, and at the end of an epoch."""
         self.steps += 1
-        total = int(trainer.estimated_stepping_batches)
+        total = trainer.estimated_stepping_batches  # infinite in a run without an end
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if self.lines and (done % max(total // self.lines, 1) == 0 or done == total):
-            spent = time.monotonic() - self.started
-            left = spent / self.steps * (total - done)
-            print(
-                f"step {done:>{len(str(total))}}/{total}  {self.shown(trainer)}  {left:.0f} s left"
-            )
+        if self.lines and math.isinf(total) and done % self.lines == 0:
+            print(f"step {done}  {self.shown(trainer)}")
+        elif self.lines and (done % max(total // self.lines, 1) == 0 or done == total):
+            left = (time.monotonic() - self.started) / self.steps * (total - done)
+            step = f"{done:>{len(str(total))}}/{total}"
+            print(f"step {step}  {self.shown(trainer)}  {left:.0f} s left")
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, algorithm: LightningModule) -> None:

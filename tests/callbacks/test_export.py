@@ -111,9 +111,35 @@ def test_whole_weights_replace_an_adapter_of_an_earlier_run(tmp_path):
     assert torch.equal(logits(loaded, tmp_path / "hf"), logits(trained.network, tmp_path / "hf"))
 
 
+def test_an_adapter_replaces_whole_weights_of_an_earlier_run(tmp_path):
+    export(tmp_path / "base", policy=policy())
+    other = policy()
+    moved(other)
+    export(tmp_path / "lora", policy=other)
+    trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(rank=2, alpha=4))
+    moved(trained)
+    folder = tmp_path / "lora" / "hf"
+    export(tmp_path / "lora", policy=trained)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded, folder), logits(trained.network, folder))
+
+
+def test_an_adapter_may_lie_beside_its_own_base(tmp_path):
+    folder = tmp_path / "hf"
+    export(tmp_path, policy=policy())
+    trained = policy(path=str(folder), lora=LoRA(rank=2, alpha=4))
+    moved(trained)
+    export(tmp_path, policy=trained)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded, folder), logits(trained.network, folder))
+
+
 def test_several_roles_get_a_folder_each(tmp_path):
     export(tmp_path, policy=policy(), critic=Scalar(config=dict(CONFIG)))
-    for role, kind in (("policy", "LlamaForCausalLM"), ("critic", "LlamaForSequenceClassification")):
+    for role, kind in (
+        ("policy", "LlamaForCausalLM"),
+        ("critic", "LlamaForSequenceClassification"),
+    ):
         assert kind in (tmp_path / "hf" / role / "config.json").read_text()
         assert (tmp_path / "hf" / role / "tokenizer.json").exists()
 

@@ -135,7 +135,8 @@ def test_predict_writes_completions(tmp_path, monkeypatch):
 
 def test_the_batch_plan_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model.num_samples", "3"])
+    main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model.num_samples", "3",
+          "--trainer.limit_train_batches", "2"])  # fmt: skip
     said = capsys.readouterr().out
     assert "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in said
     assert "answers end at token ids [3]" in said

@@ -79,3 +79,29 @@ def test_conversations_without_a_template(rows):
     module = PromptData(path, eval_path=path, tokenizer="toy")
     with pytest.raises(ValueError, match=r"^row 0 of .*no chat template: set data\.chat_template"):
         module.val_dataloader()
+
+
+def test_the_first_words_of_a_text_are_a_prompt(rows, chat_path):
+    path = rows({"text": "  once upon\n a time, ago"}, {"text": "too short"}, {"text": "a b c "})
+    module = PromptData(path, eval_path=path, tokenizer=chat_path, first_words=3)
+    batch = only_batch(module)
+    assert batch.columns["prompt"] == ["once upon\n a"]
+    assert batch.columns["text"] == ["  once upon\n a time, ago"]
+    assert module.dropped == {"texts of at most first_words 3": 2}
+
+
+def test_first_words_need_a_text(rows, chat_path):
+    path = rows({"story": "a b"})
+    module = PromptData(path, eval_path=path, tokenizer=chat_path, first_words=1)
+    with pytest.raises(ValueError, match="wanted: text, of which data.first_words makes prompts"):
+        module.val_dataloader()
+
+
+def test_the_same_prompt_is_never_trained_on_and_evaluated(rows, chat_path):
+    path = rows(*({"prompt": f"p{number % 10}", "level": number} for number in range(50)))
+    module = PromptData(path, tokenizer=chat_path, eval_fraction=0.2, batch_size=1)
+    trained = {batch.columns["prompt"][0] for batch in module.train_dataloader()}
+    held_out = [batch.columns["prompt"][0] for batch in module.val_dataloader()]
+    assert len(trained) == 8
+    assert len(held_out) == 10
+    assert trained.isdisjoint(held_out)

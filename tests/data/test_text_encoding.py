@@ -206,3 +206,12 @@ def test_a_real_tokenizer_writes_answers_where_the_prompt_ends():
     prompt, answer = encode_answer(tokenizer, "Once upon a time", ", there was a cat.")
     assert tokenizer.decode(prompt + answer) == "Once upon a time, there was a cat.</s>"
     assert tokenizer.pad_token_id == 0
+
+
+def test_another_token_may_end_answers(chat_path):
+    tokenizer = load_tokenizer(chat_path, eos_token="<|im_start|>")
+    end = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert end in stop_ids(tokenizer)
+    assert encode_text(tokenizer, "story")[-1] == end
+    with pytest.raises(ValueError, match="has no token '<end>' to be its eos"):
+        load_tokenizer(chat_path, eos_token="<end>")

@@ -1,0 +1,183 @@
+"""Batches: rows stay in step, padding goes, and micro-batches keep to their budget."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_align.batches import Batch, Experience, Pairs, Tokens, microbatches
+
+
+def two_rows() -> Experience:
+    """Two answered prompts: 2 of 4 and 3 of 4 prompt tokens, 1 of 3 and 2 of 3 response tokens."""
+    return Experience(
+        {"prompt": ["a", "b"]},
+        prompts=torch.tensor([[0, 0, 5, 6], [0, 7, 8, 9]]),
+        prompt_mask=torch.tensor([[False, False, True, True], [False, True, True, True]]),
+        prompt_lengths=[2, 3],
+        responses=torch.tensor([[2, 0, 0], [4, 2, 0]]),
+        response_mask=torch.tensor([[True, False, False], [True, True, False]]),
+        response_lengths=[1, 2],
+        scores=torch.tensor([1.0, 2.0]),
+    )
+
+
+def two_pairs() -> Pairs:
+    """Texts of 2 and 1, then of 1 and 3 of 4 tokens; the first token is the prompt."""
+
+    def padded(*texts):
+        return torch.tensor([[*text, *[0] * (4 - len(text))] for text in texts])
+
+    chosen, rejected = padded([1, 5], [1]), padded([1], [1, 6, 7])
+    return Pairs(
+        chosen=chosen,
+        chosen_mask=chosen > 0,
+        chosen_loss_mask=chosen > 1,
+        chosen_lengths=[2, 1],
+        rejected=rejected,
+        rejected_mask=rejected > 0,
+        rejected_loss_mask=rejected > 1,
+        rejected_lengths=[1, 3],
+        margin=torch.tensor([0.0, 1.0]),
+    )
+
+
+def test_rows_are_taken_from_tensors_lists_and_columns_alike():
+    taken = two_rows().rows([1, 0, 1])
+    assert isinstance(taken, Experience)
+    assert len(taken) == 3
+    assert taken.scores.tolist() == [2.0, 1.0, 2.0]
+    assert taken.response_lengths == [2, 1, 2]
+    assert taken.columns == {"prompt": ["b", "a", "b"]}
+    assert taken.prompts[0].tolist() == [0, 7, 8, 9]
+
+
+def test_repeated_rows_stand_side_by_side():
+    assert two_rows().repeat(2).columns["prompt"] == ["a", "a", "b", "b"]
+
+
+def test_a_batch_becomes_another_in_place():
+    batch, other = two_rows(), two_rows().rows([1])
+    batch.become(other)
+    assert len(batch) == 1
+    assert batch.columns == {"prompt": ["b"]}
+    batch.become(Experience(scores=torch.ones(3)))
+    assert list(batch.fields()) == ["scores"]
+
+
+def test_a_field_that_nobody_wrote_does_not_exist():
+    with pytest.raises(AttributeError, match="'advantages' is not written yet; so far: columns, "):
+        two_rows().advantages  # noqa: B018
+    assert not hasattr(two_rows(), "advantages")
+
+
+def test_tensors_move_and_lists_and_columns_stay():
+    moved = two_rows().to(torch.device("meta"))
+    assert moved.scores.is_meta
+    assert moved.response_lengths == [1, 2]
+    assert moved.columns == {"prompt": ["a", "b"]}
+
+
+def test_map_changes_a_copy():
+    batch = Batch(scores=torch.ones(2), lengths=[1, 2])
+    doubled = batch.map(lambda field: field * 2, lambda values: [value + 1 for value in values])
+    assert doubled.scores.tolist() == [2, 2]
+    assert doubled.lengths == [2, 3]
+    assert batch.lengths == [1, 2]
+
+
+def test_trim_drops_the_columns_that_are_padding_in_every_row():
+    batch = two_rows()
+    trimmed = batch.trim()
+    assert trimmed.prompts.tolist() == [[0, 5, 6], [7, 8, 9]]
+    assert trimmed.responses.tolist() == [[2, 0], [4, 2]]
+    assert trimmed.response_mask.shape == trimmed.responses.shape
+    assert trimmed.scores.tolist() == [1.0, 2.0]
+    assert batch.prompts.shape == (2, 4)
+
+
+def test_trim_keeps_a_column_of_empty_answers():
+    batch = two_rows()
+    batch.response_lengths = [0, 0]
+    assert batch.trim().responses.shape == (2, 1)
+
+
+def test_trim_tells_prompts_from_responses_of_the_same_width():
+    batch = two_rows()
+    batch.prompts, batch.prompt_mask = batch.prompts[:, -3:], batch.prompt_mask[:, -3:]
+    batch.logprobs = torch.arange(6.0).view(2, 3)
+    assert batch.trim().logprobs.tolist() == [[0, 1], [3, 4]]
+    assert batch.trim().prompts.shape == (2, 3)
+
+
+def test_an_answered_prompt_is_one_text():
+    batch = two_rows()
+    assert batch.lengths == [3, 5]
+    assert batch.tokens[1].tolist() == [0, 7, 8, 9, 4, 2, 0]
+    assert batch.token_mask[1].tolist() == [False, True, True, True, True, True, False]
+    assert batch.num_context == 4
+
+
+def test_attention_sees_what_a_hole_in_the_mask_hides_from_the_loss():
+    batch = two_rows()
+    batch.response_mask = torch.zeros_like(batch.response_mask)
+    assert batch.token_mask[:, 4:].tolist() == [[True, False, False], [True, True, False]]
+    assert batch.scored.sum() == 0
+
+
+def test_a_text_is_scored_from_its_second_token_on():
+    batch = Tokens(
+        tokens=torch.tensor([[1, 5, 6, 0], [1, 7, 0, 0]]),
+        token_mask=torch.tensor([[True, True, True, False], [True, True, False, False]]),
+        loss_mask=torch.tensor([[False, False, True, False], [True, True, False, False]]),
+        lengths=[3, 2],
+    ).trim()
+    assert batch.tokens.tolist() == [[1, 5, 6], [1, 7, 0]]
+    assert batch.responses.tolist() == [[5, 6], [7, 0]]
+    assert batch.scored.tolist() == [[False, True], [True, False]]
+    assert batch.num_context == 1
+
+
+def test_texts_of_a_pair_stand_side_by_side():
+    texts = two_pairs().texts()
+    assert texts.tokens.tolist() == [[1, 5, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 6, 7, 0]]
+    assert texts.lengths == [2, 1, 1, 3]
+    assert texts.token_mask.sum(-1).tolist() == texts.lengths
+    assert texts.loss_mask.sum(-1).tolist() == [1, 0, 0, 2]
+
+
+def test_a_pair_costs_its_longer_text_twice():
+    pairs = two_pairs()
+    assert pairs.lengths == [4, 6]
+    assert pairs.scored.tolist() == [True, True]
+    trimmed = pairs.trim()
+    assert trimmed.chosen.shape == trimmed.rejected_loss_mask.shape == (2, 3)
+    assert trimmed.margin.tolist() == [0.0, 1.0]
+
+
+def test_micro_batches_by_hand():
+    # sorted: row 1 (5 tokens), 3 (4), 0 (2), 2 (1); 5 + 5 padded tokens fit into 10, 2 + 2 too
+    assert microbatches([2, 5, 1, 4], max_tokens=10) == [[1, 3], [0, 2]]
+    assert microbatches([2, 5, 1, 4], max_tokens=20) == [[1, 3, 0, 2]]
+    assert microbatches([2, 5, 1, 4], max_tokens=3) == [[1], [3], [0], [2]]
+
+
+def test_micro_batches_are_split_until_there_are_enough():
+    assert microbatches([1, 1, 1, 1, 1], max_tokens=9, at_least=2) == [[0, 1, 2], [3, 4]]
+    assert microbatches([1, 1, 1, 1, 1], max_tokens=9, at_least=3) == [[0, 1], [2], [3, 4]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    max_tokens=st.integers(1, 200),
+    data=st.data(),
+)
+def test_micro_batches_cover_each_row_once_within_the_budget(lengths, max_tokens, data):
+    at_least = data.draw(st.integers(1, len(lengths)))
+    plan = microbatches(lengths, max_tokens, at_least)
+    assert sorted(row for rows in plan for row in rows) == list(range(len(lengths)))
+    assert len(plan) >= at_least
+    for rows in plan:
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= max_tokens
+    fewest = len(microbatches(lengths, max_tokens))
+    assert len(plan) == max(fewest, at_least)

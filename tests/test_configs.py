@@ -1,0 +1,111 @@
+"""Every config that ships runs, and every overlay fits what it is laid over."""
+
+import csv
+import json
+
+import pytest
+import yaml
+from harness import tiny
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.cli.main import main
+from lit_align.cli.overlays import fit_overlays, packaged, read
+from lit_align.cli.rooms import open_rooms
+
+OVERLAYS = [name for name in packaged() if "class_path" not in (read(name).get("model") or {})]
+CONFIGS = [name for name in packaged() if name not in OVERLAYS]
+FEW = [
+    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *("--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "."),
+    *("--data.batch_size", "4", "--data.max_rows", "32", "--trainer.enable_checkpointing", "false"),
+    *("--trainer.default_root_dir", "run"),
+]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Relative paths of a run are the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def fit(*names: str) -> list[dict[str, str]]:
+    """The rows of the metrics that a short run logs."""
+    configs = [word for name in names for word in ("--config", name)]
+    assert main(["fit", *configs, *FEW]) == 0
+    with open("lightning_logs/version_0/metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def steps(rows: list[dict[str, str]], name: str) -> int:
+    return sum(bool(row.get(name)) for row in rows)
+
+
+def test_there_is_something_to_test():
+    assert {"sft", "reward_model", "remax"} <= set(CONFIGS)
+    assert {"toy", "lora", "fsdp"} <= set(OVERLAYS)
+
+
+@pytest.mark.parametrize("overlays", [("toy",), ("toy", "lora")], ids="+".join)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_runs_on_toy_data(config, overlays):
+    rows = fit(config, *overlays)
+    assert steps(rows, "loss") == steps(rows, "grad_norm") == 2
+    assert steps(rows, "val/reward") + steps(rows, "val/loss") == 1
+
+
+@pytest.mark.parametrize("overlays", [("toy",), ("toy", "lora")], ids="+".join)
+def test_the_reference_is_the_policy_as_it_was_at_the_start(overlays):
+    first, second = fit("remax", *overlays)[:2]
+    assert float(first["objective/kl"]) == 0
+    assert float(second["objective/kl"]) != 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_overlay_parses_over_each_config(config, overlay, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--config", config, "--config", overlay, "--print_config"])
+    assert left.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for key, value in (read(overlay).get("trainer") or {}).items():
+        if not isinstance(value, dict):
+            assert printed["trainer"][key] == value
+
+
+def test_an_overlay_applies_where_it_fits():
+    open_rooms()
+    line = fit_overlays(["fit", "--config", "sft", "--config", "toy"])
+    toy = json.loads(line[4])
+    assert {"policy", "optimizer", "warmup"} <= set(toy["model"]["init_args"])
+    assert not {"reward_model", "kl_coef"} & set(toy["model"]["init_args"])
+    assert not {"rollout", "reward"} & set(toy)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_says_what_it_is_on_top_and_fits_on_one_screen(config):
+    lines = packaged()[config].splitlines()
+    assert lines[0].startswith("# ")
+    assert 20 <= len(lines) <= 50
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_command_line_wins_over_a_config(config, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", config, "--model.max_grad_norm", "0.125", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["max_grad_norm"] == 0.125
+
+
+def test_class_defaults_of_remax_are_the_papers():
+    algorithm = ReMax(policy=tiny)
+    assert (algorithm.kl_coef, algorithm.kl_to_go) == (0.1, False)  # part I, one-step
+    assert (algorithm.gamma, algorithm.advantage_clip, algorithm.per_token) == (1.0, None, False)
+    assert (algorithm.num_samples, algorithm.greedy_baseline, algorithm.epochs) == (1, True, 1)
+    assert (algorithm.warmup, algorithm.final_lr) == (0.0, 1.0)
+
+
+def test_remax_yaml_has_what_part_two_of_the_paper_changes():
+    settings = read("remax")["model"]["init_args"]
+    assert (settings["kl_coef"], settings["kl_to_go"]) == (0.01, True)
+    assert settings["optimizer"]["init_args"]["lr"] == 5e-7
+    assert read("remax")["rollout"]["init_args"]["max_new_tokens"] == 384

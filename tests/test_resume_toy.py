@@ -1,0 +1,84 @@
+"""A run that is stopped in the middle of an epoch and resumed is the run that was not."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_align.cli.main import main
+
+BATCHES, STOPS = 4, (1, 6)  # in the first epoch of 4 batches, and in the second
+
+
+class SaveAt(Callback):
+    """Saves as a preemption would, after some batches of the run."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if module.iteration in STOPS:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{module.iteration}.ckpt")
+
+
+def fit(folder: Path, config: str, *more: str) -> None:
+    """Two epochs on 32 shuffled rows of the toy data, with a validation after each."""
+    words = ["fit", "--config", config, "--config", "toy", "--trainer.max_epochs", "2"]
+    words += ["--data.batch_size", str(32 // BATCHES), "--data.max_rows", "32"]
+    words += ["--trainer.limit_val_batches", "1", "--trainer.default_root_dir", str(folder)]
+    words += ["--trainer.callbacks+", "test_resume_toy.SaveAt"]
+    words += ["--rollout.max_new_tokens", "16"] if config == "remax" else []
+    assert main([*words, *more]) == 0
+
+
+def metrics(folder: Path, since: int = 0) -> list[dict[str, str]]:
+    """What was logged from an optimizer step on, digit by digit."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) >= since]
+    return [{name: value for name, value in row.items() if value} for row in rows]
+
+
+def last(folder: Path) -> dict[str, Any]:
+    """The checkpoint at the end of the run."""
+    (path,) = folder.glob("checkpoints/*.ckpt")
+    return torch.load(path, weights_only=True)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two nested containers are equal, tensors bit by bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_workers", "stops"),
+    [
+        ("sft", 0, STOPS[1:]),
+        ("sft", 1, STOPS[1:]),
+        ("reward_model", 0, STOPS[1:]),
+        ("remax", 0, STOPS),
+    ],
+)
+def test_resuming_is_bitwise(tmp_path, config, num_workers, stops):
+    more = ("--data.num_workers", str(num_workers))
+    fit(tmp_path / "whole", config, *more)
+    whole, logged = last(tmp_path / "whole"), metrics(tmp_path / "whole")
+    assert len({row["loss"] for row in logged if "loss" in row}) == 2 * BATCHES
+    for stop in stops:
+        part, folder = tmp_path / "whole" / f"{stop}.ckpt", tmp_path / str(stop)
+        state = torch.load(part, weights_only=True)["state_dict"]
+        assert not same(state, whole["state_dict"])
+        assert len({name.split(".")[0] for name in state}) == 1, "frozen weights are not saved"
+        fit(folder, config, *more, "--ckpt_path", str(part))
+        resumed = last(folder)
+        assert resumed["iteration"] == whole["iteration"] == 2 * BATCHES
+        for kept in ("state_dict", "optimizer_states"):
+            assert same(resumed[kept], whole[kept]), f"{kept} after {stop} batches"
+        assert metrics(folder, stop) == metrics(tmp_path / "whole", stop)
