@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lit_align.batches import Experience
+from lit_align.batches import Batch, Experience, Pairs, Tokens
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
 from lit_align.rewards.base import RewardFunction
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -45,25 +46,76 @@ class RandomPrompts(LightningDataModule):
         return " ".join(map(str, ids))
 
     def batch(self, number: int) -> Experience:
-        """The rows r, r + W, ... of the batch of all ranks."""
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        """The batch of all ranks."""
+        world = self.trainer.world_size if self.trainer else 1
         generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(3, 32, (self.batch_size * world, 5), generator=generator)[rank::world]
+        ids = torch.randint(3, 32, (self.batch_size * world, 5), generator=generator)
         return Experience(
             columns={"prompt": [self.decode(row) for row in ids.tolist()]},
             prompts=ids,
             prompt_mask=torch.ones_like(ids, dtype=torch.bool),
-            prompt_lengths=[5] * self.batch_size,
-            counted=[True] * self.batch_size,
+            prompt_lengths=[5] * len(ids),
+            counted=[True] * len(ids),
         )
+
+    def share(self, batch: Batch) -> Batch:
+        """The rows r, r + W, ... of this rank."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return batch.rows(range(rank, len(batch), world))
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(range(self.num_batches), batch_size=1, collate_fn=self.first)
 
     val_dataloader = predict_dataloader = train_dataloader
 
-    def first(self, numbers: list[int]) -> Experience:
-        return self.batch(numbers[0])
+    def first(self, numbers: list[int]) -> Batch:
+        return self.share(self.batch(numbers[0]))
+
+
+class RandomTexts(RandomPrompts):
+    """Four texts of 3, 8, 5 and 2 tokens; the first token is not learnt."""
+
+    def batch(self, number: int) -> Tokens:
+        lengths = [3, 8, 5, 2]
+        ids = torch.randint(3, 32, (4, 8), generator=torch.Generator().manual_seed(number))
+        mask = torch.arange(8) < torch.tensor(lengths).unsqueeze(1)
+        learnt = mask & (torch.arange(8) > 0)
+        return Tokens(
+            tokens=ids.where(mask, 0),
+            token_mask=mask,
+            loss_mask=learnt,
+            lengths=lengths,
+            counted=[True, True, True, False],
+        )
+
+
+def scalar() -> Scalar:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Scalar(config=dict(TINY))
+
+
+class RandomPairs(RandomPrompts):
+    """Pairs whose chosen text ends in token 5 and whose rejected text ends in 6."""
+
+    def batch(self, number: int) -> Pairs:
+        generator = torch.Generator().manual_seed(number)
+        chosen, rejected = torch.randint(7, 32, (2, 4, 6), generator=generator)
+        chosen[:, 5], rejected[:, 3] = 5, 6
+        whole = torch.ones(4, 6, dtype=torch.bool)
+        short = torch.arange(6).expand(4, 6) < 4
+        return Pairs(
+            chosen=chosen,
+            chosen_mask=whole,
+            chosen_loss_mask=whole,
+            chosen_lengths=[6] * 4,
+            rejected=rejected.where(short, 0),
+            rejected_mask=short,
+            rejected_loss_mask=short,
+            rejected_lengths=[4] * 4,
+            margin=torch.zeros(4),
+            counted=[True, True, True, False],
+        )
 
 
 class Count(RewardFunction):

@@ -15,9 +15,7 @@ from lit_align.models.policy import Policy
 
 def rollout() -> Experience:
     """Two prompts, a sampled and a greedy answer each, as Rollout and Reward leave them."""
-    data = RandomPrompts(batch_size=2)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1)
-    batch = data.batch(0).rows([0, 1, 0, 1])
+    batch = RandomPrompts(batch_size=2).batch(0).rows([0, 1, 0, 1])
     batch.group, batch.greedy = [0, 1, 0, 1], [False, False, True, True]
     batch.responses = torch.randint(3, 32, (4, 6))
     batch.response_lengths, batch.truncated = [3, 6, 2, 4], [False, True, False, False]

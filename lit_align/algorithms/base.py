@@ -51,6 +51,7 @@ class Algorithm(LightningModule):
         self.build_optimizer = optimizer
         self.warmup, self.final_lr = warmup, final_lr
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
+        self.notes: dict[str, Tensor] = {}  # sum and number of what `losses` noted, by name
         self.means: dict[str, MeanMetric] = {}  # of the evaluation under way, by name
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
@@ -90,10 +91,22 @@ class Algorithm(LightningModule):
             for role in self.roles.values():
                 synchronise(role, number == len(plan))
             for loss in self.losses(part):
-                total = torch.where(part.scored, loss, 0.0).sum() * share
+                scored = part.scored if loss.ndim == part.scored.ndim else part.scored.any(-1)
+                total = torch.where(scored, loss, 0.0).sum() * share
                 self.manual_backward(total)
                 summed += total.detach()
         return {"loss": self.over_ranks(summed) / world, **self.step()}
+
+    def note(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Adds to a mean that is logged when the iteration ends; for `losses` to call.
+
+        Args:
+            name: Of the metric.
+            values: [n, R] or [n].
+            mask: Of the same shape, True where a value counts.
+        """
+        counted = torch.where(mask, values.detach().float(), 0.0)
+        self.notes[name] = self.notes.get(name, 0.0) + torch.stack([counted.sum(), mask.sum()])
 
     def step(self) -> dict[str, Tensor]:
         """Clips each role, steps once; the gradient norms before clipping."""
@@ -208,8 +221,13 @@ class Algorithm(LightningModule):
         return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
     def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
-        """Logs the last step's metrics and counts the iteration."""
+        """Logs the last step's metrics and what was noted, and counts the iteration."""
         self.log_dict(dict(metrics))
+        if self.notes:
+            totals, numbers = self.over_ranks(torch.stack([*self.notes.values()])).unbind(-1)
+            means = totals / numbers.clamp(min=1.0)
+            self.log_dict(dict(zip(self.notes, means, strict=True)))
+            self.notes = {}
         self.iteration += 1
 
     def on_validation_epoch_end(self) -> None:

@@ -128,6 +128,17 @@ class OnlineAlgorithm(Algorithm):
         self.log("reward_std", (self.over_ranks(squares) / (number - 1).clamp(min=1)).sqrt())
         self.log("rollout", float(self.iteration + 1))
 
+    def log_equal_groups(self, batch: Experience) -> None:
+        """Logs the share of prompts whose samples all score the same: they teach nothing."""
+        scores = batch.scores.view(-1, self.num_samples)
+        answered = batch.response_mask.any(-1).view(-1, self.num_samples).any(-1)
+        equal = scores.amax(-1) == scores.amin(-1)
+        self.log_means({"frac_reward_zero_std": (equal, answered)})
+
+    def num_responses(self, batch: Experience) -> Tensor:
+        """Rows with a token to learn from, on this rank."""
+        return batch.response_mask.any(-1).sum()
+
     def sequence_kl(self, batch: Experience) -> Tensor:
         """[N] nats: how much likelier each response is under the policy than the reference."""
         difference = k1(batch.logprobs, batch.ref_logprobs)
@@ -156,3 +167,12 @@ class OnlineAlgorithm(Algorithm):
     def predict_step(self, batch: Experience, batch_idx: int) -> Experience:
         """The answered, scored batch with the log-probs of both models, for the table."""
         return OnlineAlgorithm.prepare(self, batch)
+
+
+def refuse_single_samples(algorithm: OnlineAlgorithm, num_samples: int) -> None:
+    """A group of one has nothing to be compared with."""
+    if num_samples < 2:
+        raise ValueError(
+            f"{type(algorithm).__name__} compares the samples of a prompt: num_samples must be "
+            f"at least 2, found {num_samples}."
+        )

@@ -76,4 +76,4 @@ class ReMax(OnlineAlgorithm):
 
     def count(self, batch: Experience) -> Tensor:
         """Responses, so that a loss is summed over tokens; or response tokens."""
-        return super().count(batch) if self.per_token else batch.response_mask.any(-1).sum()
+        return super().count(batch) if self.per_token else self.num_responses(batch)

@@ -56,19 +56,25 @@ class RewardModel(OfflineAlgorithm):
         """[n] nats per pair."""
         chosen, rejected = self.scores(batch)
         loss = bradley_terry(chosen, rejected, batch.margin if self.use_margin else None)
+        self.note("accuracy", won(chosen, rejected), batch.scored)
+        self.note("margin", chosen - rejected, batch.scored)
         yield loss + self.center_coef * (chosen + rejected).square()
 
     @torch.no_grad()
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
-        """Adds the batch's pairs to loss, accuracy and margin; a tie counts half."""
+        """Adds the batch's pairs to loss, accuracy and margin."""
         chosen, rejected = self.in_parts(batch, self.scores)
-        won = ((chosen - rejected).sign() + 1) / 2
         pairs = batch.scored
         self.measure(
             batch,
             loss=(bradley_terry(chosen, rejected), pairs),
-            accuracy=(won, pairs),
+            accuracy=(won(chosen, rejected), pairs),
             margin=(chosen - rejected, pairs),
         )
 
     test_step = validation_step
+
+
+def won(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """[n] 1 where the chosen text scores higher, 0 where lower, 0.5 for a tie."""
+    return ((chosen - rejected).sign() + 1) / 2

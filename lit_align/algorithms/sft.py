@@ -38,7 +38,9 @@ class SFT(OfflineAlgorithm):
 
     def losses(self, batch: Tokens) -> Iterator[Tensor]:
         """[n, T-1] nats."""
-        yield -self.policy.logprobs(batch)
+        logprobs, entropy = self.policy.score(batch)
+        self.note("entropy", entropy, batch.scored)
+        yield -logprobs
 
     @torch.no_grad()
     def validation_step(self, batch: Tokens, batch_idx: int) -> None:

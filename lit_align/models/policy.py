@@ -66,7 +66,10 @@ class Policy(Backbone):
         return responses
 
     def logprobs(self, batch: Experience | Tokens) -> Tensor:
-        """[N, R] nats, log-probability of each response token in its context."""
+        """[N, R] nats, log-probability of each scored token in its context; 0 elsewhere.
+
+        A padding token can be so unlikely that the exponential of its log-ratio overflows.
+        """
         return self.score(batch)[0]
 
     def score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
@@ -76,13 +79,14 @@ class Policy(Backbone):
 
     def _score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(batch)[:, batch.num_context - 1 : -1]
-        return chosen_logprobs(
+        logprobs, entropy = chosen_logprobs(
             hidden,
             self.head.weight,
             batch.responses,
             bias=self.head.bias,
             temperature=self.temperature,
         )
+        return logprobs.where(batch.scored, 0.0), entropy.where(batch.scored, 0.0)
 
     @torch.no_grad()
     def hits(self, batch: Experience | Tokens) -> Tensor:

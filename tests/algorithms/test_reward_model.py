@@ -4,41 +4,10 @@ import math
 
 import pytest
 import torch
-from harness import TINY, RandomPrompts, trainer
+from harness import RandomPairs, scalar, trainer
 from torch.optim import AdamW
 
 from lit_align.algorithms.reward_model import RewardModel
-from lit_align.batches import Pairs
-from lit_align.models.scalar import Scalar
-
-
-def scalar() -> Scalar:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Scalar(config=dict(TINY))
-
-
-class RandomPairs(RandomPrompts):
-    """Pairs whose chosen text ends in token 5 and whose rejected text ends in 6."""
-
-    def batch(self, number: int) -> Pairs:
-        generator = torch.Generator().manual_seed(number)
-        chosen, rejected = torch.randint(7, 32, (2, 4, 6), generator=generator)
-        chosen[:, 5], rejected[:, 3] = 5, 6
-        whole = torch.ones(4, 6, dtype=torch.bool)
-        short = torch.arange(6).expand(4, 6) < 4
-        return Pairs(
-            chosen=chosen,
-            chosen_mask=whole,
-            chosen_loss_mask=whole,
-            chosen_lengths=[6] * 4,
-            rejected=rejected.where(short, 0),
-            rejected_mask=short,
-            rejected_loss_mask=short,
-            rejected_lengths=[4] * 4,
-            margin=torch.zeros(4),
-            counted=[True, True, True, False],
-        )
 
 
 def quiet(tmp_path, **settings):

@@ -4,28 +4,10 @@ import math
 
 import pytest
 import torch
-from harness import TINY, RandomPrompts, tiny, trainer, weights
+from harness import TINY, RandomTexts, tiny, trainer, weights
 from torch.optim import SGD
 
 from lit_align.algorithms.sft import SFT
-from lit_align.batches import Tokens
-
-
-class RandomTexts(RandomPrompts):
-    """Four texts of 3, 8, 5 and 2 tokens; the first token is not learnt."""
-
-    def batch(self, number: int) -> Tokens:
-        lengths = [3, 8, 5, 2]
-        ids = torch.randint(3, 32, (4, 8), generator=torch.Generator().manual_seed(number))
-        mask = torch.arange(8) < torch.tensor(lengths).unsqueeze(1)
-        learnt = mask & (torch.arange(8) > 0)
-        return Tokens(
-            tokens=ids.where(mask, 0),
-            token_mask=mask,
-            loss_mask=learnt,
-            lengths=lengths,
-            counted=[True, True, True, False],
-        )
 
 
 def fit(tmp_path, **settings):

@@ -1,0 +1,77 @@
+"""GRPO (Shao et al., 2024, arXiv:2402.03300, eq. 3)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from lit_align.algorithms.online import OnlineAlgorithm, refuse_single_samples
+from lit_align.batches import Experience
+from lit_align.functional.kl import k3
+from lit_align.functional.losses import clipped_surrogate
+from lit_align.functional.returns import group_relative
+
+
+class GRPO(OnlineAlgorithm):
+    """PPO's clipped loss; a response is worth how far its score stands out of its prompt's group.
+
+    Args:
+        num_samples: G, responses per prompt.
+        kl_coef: Weight of the KL to the reference (k3, in the loss).
+        clip_low: How far below 1 the ratio of a token to the sampling policy may count.
+        clip_high: How far above 1 it may count; more than `clip_low` is DAPO's clip-higher.
+        scale: Divide by the group's standard deviation; Dr. GRPO (arXiv:2503.20783) does not.
+        per_response: Average over each response's tokens first, as the paper does, so that a
+            token of a long response counts less; otherwise all tokens of a step count the same.
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 8,
+        kl_coef: float = 0.04,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        scale: bool = True,
+        per_response: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        refuse_single_samples(self, num_samples)
+        self.num_samples, self.kl_coef = num_samples, kl_coef
+        self.clip_low, self.clip_high = clip_low, clip_high
+        self.scale, self.per_response = scale, per_response
+
+    def prepare(self, batch: Experience) -> Experience:
+        """Adds `advantages`: the same for every token of a response."""
+        batch = super().prepare(batch)
+        scores = batch.scores.view(-1, self.num_samples)
+        self.log_equal_groups(batch)
+        credit = group_relative(self.adjust(scores), self.scale)
+        batch.advantages = credit.view(-1, 1).expand_as(batch.logprobs)
+        return batch
+
+    def adjust(self, scores: Tensor) -> Tensor:
+        """[B, G] -> [B, G]: the scores that advantages are made of. A seam for variants."""
+        return scores
+
+    def losses(self, batch: Experience) -> Iterator[Tensor]:
+        """[n, R]: the clipped surrogate and the KL of each token."""
+        logprobs = self.policy.logprobs(batch)
+        self.note_clipping(batch, logprobs - batch.logprobs, batch.advantages)
+        loss = clipped_surrogate(
+            logprobs, batch.logprobs, batch.advantages, self.clip_low, self.clip_high
+        )
+        loss = loss + self.kl_coef * k3(logprobs, batch.ref_logprobs)
+        yield loss / batch.response_mask.sum(-1, keepdim=True) if self.per_response else loss
+
+    def note_clipping(self, batch: Experience, log_ratio: Tensor, advantages: Tensor) -> None:
+        """Notes the share of tokens whose ratio left the region on the side that is clipped."""
+        ratio = log_ratio.detach().exp()
+        low = (ratio < 1 - self.clip_low) & (advantages < 0)
+        high = (ratio > 1 + self.clip_high) & (advantages > 0)
+        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
+            self.note(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
+
+    def count(self, batch: Experience) -> Tensor:
+        """Responses, if each is averaged by itself; else response tokens."""
+        return self.num_responses(batch) if self.per_response else super().count(batch)

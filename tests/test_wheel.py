@@ -1,0 +1,83 @@
+"""The wheel holds all that a run needs, and runs where there is nothing else of us."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RUN = [
+    *("fit", "--config", "remax", "--config", "toy", "--data.batch_size", "4"),
+    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "0"),
+]
+WHERE = "import lit_align; print('from', lit_align.__file__, flush=True);"
+MAIN = "import sys; from lit_align.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that nothing of an earlier build gets in."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "lit_align", source / "lit_align")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, "-w", out, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.iterdir()
+    return built
+
+
+def fit(python: str | Path, folder: Path, **environment: str) -> str:
+    """What a short run in an empty folder prints; it must not find this repository."""
+    folder.mkdir()
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [python, "-c", WHERE + MAIN, *RUN],
+        cwd=folder,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stdout
+    assert (folder / "runs" / "remax" / "hf" / "model.safetensors").is_file()
+    return done.stdout
+
+
+def test_it_holds_each_config_and_the_marker_of_types(wheel):
+    names = set(ZipFile(wheel).namelist())
+    configs = {path.name for path in (ROOT / "lit_align" / "configs").glob("*.yaml")}
+    assert {"remax.yaml", "toy.yaml"} <= configs
+    assert {f"lit_align/configs/{name}" for name in configs} | {"lit_align/py.typed"} <= names
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lit_align").rglob("*.py")}
+    assert modules == {name for name in names if name.endswith(".py")}
+    metadata = next(name for name in names if name.endswith("METADATA"))
+    assert "License-Expression: Apache-2.0" in ZipFile(wheel).read(metadata).decode()
+
+
+def test_unpacked_into_an_empty_folder_it_runs(wheel, tmp_path):
+    site = tmp_path / "site"
+    ZipFile(wheel).extractall(site)
+    printed = fit(sys.executable, tmp_path / "elsewhere", PYTHONPATH=str(site))
+    assert printed.startswith(f"from {site / 'lit_align' / '__init__.py'}")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)  # torch comes over the network
+def test_installed_into_an_empty_environment_it_runs(wheel, tmp_path):
+    home = tmp_path / "environment"
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = fit(python, tmp_path / "elsewhere")
+    assert printed.startswith(f"from {home}")
+    version = subprocess.run([home / "bin" / "lit-align", "--version"], capture_output=True)
+    assert version.stdout.decode().strip() == f"lit-align {wheel.name.split('-')[1]}"
