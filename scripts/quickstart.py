@@ -6,23 +6,26 @@ under runs/quickstart: metrics, curves, completions, and each model as a transfo
 
 import json
 import os
-import random
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
+from compare_predictions import (
+    Answers,
+    completions_table,
+    figures_table,
+    mean,
+    read,
+    summarise,
+)
 from rich.console import Console
-from rich.table import Table
 
 from lit_align.data.toy import parses
 
 RUNS = Path("runs/quickstart")
 SFT, REWARD, REMAX = RUNS / "1_sft", RUNS / "2_reward_model", RUNS / "3_remax"
 BEFORE, AFTER = RUNS / "before", RUNS / "after"
-
-Answers = list[dict[str, object]]
 
 
 def lit_align(*words: object) -> None:
@@ -50,63 +53,19 @@ def train() -> None:
                   "--model.reference.path", SFT / "hf", *reward)  # fmt: skip
 
 
-def read(folder: Path) -> Answers:
-    """The answers that a `predict` wrote."""
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def mean(values: list[float]) -> float:
-    """Their arithmetic mean."""
-    return sum(values) / len(values)
-
-
-def distinct_2(answers: Answers) -> float:
-    """Share of different ones among all pairs of neighbouring words (arXiv:1510.03055)."""
-    words = [str(row["completion"]).split() for row in answers]
-    pairs = [pair for text in words for pair in pairwise(text)]
-    return len(set(pairs)) / len(pairs)
-
-
-def bootstrap(gains: list[float], rounds: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences."""
-    rng = random.Random(0)
-    means = sorted(mean(rng.choices(gains, k=len(gains))) for _ in range(rounds))
-    return means[rounds // 40], means[-rounds // 40]
-
-
-def summarise(before: Answers, after: Answers) -> dict[str, float]:
+def judge(before: Answers, after: Answers) -> dict[str, float]:
     """The figures by which the quickstart is judged."""
-    old, new = [float(r["score"]) for r in before], [float(r["score"]) for r in after]
-    low, high = bootstrap([b - a for a, b in zip(old, new, strict=True)])
-    spread = (sum((score - mean(old)) ** 2 for score in old) / (len(old) - 1)) ** 0.5
-    return {
-        "prompts": len(before),
-        "reward before": mean(old),
-        "reward after": mean(new),
-        "gain in standard deviations": (mean(new) - mean(old)) / spread,
-        "gain, 95 % low": low,
-        "gain, 95 % high": high,
-        "KL after, nats per response": mean([float(row["kl"]) for row in after]),
-        "parses before": mean([parses(r["prompt"], r["completion"]) for r in before]),
-        "parses after": mean([parses(r["prompt"], r["completion"]) for r in after]),
-        "distinct-2 before": distinct_2(before),
-        "distinct-2 after": distinct_2(after),
+    grammar = {
+        f"parses {when}": mean([parses(str(r["prompt"]), str(r["completion"])) for r in answers])
+        for when, answers in (("before", before), ("after", after))
     }
+    return {**summarise(before, after), **grammar}
 
 
 def show(before: Answers, after: Answers, figures: dict[str, float], seconds: float) -> None:
     """Prints the table of completions and the figures, and keeps both in the run folder."""
-    rows = Table(title="Held-out prompts, before and after", show_lines=True)
-    for name in ("prompt", "SFT", "reward", "aligned", "reward", "KL"):
-        rows.add_column(name, justify="right" if name in ("reward", "KL") else "left")
-    for old, new in list(zip(before, after, strict=True))[:6]:
-        rows.add_row(old["prompt"], old["completion"], f"{old['score']:.2f}",
-                     new["completion"], f"{new['score']:.2f}", f"{new['kl']:.1f}")  # fmt: skip
-    numbers = Table(title=f"After {seconds:.0f} s")
-    for name in ("figure", "value"):
-        numbers.add_column(name, justify="right" if name == "value" else "left")
-    for name, value in figures.items():
-        numbers.add_row(name, f"{value:.4g}")
+    rows = completions_table(before, after)
+    numbers = figures_table(figures, f"After {seconds:.0f} s")
     with (RUNS / "table.txt").open("w") as file:
         for console in (Console(width=120), Console(width=120, file=file)):
             console.print(rows, numbers)
@@ -130,8 +89,8 @@ def main() -> int:
     """Trains, shows, and says what was not reached."""
     started = time.monotonic()
     train()
-    before, after = read(BEFORE), read(AFTER)
-    figures = summarise(before, after)
+    before, after = (read(folder / "predictions.jsonl") for folder in (BEFORE, AFTER))
+    figures = judge(before, after)
     show(before, after, figures, time.monotonic() - started)
     print(f"curves: {REMAX / 'curves.png'}   table: {RUNS / 'table.txt'}")
     missed = check(figures)

@@ -30,7 +30,7 @@ class Bare(ReMax):
     """ReMax with an optimizer and without a Trainer around it."""
 
     trainer = SimpleNamespace(
-        world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value)
+        world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value, model=None)
     )
     log = log_dict = lambda self, *args, **kwargs: None
 

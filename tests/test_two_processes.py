@@ -21,6 +21,7 @@ from ranks import Ranks
 from torch.optim import SGD, AdamW
 
 from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.grpovi import GRPOVI
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
@@ -78,6 +79,11 @@ def grpo():
     return GRPO(policy=tiny, optimizer=adam, per_response=False, **sizes)
 
 
+def grpovi():
+    sizes = {"num_samples": 2, "microbatch_tokens": 40}
+    return GRPOVI(policy=tiny, optimizer=adam, running_bounds=True, scale=False, **sizes)
+
+
 def rloo():
     return RLOO(policy=tiny, num_samples=2, epochs=2, microbatch_tokens=40, optimizer=adam)
 
@@ -99,6 +105,7 @@ CASES = {
     "ReMax, LoRA": (
         partial(remax, partial(tiny, lora=LoRA(rank=2, alpha=4)), adam), RandomPrompts, 1e-5),
     "GRPO, two epochs": (grpo, RandomPrompts, 1e-5),
+    "GRPOVI, running bounds": (grpovi, RandomPrompts, 1e-5),
     "RLOO, two epochs": (rloo, RandomPrompts, 1e-5),
     "SFT, AdamW in float64": (sft, RandomTexts, 1e-9),
     "RewardModel, AdamW in float32": (reward_model, RandomPairs, 1e-5),

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
 
@@ -39,7 +40,9 @@ class Algorithm(LightningModule):
 
     def __init__(
         self,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6),
+        optimizer: OptimizerCallable = lambda params: AdamW(
+            params, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0
+        ),
         warmup: float = 0.0,
         final_lr: float = 1.0,
         microbatch_tokens: int = 8192,
@@ -88,8 +91,7 @@ class Algorithm(LightningModule):
         summed = share.new_zeros(())
         for number, rows in enumerate(plan, start=1):
             part = batch.rows(rows).trim()
-            for role in self.roles.values():
-                synchronise(role, number == len(plan))
+            self.synchronise(number == len(plan))
             for loss in self.losses(part):
                 scored = part.scored if loss.ndim == part.scored.ndim else part.scored.any(-1)
                 total = torch.where(scored, loss, 0.0).sum() * share
@@ -107,6 +109,14 @@ class Algorithm(LightningModule):
         """
         counted = torch.where(mask, values.detach().float(), 0.0)
         self.notes[name] = self.notes.get(name, 0.0) + torch.stack([counted.sum(), mask.sum()])
+
+    def synchronise(self, wanted: bool) -> None:
+        """Whether the next backward averages gradients over the ranks, or only adds them up."""
+        for role in self.roles.values():
+            synchronise(role, wanted)
+        replica = self.trainer.strategy.model
+        if isinstance(replica, DistributedDataParallel):
+            replica.require_backward_grad_sync = wanted
 
     def step(self) -> dict[str, Tensor]:
         """Clips each role, steps once; the gradient norms before clipping."""
@@ -174,9 +184,9 @@ class Algorithm(LightningModule):
         counted = torch.tensor(batch.counted, device=self.device)
         for name, (values, mask) in means.items():
             if name not in self.means:
-                self.means[name] = MeanMetric().to(self.device)
+                self.means[name] = MeanMetric().to(self.device).set_dtype(torch.float32)
             rows = counted.view(-1, *[1] * (mask.ndim - 1))
-            self.means[name].update(values.masked_fill(~mask, 0.0), (mask & rows).float())
+            self.means[name].update(values.float().masked_fill(~mask, 0.0), (mask & rows).float())
 
     def evaluation(self) -> dict[str, Tensor]:
         """The means over all rows of all ranks, by name, and a fresh start."""
@@ -185,6 +195,11 @@ class Algorithm(LightningModule):
         return means
 
     # Lightning's hooks --------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuses what would clip gradients of a scaled loss."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("16-mixed scales losses, and clipping would not: take bf16-mixed.")
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer with a group per role."""
@@ -248,14 +263,24 @@ class Algorithm(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the iteration, from which sampling and shuffling draw their noise."""
         checkpoint["iteration"] = self.iteration
+        checkpoint["algorithm"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint holds exactly what trains here."""
-        self.iteration = checkpoint["iteration"]
-        expected, found = set(self.state_dict()), set(checkpoint.get("state_dict", ()))
-        if found and expected != found:
-            strange = sorted(expected ^ found)[0]
+        self.iteration, name = checkpoint["iteration"], type(self).__name__
+        if self.trainer.training and checkpoint["algorithm"] != name:
             raise ValueError(
-                f"The checkpoint does not fit this model: {len(found - expected)} weights are "
-                f"unknown and {len(expected - found)} are missing, such as '{strange}'."
+                f"The checkpoint is of a {checkpoint['algorithm']} run and cannot go on as {name}; "
+                f"to start from its weights, give the path of its exported `hf` folder."
+            )
+        expected, found = self.state_dict(), checkpoint.get("state_dict", {})
+        strange = sorted(
+            key
+            for key in {*expected, *found}
+            if key not in expected or key not in found or expected[key].shape != found[key].shape
+        )
+        if found and strange:
+            raise ValueError(
+                f"The checkpoint does not fit this model: {len(strange)} weights are unknown, "
+                f"missing or of another shape, such as '{strange[0]}'."
             )

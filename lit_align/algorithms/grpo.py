@@ -46,12 +46,12 @@ class GRPO(OnlineAlgorithm):
         batch = super().prepare(batch)
         scores = batch.scores.view(-1, self.num_samples)
         self.log_equal_groups(batch)
-        credit = group_relative(self.adjust(scores), self.scale)
+        credit = group_relative(self.adjust(scores, batch), self.scale)
         batch.advantages = credit.view(-1, 1).expand_as(batch.logprobs)
         return batch
 
-    def adjust(self, scores: Tensor) -> Tensor:
-        """[B, G] -> [B, G]: the scores that advantages are made of. A seam for variants."""
+    def adjust(self, scores: Tensor, batch: Experience) -> Tensor:
+        """[B, G] -> [B, G]: the scores that advantages are made of. GRPOVI overrides this."""
         return scores
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:

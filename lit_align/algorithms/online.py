@@ -155,7 +155,7 @@ class OnlineAlgorithm(Algorithm):
         answered = batch.response_mask.any(-1)
         means = {
             "reward": (batch.scores, answered),
-            "kl": (self.sequence_kl(batch), answered),
+            "objective/kl": (self.sequence_kl(batch), answered),
             "mean_length": (batch.response_mask.sum(-1).float(), answered),
             "clipped_ratio": (self.on_device(batch.truncated), answered),
         }

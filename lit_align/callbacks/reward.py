@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_align.batches import Experience
-from lit_align.rewards.base import RewardFunction
+from lit_align.rewards.base import RewardError, RewardFunction
 from lit_align.rewards.calling import Caller
 from lit_align.rewards.panel import Panel
 
@@ -45,7 +45,12 @@ class Reward(Callback):
     def judge(self, trainer: Trainer, batch: Experience) -> list[bool]:
         """Writes the scores; [N] whether a row is scored, or skipped with its prompt."""
         with trainer.precision_plugin.forward_context():
-            return self.panel(batch)
+            scored = self.panel(batch)
+        if self.skip_failures:
+            number = torch.tensor(float(sum(scored)), device=batch.responses.device)
+            if trainer.strategy.reduce(number, reduce_op="sum") == 0:
+                raise RewardError("every prompt of this batch was skipped: no reward worked")
+        return scored
 
     def spread(
         self, trainer: Trainer, batch: Experience, rows: list[bool]

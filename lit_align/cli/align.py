@@ -77,6 +77,9 @@ class AlignCLI(LightningCLI):
             )
         if config.data is not None and config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = self.model_path(config.model.init_args)
+        path = config.get("ckpt_path")
+        if path not in (None, "best", "last", "hpc") and not Path(path).exists():
+            raise ValueError(f"--ckpt_path {path}: there is no such checkpoint.")
         if self.config.subcommand == "predict":
             config.return_predictions = False
 
@@ -92,7 +95,10 @@ class AlignCLI(LightningCLI):
         """The trainer with the sections' callbacks first, then those that write the run folder."""
         config = self.config_init[self.config_init.subcommand]
         folder = Path(config.trainer.default_root_dir)
-        if config.trainer.logger in (None, True):
+        fitting = self.config_init.subcommand == "fit"
+        if not fitting:  # the records of a fit in the same folder stay as they are
+            self.save_config_callback, kwargs["logger"] = None, False
+        elif config.trainer.logger in (None, True):
             kwargs["logger"] = [
                 kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)
             ]

@@ -91,9 +91,13 @@ def quieten() -> None:
 
 
 def explained(error: Exception) -> str | None:
-    """The text of an error that our own files raised: it is meant for the user. Else None."""
+    """The text of an error that our own code raises, for it is meant for the user; else None.
+
+    What torch or Python raise while our code runs keeps its traceback.
+    """
     if str(error).startswith("Does not validate against"):  # ours, seen through the parser
         return sentence(str(error), ())
     frames = traceback.extract_tb(error.__traceback__)
     ours = bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
-    return str(error) if ours else None
+    said = ours and (frames[-1].line or "").startswith("raise ")
+    return str(error) if said else None

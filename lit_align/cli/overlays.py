@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,12 @@ import yaml
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.cli.packaged import packaged
 from lit_align.cli.rooms import arguments, kinds
 from lit_align.data.loading import TextData
 
 Settings = dict[str, Any]
 SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextData}
-
-
-def packaged() -> dict[str, str]:
-    """The text of each config that ships with lit_align, by name."""
-    folder = files("lit_align.configs").iterdir()
-    texts = {file.name: file.read_text() for file in folder if file.name.endswith(".yaml")}
-    return {name.removesuffix(".yaml"): texts[name] for name in sorted(texts)}
 
 
 def read(name: str) -> Settings:
@@ -38,6 +31,9 @@ def read(name: str) -> Settings:
         raise ValueError(f"--config {name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config {name} must hold sections such as model and data.")
+    for section in SECTIONS:  # `model: ReMax` is short for a class without arguments
+        if isinstance(settings.get(section), str):
+            settings[section] = {"class_path": settings[section]}
     return settings
 
 
@@ -63,8 +59,9 @@ def fit_overlays(argv: list[str]) -> list[str]:
 
 
 def split_config(word: str) -> list[str]:
-    """`--config=x` as two words."""
-    return word.split("=", 1) if word.startswith(("--config=", "-c=")) else [word]
+    """`--config=x` as two words, and so for the classes that overlays are cut to."""
+    whole = ("--config=", "-c=", "--model=", "--data=")
+    return word.split("=", 1) if word.startswith(whole) else [word]
 
 
 def chosen_class(section: str, base: type, configs: list[Settings], argv: list[str]) -> type | None:
@@ -97,5 +94,5 @@ def cut(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
         if kind is not None and settings:
             elsewhere = set().union(*map(arguments, kinds(base))) - arguments(kind)
             kept = {k: v for k, v in settings.items() if k not in elsewhere}
-            left[section] = {"init_args": kept}
+            left[section] = {**overlay[section], "init_args": kept}
     return left

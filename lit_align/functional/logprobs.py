@@ -107,6 +107,25 @@ class _ChosenLogprobs(torch.autograd.Function):
         return grad_hidden, _to(grad_weight, weight), _to(grad_bias, bias), None, None
 
 
+def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[n, V] logits / temperature of single tokens, the largest of a row moved to 0.
+
+    The same arithmetic as in `chosen_logprobs`, for whoever samples.
+
+    Args:
+        hidden: [n, H] what the model's head sees.
+        head: [V, H] of `head_factor`.
+        bias: [V] of the head.
+        temperature: Divides the logits.
+    """
+    return _logits(hidden, head, bias, temperature)
+
+
+def head_factor(weight: Tensor) -> Tensor:
+    """[V, H] the head's weight as the products take it; fp32 unless a GPU sums halves in fp32."""
+    return weight.to(_factor_dtype(weight))
+
+
 def _chunks(num_tokens: int) -> list[slice]:
     return [slice(start, start + CHUNK_SIZE) for start in range(0, num_tokens, CHUNK_SIZE)]
 

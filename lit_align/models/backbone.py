@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils import logging as transformers_logging
 
 from lit_align.batches import Experience, Tokens
+from lit_align.models.loading import data_type, load_network, quiet_transformers
 from lit_align.models.lora import LoRA
 
 Args = ParamSpec("Args")
@@ -27,7 +26,7 @@ class Backbone(nn.Module):
     Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
 
     Args:
-        path: Hub id or folder of the weights.
+        path: Hub id or folder of the weights; an adapter's folder is merged into its base.
         config: Architecture (`model_type` and its fields) to train from random weights where no
             path is given.
         lora: Low-rank adapter; without one all weights train.
@@ -62,7 +61,7 @@ class Backbone(nn.Module):
             raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
         self.name = path or f"{(config or {}).get('model_type')} from random weights"
         options = {
-            "dtype": getattr(torch, dtype) if dtype else torch.get_default_dtype(),
+            "dtype": data_type(dtype),
             "trust_remote_code": trust_remote_code,
             **({"attn_implementation": attention} if attention else {}),
         }
@@ -70,7 +69,9 @@ class Backbone(nn.Module):
             settings = self.configure(AutoConfig.for_model(**(config or {})))
             self.network = self.auto.from_config(settings, **options)
         else:
-            self.network = self.load(path, {**options, "revision": revision})
+            options["revision"] = revision
+            self.network = load_network(self.auto, path, self.configure, self.new_weights, options)
+        self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
         if checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.adapted = lora.adapt(self.network, self.task) if lora else None
@@ -84,25 +85,6 @@ class Backbone(nn.Module):
         for name, value in cls.overrides.items():
             setattr(config, name, value)
         return config
-
-    @classmethod
-    def load(cls, path: str, options: dict[str, Any]) -> PreTrainedModel:
-        """The network with all of its weights, or one sentence about what is missing."""
-        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-            raise FileNotFoundError(
-                f"{path}: no such folder; give a hub id or a folder of weights."
-            )
-        path = str(Path(path).expanduser()) if path.startswith("~") else path
-        known = {key: options[key] for key in ("revision", "trust_remote_code")}
-        settings = cls.configure(AutoConfig.from_pretrained(path, **known))
-        with quiet_transformers():
-            network, report = cls.auto.from_pretrained(
-                path, config=settings, output_loading_info=True, **options
-            )
-        missing = sorted(set(report["missing_keys"]) - set(cls.new_weights))
-        if missing:
-            raise ValueError(f"{path} lacks {len(missing)} weights, the first is '{missing[0]}'.")
-        return network
 
     def forward(
         self, compute: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
@@ -160,16 +142,3 @@ class Backbone(nn.Module):
         if main:
             with quiet_transformers():
                 model.save_pretrained(folder, state_dict=state)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars and tables while loading and saving; missing weights are an error of ours."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_align.batches import Experience
+from lit_align.functional.logprobs import head_factor, head_logits
 
 
 class Responses(NamedTuple):
@@ -82,14 +83,15 @@ def decode(
         temperature: Divides the logits.
         sampling: What may be chosen.
     """
-    context = Context(
-        prompts.prompts, prompts.prompt_mask.long(), DynamicCache(config=network.config)
-    )
+    context = Context(prompts, DynamicCache(config=network.config))
+    layer = network.get_output_embeddings()
+    head = head_factor(layer.weight)
     responses = prompts.prompts.new_full(noise.shape, pad)
     logprobs = noise.new_zeros(noise.shape)
     done = torch.zeros_like(greedy)
     for step in range(noise.shape[1]):
-        likely = (context.logits(network) / temperature).log_softmax(-1)
+        hidden = context.hidden(network)
+        likely = head_logits(hidden, head, layer.bias, temperature).log_softmax(-1)
         chosen = choose(likely, noise[:, step], greedy, sampling).where(~done, pad)
         responses[:, step] = chosen
         logprobs[:, step] = likely.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).where(~done, 0.0)
@@ -104,26 +106,24 @@ class Context:
     """What has been said so far: its last tokens, its mask, and keys and values of the rest.
 
     Args:
-        tokens: [N, P] token ids, left-padded.
-        mask: [N, P] 1 on real tokens.
+        prompts: N rows; only their prompts are read.
         cache: Empty.
     """
 
-    def __init__(self, tokens: Tensor, mask: Tensor, cache: DynamicCache):
-        self.tokens, self.mask, self.cache = tokens, mask, cache
-        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    def __init__(self, prompts: Experience, cache: DynamicCache):
+        self.tokens, self.mask, self.cache = prompts.prompts, prompts.prompt_mask.long(), cache
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
 
-    def logits(self, network: PreTrainedModel) -> Tensor:
-        """[N, V] fp32 logits of the next token."""
-        logits: Tensor = network(
+    def hidden(self, network: PreTrainedModel) -> Tensor:
+        """[N, H] what the head sees before the next token."""
+        hidden: Tensor = network.base_model(
             input_ids=self.tokens,
             attention_mask=self.mask,
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits.float()
+        ).last_hidden_state[:, -1]
+        return hidden
 
     def append(self, tokens: Tensor) -> None:
         """Goes on with [N] token ids."""

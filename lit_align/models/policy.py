@@ -113,8 +113,17 @@ class Policy(Backbone):
         own = logits.log_softmax(-1).gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
         difference = float((own - self.logprobs(batch)).abs().max())
         tolerance = 1e-3 if self.head.weight.dtype in (torch.float32, torch.float64) else 0.25
-        if not difference <= tolerance:
+        if not difference <= tolerance or not self.head_is_last(tokens):
             raise ValueError(
                 f"{self.name} changes its logits after the output head (log-probs differ by "
                 f"{difference:.2g} nats): soft-capped or scaled logits are not supported."
             )
+
+    def head_is_last(self, tokens: Tensor) -> bool:
+        """Whether logits of size 30 still are what the head says: a soft cap bends such ones."""
+        hidden = self.network.base_model(input_ids=tokens).last_hidden_state
+        gain = 30 / float(self.head(hidden).abs().max().clamp(min=1e-6))
+        louder = self.head.register_forward_hook(lambda layer, given, logits: logits * gain)
+        difference = (self.network(input_ids=tokens).logits - self.head(hidden)).abs().max()
+        louder.remove()
+        return bool(difference < 1.0)

@@ -36,7 +36,7 @@ def synchronise(model: nn.Module, wanted: bool) -> None:
 @contextmanager
 def gathered(model: Model) -> Iterator[Model]:
     """Whole weights, eval mode: a generated token then costs no collective."""
-    parts, training, root = shards(model), model.training, id(model)
+    parts, modes, root = shards(model), [m.training for m in model.modules()], id(model)
     model.eval()
     for module in parts:
         module.set_reshard_after_forward(False, recurse=False)
@@ -47,4 +47,5 @@ def gathered(model: Model) -> Iterator[Model]:
         for module in parts:
             module.set_reshard_after_forward(id(module) != root, recurse=False)
             module.reshard()
-        model.train(training)
+        for part, training in zip(model.modules(), modes, strict=True):
+            part.training = training

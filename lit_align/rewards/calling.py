@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -192,9 +193,11 @@ def finite(score: Any) -> float | Failure:
 
 
 def raised(error: BaseException) -> str:
-    """What happened, in one line."""
+    """What happened and where, in one line."""
     kind, text = type(error).__name__, shortened(str(error), 300)
-    return f"raised {kind}: {text}" if text else f"raised {kind}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"raised {kind}: {text}{place}" if text else f"raised {kind}{place}"
 
 
 def shown(batch: Experience, row: int) -> str:

@@ -1,11 +1,14 @@
 """ReMax: what a token is worth, what is divided by what, and what the loop guarantees."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import RandomPrompts, distance, tiny, trainer, weights
 from lightning.pytorch import Callback
 from torch.optim import SGD, AdamW
 
+from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.batches import Experience
 
@@ -155,16 +158,68 @@ def test_a_checkpoint_holds_what_trains_and_loads_with_weights_only(run, tmp_pat
 def test_a_foreign_checkpoint_is_refused_in_a_sentence(run):
     algorithm = ReMax(policy=tiny)
     run(algorithm)
-    with pytest.raises(ValueError, match="The checkpoint does not fit this model: 1 weights are"):
-        algorithm.on_load_checkpoint({"iteration": 1, "state_dict": {"other": 1}})
+    start = {"iteration": 1, "algorithm": "ReMax"}
+    with pytest.raises(ValueError, match="does not fit this model: 22 weights are unknown"):
+        algorithm.on_load_checkpoint({**start, "state_dict": {"other": torch.ones(1)}})
+    shapes = {name: weight[:1] for name, weight in algorithm.state_dict().items()}
+    with pytest.raises(ValueError, match="weights are unknown, missing or of another shape"):
+        algorithm.on_load_checkpoint({**start, "state_dict": shapes})
+
+
+def test_another_algorithms_checkpoint_is_refused(tmp_path, run):
+    run(ReMax(policy=tiny)).save_checkpoint(tmp_path / "remax.ckpt")
+    with pytest.raises(ValueError, match="is of a ReMax run and cannot go on as GRPO"):
+        trainer(tmp_path).fit(
+            GRPO(policy=tiny, num_samples=2), RandomPrompts(), ckpt_path=tmp_path / "remax.ckpt"
+        )
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision_runs_and_measures_in_fp32(tmp_path, precision):
+    algorithm = ReMax(policy=tiny)
+    tool = trainer(tmp_path, precision=precision)
+    tool.fit(algorithm, RandomPrompts())
+    assert tool.callback_metrics["sampling/sampling_logp_difference/mean"] < 0.02
+    means = {"value": (torch.ones(1000).cumsum(0) > 500, torch.ones(1000, dtype=torch.bool))}
+    for _ in range(2):
+        algorithm.measure(Experience(counted=[True] * 1000), **means)
+    assert float(algorithm.evaluation()["value"]) == 0.5
+
+
+def test_scaled_losses_are_refused(tmp_path):
+    algorithm = ReMax(policy=tiny)
+    algorithm.trainer = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(ValueError, match="take bf16-mixed"):
+        algorithm.setup("fit")
+
+
+def test_blocks_are_computed_again_only_if_asked_for(tiny_policy, prompts):
+    calls = []
+
+    def count(policy):
+        calls.clear()
+        policy.blocks[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+        batch = prompts.repeat(1)
+        batch.responses = batch.prompts
+        batch.response_mask, batch.response_lengths = batch.prompt_mask, [5] * 4
+        policy.logprobs(batch).sum().backward()
+        return len(calls)
+
+    assert count(tiny_policy) == 1
+    assert count(tiny(checkpointing=True)) == 2
 
 
 def test_validation_measures_greedy_answers(tmp_path):
     algorithm = ReMax(policy=tiny)
     tool = trainer(tmp_path)
     (measured,) = tool.validate(algorithm, RandomPrompts(), verbose=False)
-    assert set(measured) >= {"val/reward", "val/kl", "val/mean_length", "val/clipped_ratio"}
-    assert measured["val/kl"] == 0.0
+    assert set(measured) >= {
+        "val/reward",
+        "val/objective/kl",
+        "val/mean_length",
+        "val/clipped_ratio",
+    }
+    assert measured["val/objective/kl"] == 0.0
 
 
 def test_metrics_have_trls_names(run):

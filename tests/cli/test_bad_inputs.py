@@ -104,6 +104,14 @@ CASES = {
         (*ONLINE, "--model.policy.config.vocab_size", "100"),
         r"The tokenizer makes 138 token ids and the policy llama from random weights knows 100",
     ),
+    "a checkpoint that is not there": (
+        (*OFFLINE, "--ckpt_path", "nowhere.ckpt"),
+        r"--ckpt_path nowhere.ckpt: there is no such checkpoint",
+    ),
+    "a data type that is none": (
+        (*ONLINE, "--model.policy.dtype", "flaot32"),
+        r"dtype flaot32 is none of torch's",
+    ),
     "a config to be copied that is not there": (
         ("configs", "copy", "remaxx"),
         r"There is no config 'remaxx'; there are",

@@ -153,3 +153,40 @@ def test_the_command_line_wins_over_a_checkpoint(tmp_path, monkeypatch):
           "--model.max_grad_norm", "0.5", "--ckpt_path", str(checkpoint)])  # fmt: skip
     config = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())
     assert config["model"]["init_args"]["max_grad_norm"] == 0.5
+
+
+def test_an_overlay_may_name_a_class_and_a_config_may_be_short(tmp_path, capsys):
+    (tmp_path / "data.yaml").write_text(
+        "data: {class_path: PreferenceData, init_args: {path: mine}}"
+    )
+    words = fit_overlays(["fit", "--config", "sft", "--config", str(tmp_path / "data.yaml")])
+    assert json.loads(words[4])["data"]["class_path"] == "PreferenceData"
+    (tmp_path / "short.yaml").write_text("model: SFT\ndata: InstructionData")
+    words = fit_overlays(["fit", "--config", str(tmp_path / "short.yaml"), "--model=ReMax"])
+    assert json.loads(words[2])["model"] == {"class_path": "SFT"}
+    assert words[3:] == ["--model", "ReMax"]
+
+
+def test_validate_and_predict_leave_the_records_of_a_fit_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = ("--config", "remax", "--config", "toy", "--data.max_rows", "64")
+    main(["fit", *start, *FAST])
+    run = tmp_path / "runs" / "remax"
+    before = {name: (run / name).read_text() for name in ("metrics.csv", "config.yaml")}
+    main(["validate", *start, "--trainer.limit_val_batches", "1"])
+    main(["predict", *start, "--trainer.limit_predict_batches", "1"])
+    assert before == {name: (run / name).read_text() for name in before}
+
+
+def test_an_error_of_pythons_own_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text(
+        "from lit_align.algorithms.remax import ReMax\n"
+        "class Broken(ReMax):\n"
+        "    def prepare(self, batch):\n"
+        "        batch = super().prepare(batch)\n"
+        "        batch.advantages = batch.advantages.new_zeros(3, 2)\n"
+        "        return batch\n"
+    )
+    with pytest.raises(IndexError, match="out of bounds"):
+        main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model", "broken.Broken"])

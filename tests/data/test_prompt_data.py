@@ -93,7 +93,7 @@ def test_the_first_words_of_a_text_are_a_prompt(rows, chat_path):
 def test_first_words_need_a_text(rows, chat_path):
     path = rows({"story": "a b"})
     module = PromptData(path, eval_path=path, tokenizer=chat_path, first_words=1)
-    with pytest.raises(ValueError, match="wanted: text, of which data.first_words makes prompts"):
+    with pytest.raises(ValueError, match=r"wanted: text, of which data\.first_words makes prompts"):
         module.val_dataloader()
 
 

@@ -121,5 +121,5 @@ def test_rows_that_are_refused(module, row, settings, message):
 
 
 def test_settings_that_are_refused(module):
-    with pytest.raises(ValueError, match="pairs_per_text >= 1, found 0.0 and 0"):
+    with pytest.raises(ValueError, match=r"pairs_per_text >= 1, found 0\.0 and 0"):
         module(LETTERS, pairs_per_text=0)

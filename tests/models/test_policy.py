@@ -161,6 +161,7 @@ def test_dropout_is_off(prompts):
     "special",
     [
         {"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 0.05},
+        {"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 30.0},
         {"model_type": "granite", "logits_scaling": 8.0},
     ],
 )
@@ -189,6 +190,28 @@ def test_a_saved_policy_loads_elsewhere(tiny_policy, tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
     again = Policy(str(tmp_path))
     assert all(map(torch.equal, again.state_dict().values(), tiny_policy.state_dict().values()))
+
+
+def test_an_adapters_folder_is_merged_into_its_base(tmp_path, tiny_policy, prompts):
+    tiny_policy.save(tmp_path / "base")
+    policy = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    policy.save(tmp_path / "adapter")
+    merged = Policy(str(tmp_path / "adapter"))
+    batch = answer(policy, prompts)
+    torch.testing.assert_close(merged.logprobs(batch), policy.logprobs(batch))
+    assert merged.adapted is None
+    assert all(weight.requires_grad for weight in merged.parameters())
+
+
+def test_a_wrong_data_type_and_a_folder_without_a_model_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dtype flaot32 is none of torch's"):
+        Policy(config=dict(TINY), dtype="flaot32")
+    with pytest.raises(ValueError, match="could not be loaded: "):
+        Policy(str(tmp_path))
 
 
 def test_several_stop_ids_come_from_the_generation_config(tiny_policy):

@@ -1,0 +1,107 @@
+"""GRPOVI: adjusted scores of the paper's numeric tests, through the algorithm."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import RandomPrompts, tiny, trainer
+
+from lit_align.algorithms import grpovi
+from lit_align.algorithms.grpovi import GRPOVI
+from lit_align.batches import Experience
+
+
+def group(probs, scores, lengths=None) -> Experience:
+    """One prompt's responses of one token each, with the reference's probabilities."""
+    lengths = lengths or [1] * len(probs)
+    width = max(lengths)
+    share = torch.tensor(probs, dtype=torch.float64).log() / torch.tensor(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    return Experience(
+        ref_logprobs=share.unsqueeze(1).expand(-1, width),
+        logprobs=torch.zeros(len(probs), width, dtype=torch.float64),
+        response_mask=mask,
+        scores=torch.tensor(scores, dtype=torch.float64),
+    )
+
+
+def adjusted(algorithm, batch) -> list[float]:
+    return algorithm.adjust(batch.scores.view(1, -1), batch)[0].tolist()
+
+
+def test_equal_probabilities_push_scores_to_the_bounds():
+    batch = group([0.25] * 4, [0.9, 0.6, 0.4, 0.1])
+    assert adjusted(GRPOVI(policy=tiny), batch) == pytest.approx([1, 1, 0, 0])
+
+
+def test_the_weighted_mean_is_kept_by_one_value_in_between():
+    batch = group([0.1, 0.5, 0.15, 0.25], [0.2, 0.4, 0.9, 0.1])
+    assert adjusted(GRPOVI(policy=tiny), batch) == pytest.approx([0, 0.46, 1, 0])
+
+
+def test_equal_scores_stay_equal_unless_ties_are_split():
+    batch = group([0.25] * 4, [0.5] * 4)
+    assert adjusted(GRPOVI(policy=tiny), batch) == pytest.approx([0.5] * 4)
+    assert adjusted(GRPOVI(policy=tiny, split_ties=True), batch) == pytest.approx([1, 1, 0, 0])
+
+
+def test_other_bounds_move_the_result_with_them():
+    batch = group([0.25] * 4, [8.0, 2.0, -2.0, -8.0])
+    assert adjusted(GRPOVI(policy=tiny, low=-10, high=10), batch) == pytest.approx(
+        [10, 10, -10, -10]
+    )
+
+
+def test_weights_are_of_whole_responses_and_have_alternatives():
+    batch = group([0.8, 0.2], [1.0, 0.0], lengths=[1, 2])
+    batch.logprobs = torch.tensor([[-1.0, 0.0], [-2.0, -3.0]])
+    nats = [math.log(0.8), math.log(0.2)]
+    assert grpovi.reference_likelihood(batch).tolist() == pytest.approx(nats)
+    mean = [nats[0], nats[1] / 2]
+    assert grpovi.mean_reference_likelihood(batch).tolist() == pytest.approx(mean)
+    assert grpovi.policy_likelihood(batch).tolist() == [-1.0, -5.0]
+    assert grpovi.equal_weights(batch).tolist() == [0.0, 0.0]
+
+
+class Alone(GRPOVI):
+    """One rank without a Trainer."""
+
+    trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda value, reduce_op: value))
+
+
+def test_running_bounds_are_the_extremes_so_far():
+    algorithm = Alone(policy=tiny, running_bounds=True)
+    first = adjusted(algorithm, group([0.25] * 4, [3.0, 2.0, 1.0, 0.0]))
+    assert first == pytest.approx([3, 3, 0, 0])
+    second = adjusted(algorithm, group([0.25] * 4, [2.0, 2.0, 1.0, 1.0]))
+    assert algorithm.bounds.tolist() == [0.0, 3.0]
+    assert second == pytest.approx([3, 3, 0, 0])
+    assert adjusted(Alone(policy=tiny, running_bounds=True), group([0.5, 0.5], [2.0, 2.0])) == [
+        2,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_bounds_are_saved_if_they_run(tmp_path, running):
+    algorithm = GRPOVI(policy=tiny, num_samples=2, running_bounds=running)
+    run = trainer(tmp_path)
+    run.fit(algorithm, RandomPrompts(2))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert ("bounds" in state) == running
+    if running:
+        again = GRPOVI(policy=tiny, num_samples=2, running_bounds=True)
+        trainer(tmp_path, max_epochs=2).fit(again, RandomPrompts(1), ckpt_path=tmp_path / "x.ckpt")
+        assert again.bounds[1] >= algorithm.bounds[1]
+
+
+def test_raw_scores_are_what_is_logged(run):
+    logged = run(GRPOVI(policy=tiny, num_samples=2, high=100.0)).callback_metrics
+    assert logged["reward"] == logged["rewards/count/mean"]
+
+
+def test_bounds_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="low must be below high, found 1.0 and 1.0"):
+        GRPOVI(policy=tiny, low=1.0, high=1.0)
