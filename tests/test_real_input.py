@@ -1,6 +1,7 @@
 """The examples on real input: each parses and runs, and reaches what docs/quickstart.md says."""
 
 import csv
+import re
 import runpy
 from pathlib import Path
 
@@ -63,10 +64,11 @@ def test_an_example_is_one_screen_and_runs(example, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_sft_learns_the_stories(tmp_path):
-    before = run("validate", "real_sft", tmp_path / "before")
+def test_sft_learns_the_stories(tmp_path, capsys):
+    run("validate", "real_sft", tmp_path / "before")
+    (before,) = re.findall(r"val/perplexity (\d+\.\d+)", capsys.readouterr().out)
     after = run("fit", "real_sft", tmp_path / "after")
-    assert before["val/perplexity"] > 9
+    assert float(before) > 9
     assert after["val/perplexity"] < 5
 
 
@@ -74,7 +76,7 @@ def test_sft_learns_the_stories(tmp_path):
 @pytest.mark.timeout(1200)
 def test_the_reward_model_knows_held_out_reviews(tmp_path):
     last = run("fit", "real_reward_model", tmp_path)
-    assert last["val/accuracy"] > 0.65
+    assert last["val/accuracy"] > 0.7
 
 
 @pytest.mark.long

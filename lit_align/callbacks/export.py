@@ -1,8 +1,11 @@
 """The trained model as a folder that transformers loads without us."""
 
+from copy import deepcopy
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.models.backbone import Backbone
@@ -19,22 +22,49 @@ class Export(Callback):
         folder = Path(trainer.default_root_dir) / "hf"
         for role, network in algorithm.roles.items():
             place = folder if len(algorithm.roles) == 1 else folder / role
-            self.name_ends(trainer, network)
+            tokenizer = self.name_ends(trainer, network)
             if trainer.is_global_zero:
                 clear(place, network)
             network.save(place, main=trainer.is_global_zero)
             if trainer.is_global_zero:
-                trainer.datamodule.tokenizer.save_pretrained(place)
+                tokenizer.save_pretrained(place)
         trainer.strategy.barrier("export")
 
-    def name_ends(self, trainer: Trainer, network: Backbone) -> None:
-        """Writes into the model's own configuration where its answers end."""
+    def name_ends(self, trainer: Trainer, network: Backbone) -> PreTrainedTokenizerBase:
+        """Writes into the model's own configuration where texts end; the tokenizer to go with it.
+
+        transformers' classifiers read the score at the last token that is not padding: there a
+        stop that is padding as well would be skipped.
+        """
         data, model = trainer.datamodule, network.network
-        model.config.pad_token_id = data.tokenizer.pad_token_id
+        tokenizer, stops = data.tokenizer, sorted({*network.stop_ids, *data.stop_ids})
         if model.can_generate():
-            stops = sorted({*network.stop_ids, *data.stop_ids})
             model.generation_config.eos_token_id = stops
-            model.generation_config.pad_token_id = data.tokenizer.pad_token_id
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+        elif tokenizer.pad_token_id in stops:
+            tokenizer = padded_apart(tokenizer, stops)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return tokenizer
+
+
+def padded_apart(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> PreTrainedTokenizerBase:
+    """A copy that pads with a special token which is no stop, if it has one.
+
+    Args:
+        tokenizer: Pads with a stop.
+        stops: Token ids that end texts.
+    """
+    apart = deepcopy(tokenizer)
+    spare = [token for token in (apart.unk_token, apart.bos_token) if token is not None]
+    for token in spare:
+        if apart.convert_tokens_to_ids(token) not in stops:
+            apart.pad_token = token
+            return apart
+    rank_zero_warn(
+        "the tokenizer pads with the stop and has no other special token: transformers will read "
+        "the exported model's scores one token early unless texts are scored one by one"
+    )
+    return apart
 
 
 def clear(place: Path, network: Backbone) -> None:

@@ -74,19 +74,14 @@ class TextData(LightningDataModule):
             raise ValueError(f"eval_fraction is {eval_fraction}, but a share is from 0 to below 1")
         one = [Source(path, name, split, columns=columns)] if isinstance(path, str) else path
         self.sources: list[Source] = one
-        self.eval_path = eval_path
-        self.eval_split = eval_split
-        self.eval_fraction = eval_fraction
+        self.eval_path, self.eval_split, self.eval_fraction = eval_path, eval_split, eval_fraction
         self.columns = columns
         self.tokenizer_path = tokenizer
-        self.chat_template = chat_template
-        self.eos_token = eos_token
+        self.chat_template, self.eos_token = chat_template, eos_token
         self.unwanted = Unwanted(drop or {})
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.max_rows = max_rows
-        self.num_workers = num_workers
-        self.seed = seed
+        self.max_rows, self.num_workers, self.seed = max_rows, num_workers, seed
         self.trust_remote_code = trust_remote_code
         self.dropped: Counter[str] = Counter()  # rows by reason
         self.cut: Counter[str] = Counter()  # rows by limit

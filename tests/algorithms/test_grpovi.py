@@ -103,5 +103,5 @@ def test_raw_scores_are_what_is_logged(run):
 
 
 def test_bounds_that_are_none_are_refused():
-    with pytest.raises(ValueError, match="low must be below high, found 1.0 and 1.0"):
+    with pytest.raises(ValueError, match=r"low must be below high, found 1\.0 and 1\.0"):
         GRPOVI(policy=tiny, low=1.0, high=1.0)

@@ -18,9 +18,11 @@ CONFIG = {**TINY, "vocab_size": 192, "bos_token_id": 2, "eos_token_id": 3, "pad_
 STOPS = [3, 5]
 
 
-def export(folder, **roles: Backbone) -> None:
+def export(folder, pad: str = "<pad>", **roles: Backbone) -> None:
     """What happens at the end of training, on one rank."""
-    data = SimpleNamespace(tokenizer=toy_tokenizer(), stop_ids=STOPS)
+    tokenizer = toy_tokenizer()
+    tokenizer.pad_token = pad
+    data = SimpleNamespace(tokenizer=tokenizer, stop_ids=STOPS)
     trainer = SimpleNamespace(
         default_root_dir=folder,
         datamodule=data,
@@ -74,10 +76,11 @@ def test_a_policy_loads_with_its_logits_tokenizer_and_stops(tmp_path):
     assert "lit_align" not in (folder / "config.json").read_text()
 
 
-def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path):
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])  # a stop that pads gives way to another
+def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path, pad):
     torch.manual_seed(0)
     trained = Scalar(config=dict(CONFIG))
-    export(tmp_path, reward_model=trained)
+    export(tmp_path, pad, reward_model=trained)
     folder = tmp_path / "hf"
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     found = encoded(folder)

@@ -125,7 +125,8 @@ def test_a_failure_of_the_rows_together_is_told_as_such():
                 raise MemoryError("too many")
             return [1.0]
 
-    with pytest.raises(RewardError, match=r"raised MemoryError: too many \(.*\), though not for 2 rows"):
+    told = r"raised MemoryError: too many \(.*\), though not for 2 rows"
+    with pytest.raises(RewardError, match=told):
         call(Crowd(), answered("a", "b"))
     assert call(Crowd(), answered("a", "b"), skip_failures=True) == [1.0, 1.0]
 
