@@ -1,0 +1,87 @@
+"""Every online algorithm learns, in seconds: say token 5 as often as there is room.
+
+The optimum is known: six tokens, all of them 5, a score of 1. A random policy starts at about
+1/32. With the same scores dealt to the wrong rows nothing can be learnt.
+"""
+
+import pytest
+import torch
+from harness import RandomPrompts, tiny
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.optim import AdamW
+
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.grpovi import GRPOVI
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.rloo import RLOO
+from lit_align.batches import Experience
+from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
+from lit_align.rewards.base import RewardFunction
+
+ROOM = 6  # tokens of a response
+ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
+    "ReMax": (ReMax, {"num_samples": 4, "kl_coef": 0.0}),
+    "GRPO": (GRPO, {"num_samples": 4, "kl_coef": 0.0}),
+    "GRPO without scaling": (GRPO, {"num_samples": 4, "kl_coef": 0.0, "scale": False}),
+    "GRPOVI": (GRPOVI, {"num_samples": 4, "kl_coef": 0.0}),
+    "RLOO": (RLOO, {"num_samples": 4, "kl_coef": 0.0}),
+}
+
+
+class Share(RewardFunction):
+    """The share of the room that token 5 fills."""
+
+    def __init__(self, shuffled: bool = False):
+        self.shuffled, self.seen = shuffled, []
+
+    def __call__(self, batch: Experience) -> Tensor:
+        fives = (batch.responses == 5) & batch.response_mask
+        scores = fives.sum(-1) / ROOM
+        self.seen.append(float(scores.mean()))
+        if self.shuffled:
+            order = torch.randperm(
+                len(scores), generator=torch.Generator().manual_seed(len(self.seen))
+            )
+            scores = scores[order]
+        return scores
+
+
+def closed(name: str, seed: int, shuffled: bool) -> float:
+    """The share of the gap between start and optimum that a run closes."""
+    kind, settings = ALGORITHMS[name]
+    torch.manual_seed(seed)
+    algorithm = kind(
+        policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), warmup=0.1, final_lr=0.1, **settings
+    )
+    reward = Share(shuffled)
+    run = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Rollout(max_new_tokens=ROOM), Reward(reward)],
+    )
+    run.fit(algorithm, RandomPrompts(num_batches=60, batch_size=16))
+    start, end = reward.seen[0], sum(reward.seen[-5:]) / 5
+    return (end - start) / (1 - start)
+
+
+SEEDS = [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_it_closes_half_of_the_gap(name, seed):
+    assert closed(name, seed, shuffled=False) > 0.5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_it_learns_nothing_from_shuffled_scores(name, seed):
+    assert closed(name, seed, shuffled=True) < 0.15
