@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from copy import deepcopy
@@ -50,6 +51,7 @@ class OnlineAlgorithm(Algorithm):
         super().__init__(**kwargs)
         self.build_policy, self.build_reference = policy, reference
         self.epochs, self.minibatch_size = epochs, minibatch_size
+        self.reference_fingerprint = 0.0  # of a reference with weights of its own
 
     @property
     def roles(self) -> dict[str, Backbone]:
@@ -68,8 +70,24 @@ class OnlineAlgorithm(Algorithm):
                     f"The reference {reference.name} knows {reference.vocabulary} tokens and the "
                     f"policy {policy.name} {policy.vocabulary}: they must share one vocabulary."
                 )
+            self.reference_fingerprint = reference.fingerprint
             self.reference = shard(reference.requires_grad_(False).eval(), self.device_mesh)
         self.policy = shard(policy, self.device_mesh)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what tells the reference from another one; its weights stay where they are."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reference_fingerprint"] = self.reference_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with another reference, such as random weights of another seed."""
+        super().on_load_checkpoint(checkpoint)
+        expected, found = checkpoint["reference_fingerprint"], self.reference_fingerprint
+        if self.trainer.training and not math.isclose(expected, found, abs_tol=1e-6):
+            raise ValueError(
+                "The reference has other weights than when this run began: resume with the same "
+                "path, or for random weights with the same seed_everything."
+            )
 
     def training_step(self, batch: Experience, batch_idx: int) -> None:
         """One iteration of the paper, on prompts already answered and scored."""

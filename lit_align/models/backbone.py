@@ -105,6 +105,11 @@ class Backbone(nn.Module):
         return size
 
     @property
+    def fingerprint(self) -> float:
+        """A number that other weights are very unlikely to have; of whole weights."""
+        return sum(float(weight.double().sum()) for weight in self.parameters())
+
+    @property
     def stop_ids(self) -> list[int]:
         """The generation configuration's end tokens; the tokenizer may know more."""
         generation = getattr(self.network, "generation_config", None) or GenerationConfig()

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import RandomPrompts, distance, tiny, trainer, weights
+from harness import TINY, RandomPrompts, distance, tiny, trainer, weights
 from lightning.pytorch import Callback
 from torch.optim import SGD, AdamW
 
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.batches import Experience
+from lit_align.models.policy import Policy
 
 LOGPROBS, REFERENCE = [-0.4, -0.8, -0.2, 0.0], [-0.5, -0.6, -0.2, 0.0]
 
@@ -158,12 +159,19 @@ def test_a_checkpoint_holds_what_trains_and_loads_with_weights_only(run, tmp_pat
 def test_a_foreign_checkpoint_is_refused_in_a_sentence(run):
     algorithm = ReMax(policy=tiny)
     run(algorithm)
-    start = {"iteration": 1, "algorithm": "ReMax"}
+    start = {"iteration": 1, "algorithm": "ReMax", "reference_fingerprint": 0.0}
     with pytest.raises(ValueError, match="does not fit this model: 22 weights are unknown"):
         algorithm.on_load_checkpoint({**start, "state_dict": {"other": torch.ones(1)}})
     shapes = {name: weight[:1] for name, weight in algorithm.state_dict().items()}
     with pytest.raises(ValueError, match="weights are unknown, missing or of another shape"):
         algorithm.on_load_checkpoint({**start, "state_dict": shapes})
+
+
+def test_another_reference_is_refused(tmp_path, run):
+    run(ReMax(policy=tiny)).save_checkpoint(tmp_path / "remax.ckpt")
+    other = ReMax(policy=lambda: Policy(config=dict(TINY)))
+    with pytest.raises(ValueError, match="The reference has other weights"):
+        trainer(tmp_path).fit(other, RandomPrompts(), ckpt_path=tmp_path / "remax.ckpt")
 
 
 def test_another_algorithms_checkpoint_is_refused(tmp_path, run):
