@@ -39,6 +39,8 @@ class ReMax(OnlineAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        if num_samples < 1:
+            raise ValueError(f"ReMax needs num_samples of at least 1, found {num_samples}.")
         if self.epochs > 1 or self.minibatch_size is not None:
             raise ValueError(
                 "ReMax takes one step per rollout, since it has no importance ratio: leave out "

@@ -72,6 +72,8 @@ class TextData(LightningDataModule):
         super().__init__()
         if not 0 <= eval_fraction < 1:
             raise ValueError(f"eval_fraction is {eval_fraction}, but a share is from 0 to below 1")
+        if batch_size < 1 or (eval_batch_size or 1) < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         one = [Source(path, name, split, columns=columns)] if isinstance(path, str) else path
         self.sources: list[Source] = one
         self.eval_path, self.eval_split, self.eval_fraction = eval_path, eval_split, eval_fraction

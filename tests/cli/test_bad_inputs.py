@@ -44,6 +44,12 @@ CASES = {
         (*ONLINE, "--model.kl_coef", "abc"),
         r"ReMax: --kl_coef: Expected a float. Got value: abc",
     ),
+    "a wrong word for the trainer": (
+        (*ONLINE, "--trainer.precision", "abc"),
+        r"--trainer.precision: Expected a int or one of .*'bf16-mixed'.* Found: abc",
+    ),
+    "an empty batch": ((*ONLINE, "--data.batch_size", "0"), r"batch_size must be at least 1"),
+    "no sample": ((*ONLINE, "--model.num_samples", "0"), r"num_samples of at least 1, found 0"),
     "an unknown algorithm": (
         (*ONLINE, "--model", "ReMaxx"),
         r"--model ReMaxx: there is no such class. Did you mean 'ReMax'\?",
