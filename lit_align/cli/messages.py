@@ -51,14 +51,14 @@ def sentence(message: str, options: Iterable[str]) -> str:
     lines = [line.strip(" -") for line in message.splitlines()]
     kept = [line for line in lines if not NOISE.search(line)]
     text = " ".join(dict.fromkeys(kept)).replace(" Expected a typing.Literal", " or one of ")
-    given = re.findall(r"^\s*Given value: (\w{1,30})$", message, re.MULTILINE)
-    text += f" Found: {given[0]}" if given and "Expected a" in text else ""
     text = re.sub(r"Type \S+Callable\[.*?\]+ expects a function or a callable class: ", "", text)
     text = re.sub(r"\.? Got value: Namespace\(.*", "", text)
     text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class '\1'", text)
     text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)':", r"\1:", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"--\1:", text)
+    given = re.findall(r"^\s*Given value: (\w{1,30})$", message, re.MULTILINE)
+    text += f" Found: {given[0]}" if given and "Expected a" in text else ""
     return f"{text.rstrip('. ')}.{nearest(message, text, options)}"
 
 
