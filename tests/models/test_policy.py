@@ -1,5 +1,6 @@
 """The one door for sampling and scoring."""
 
+import json
 import math
 
 import pytest
@@ -227,3 +228,12 @@ def test_hits_are_the_share_of_likeliest_tokens(tiny_policy):
     best = tiny_policy.network(input_ids=ids).logits[:, :-1].argmax(-1)
     assert torch.equal(tiny_policy.hits(batch), best == ids[:, 1:])
     assert math.isclose(float(batch.response_mask.sum()), 10)
+
+
+def test_code_beside_the_weights_is_not_run_unless_asked_for(tmp_path):
+    auto = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto}))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        Policy(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
