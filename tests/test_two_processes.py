@@ -126,3 +126,24 @@ def test_two_ranks_equal_one(two_ranks, tmp_path, case, strategy):
         assert measured.keys() == metrics.keys()
         for name in metrics:
             assert measured[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), name
+
+
+def fit_and_save(folder, build, data):
+    """A sharded run; every rank takes part in saving, the first one writes."""
+    algorithm = build()
+    fit(folder, algorithm, data(3, 2), devices=2, strategy=STRATEGIES["fsdp2"]())
+    (network,) = algorithm.roles.values()
+    network.save(folder / "hf", main=algorithm.global_rank == 0)
+    return weights(network)
+
+
+@pytest.mark.parametrize("case", ["ReMax, AdamW in float32", "RewardModel, AdamW in float32"])
+def test_sharded_weights_are_saved_whole(two_ranks, tmp_path, case):
+    build, data, _ = CASES[case]
+    trained, _ = two_ranks(fit_and_save, tmp_path, build, data)
+    start = build()
+    start.configure_model()
+    (network,) = start.roles.values()
+    loaded = type(network)(str(tmp_path / "hf"))
+    for mine, saved in zip(trained, loaded.parameters(), strict=True):
+        assert torch.equal(mine, saved)
