@@ -167,14 +167,14 @@ class Algorithm(LightningModule):
         """The sum of `value` over all ranks."""
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
-    def log_means(self, means: Mapping[str, tuple[Tensor, Tensor]], prefix: str = "") -> None:
+    def log_means(self, means: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Logs the mean of each (values, mask) over the True of all ranks, in one reduction."""
         sums = [
             torch.stack([torch.where(mask, values.float(), 0.0).sum(), mask.sum().float()])
             for values, mask in means.values()
         ]
         for name, (total, number) in zip(means, self.over_ranks(torch.stack(sums)), strict=True):
-            self.log(f"{prefix}{name}", total / number.clamp(min=1.0), batch_size=1)
+            self.log(name, total / number.clamp(min=1.0), batch_size=1)
 
     def measure(self, batch: AnyBatch, **means: tuple[Tensor, Tensor]) -> None:
         """Adds (values, mask) of one evaluation batch to the means of its epoch.
