@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from lit_align.algorithms.base import Algorithm
 from lit_align.batches import Batch, Experience, Pairs, Tokens
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
@@ -139,6 +140,11 @@ def weights(module: torch.nn.Module) -> list[Tensor]:
     """The trained weights, whole and on their own."""
     tensors = [weight.detach() for weight in module.parameters() if weight.requires_grad]
     return [t.full_tensor() if isinstance(t, DTensor) else t.clone() for t in tensors]
+
+
+def trained(algorithm: Algorithm) -> list[Tensor]:
+    """The trained weights of all roles."""
+    return [weight for network in algorithm.roles.values() for weight in weights(network)]
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:

@@ -74,12 +74,13 @@ def test_resuming_is_bitwise(tmp_path, config, num_workers, stops):
     more = ("--data.num_workers", str(num_workers))
     fit(tmp_path / "whole", config, *more)
     whole, logged = last(tmp_path / "whole"), metrics(tmp_path / "whole")
-    assert len({row["grad_norm"] for row in logged if "grad_norm" in row}) == 2 * BATCHES
+    norms = [[v for k, v in row.items() if k.startswith("grad_norm")] for row in logged]
+    assert len({tuple(norm) for norm in norms if norm}) == 2 * BATCHES
     for stop in stops:
         part, folder = tmp_path / "whole" / f"{stop}.ckpt", tmp_path / str(stop)
         state = torch.load(part, weights_only=True)["state_dict"]
         assert not same(state, whole["state_dict"])
-        assert len({name.split(".")[0] for name in state}) == 1, "frozen weights are not saved"
+        assert not any(name.startswith("reference") for name in state)
         fit(folder, config, *more, "--ckpt_path", str(part))
         resumed = last(folder)
         assert resumed["iteration"] == whole["iteration"] == 2 * BATCHES

@@ -38,6 +38,8 @@ class Algorithm(LightningModule):
         max_grad_norm: Longest gradient of a role that is not scaled down.
     """
 
+    several_losses: bool = False  # `losses` yields more than once: DDP must look for idle weights
+
     def __init__(
         self,
         optimizer: OptimizerCallable = lambda params: AdamW(
@@ -56,6 +58,7 @@ class Algorithm(LightningModule):
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
         self.notes: dict[str, Tensor] = {}  # sum and number of what `losses` noted, by name
         self.means: dict[str, MeanMetric] = {}  # of the evaluation under way, by name
+        self.own_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
     # What an algorithm says ---------------------------------------------------------------------
@@ -76,6 +79,10 @@ class Algorithm(LightningModule):
         """What the summed loss is divided by, on this rank: response tokens by default."""
         count: Tensor = batch.scored.sum()
         return count
+
+    def trained_in(self, role: str) -> list[nn.Parameter]:
+        """What trains in a role; roles on one network share it out by name."""
+        return [weight for weight in self.roles[role].parameters() if weight.requires_grad]
 
     # What the base does -------------------------------------------------------------------------
 
@@ -203,10 +210,10 @@ class Algorithm(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer with a group per role."""
-        groups = [
-            {"params": [p for p in network.parameters() if p.requires_grad], "role": role}
-            for role, network in self.roles.items()
-        ]
+        groups = []
+        for role in self.roles:
+            own = {"lr": self.own_lr[role]} if role in self.own_lr else {}
+            groups.append({"params": self.trained_in(role), "role": role, **own})
         optimizer = self.build_optimizer(groups)
         self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
         return optimizer

@@ -1,5 +1,6 @@
 """What SFT, reward model and DPO share: one pass, one step."""
 
+import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lit_align.algorithms.base import Algorithm, AnyBatch
@@ -10,5 +11,11 @@ class OfflineAlgorithm(Algorithm):
 
     def training_step(self, batch: AnyBatch, batch_idx: int) -> STEP_OUTPUT:
         """One update on the batch."""
+        with torch.no_grad():
+            batch = self.prepare(batch)
         self.end_iteration(self.update(batch))
         return None
+
+    def prepare(self, batch: AnyBatch) -> AnyBatch:
+        """Adds what is constant during the update, such as a reference's log-probs."""
+        return batch

@@ -103,6 +103,8 @@ class AlignCLI(LightningCLI):
                 kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)
             ]
         self.check_sections(config)
+        if self.model.several_losses and config.trainer.strategy == "ddp":
+            kwargs["strategy"] = "ddp_find_unused_parameters_true"
         trainer = super().instantiate_trainer(**kwargs)
         given = {type(callback) for callback in trainer.callbacks}
         sections = [section for section in (config.rollout, config.reward) if section is not None]
