@@ -98,6 +98,8 @@ class Experience(Batch):
     entropy: Tensor  # [N, R] nats, of the sampling policy at each token      OnlineAlgorithm
     ref_logprobs: Tensor  # [N, R] nats, under the reference                  OnlineAlgorithm
     advantages: Tensor  # [N, R] credit of each response token                every algorithm
+    values: Tensor  # [N, R] the critic's, before each token                  PPO
+    returns: Tensor  # [N, R] what the values should have been                PPO
 
     @property
     def lengths(self) -> list[int]:

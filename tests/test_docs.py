@@ -10,7 +10,7 @@ from lit_align.cli.main import main
 from lit_align.data.toy import toy_rows
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["one_step", "design", "sft", "reward_model", "remax", "grpo", "rloo", "grpovi"]
+PAGES = ["one_step", "design", "sft", "reward_model", "remax", "grpo", "rloo", "grpovi", "ppo"]
 TEXTS = {page: (ROOT / "docs" / f"{page}.md").read_text() for page in PAGES}
 FEW = [
     *("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"),

@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.grpovi import GRPOVI
 from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.rloo import RLOO
 from lit_align.batches import Experience
@@ -27,6 +28,7 @@ ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
     "GRPO": (GRPO, {"num_samples": 4, "kl_coef": 0.0}),
     "GRPO without scaling": (GRPO, {"num_samples": 4, "kl_coef": 0.0, "scale": False}),
     "GRPOVI": (GRPOVI, {"num_samples": 4, "kl_coef": 0.0}),
+    "PPO": (PPO, {"kl_coef": 0.0, "epochs": 2}),
     "RLOO": (RLOO, {"num_samples": 4, "kl_coef": 0.0}),
 }
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.cli.main import main
 
-ONLINE = ("remax", "grpo", "grpovi", "rloo")
+ONLINE = ("remax", "grpo", "grpovi", "rloo", "ppo")
 BATCHES, STOPS = 4, (1, 6)  # in the first epoch of 4 batches, and in the second
 
 
@@ -68,6 +68,7 @@ def same(one: Any, other: Any) -> bool:
         ("grpo", 0, STOPS[1:]),
         ("grpovi", 0, STOPS[1:]),
         ("rloo", 0, STOPS[1:]),
+        ("ppo", 0, STOPS[1:]),
     ],
 )
 def test_resuming_is_bitwise(tmp_path, config, num_workers, stops):

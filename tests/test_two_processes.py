@@ -24,6 +24,7 @@ from torch.optim import SGD, AdamW
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.grpovi import GRPOVI
 from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
 from lit_align.algorithms.rloo import RLOO
@@ -51,7 +52,7 @@ def sgd(params):
 
 STRATEGIES = {
     "fsdp2": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
-    "ddp": lambda: "ddp",
+    "ddp": lambda: "ddp_find_unused_parameters_true",  # as the CLI sets it for several losses
 }
 
 
@@ -88,6 +89,12 @@ def rloo():
     return RLOO(policy=tiny, num_samples=2, epochs=2, microbatch_tokens=40, optimizer=adam)
 
 
+def ppo():
+    more = {"epochs": 2, "microbatch_tokens": 40, "per_response": True}
+    more |= {"critic_lr": 2e-2, "kl_target": 0.1, "kl_horizon": 20, "normalise_scores": True}
+    return PPO(policy=tiny, optimizer=adam, missing_eos_penalty=0.5, **more)
+
+
 def sft():
     # float64: AdamW makes a whole step of an embedding row's gradient of rounding noise
     policy = partial(tiny, dtype="float64")
@@ -107,6 +114,7 @@ CASES = {
     "GRPO, two epochs": (grpo, RandomPrompts, 1e-5),
     "GRPOVI, running bounds": (grpovi, RandomPrompts, 1e-5),
     "RLOO, two epochs": (rloo, RandomPrompts, 1e-5),
+    "PPO, critic on the policy's trunk": (ppo, RandomPrompts, 1e-5),
     "SFT, AdamW in float64": (sft, RandomTexts, 1e-9),
     "RewardModel, AdamW in float32": (reward_model, RandomPairs, 1e-5),
 }  # fmt: skip

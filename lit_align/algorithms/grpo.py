@@ -62,7 +62,7 @@ class GRPO(OnlineAlgorithm):
             logprobs, batch.logprobs, batch.advantages, self.clip_low, self.clip_high
         )
         loss = loss + self.kl_coef * k3(logprobs, batch.ref_logprobs)
-        yield loss / batch.response_mask.sum(-1, keepdim=True) if self.per_response else loss
+        yield self.each_averaged(loss, batch) if self.per_response else loss
 
     def note_clipping(self, batch: Experience, log_ratio: Tensor, advantages: Tensor) -> None:
         """Notes the share of tokens whose ratio left the region on the side that is clipped."""

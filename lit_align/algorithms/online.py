@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.reference import Referenced
 from lit_align.batches import Experience
 from lit_align.functional.kl import k1, k3
-from lit_align.models.backbone import Backbone
-from lit_align.models.policy import Policy
-from lit_align.models.sharding import shard
 
 
-class OnlineAlgorithm(Algorithm):
+class OnlineAlgorithm(Referenced):
     """Learns from its own answers, which callbacks have sampled and scored before each step.
 
     One training step = one iteration of the paper. A subclass says what to sample (the two
@@ -27,67 +21,16 @@ class OnlineAlgorithm(Algorithm):
     generates, scores, steps or clips.
 
     Args:
-        policy: The model to align.
-        reference: The frozen model to stay near; by default the policy as it was at the start,
-            which for LoRA is its base with the adapter switched off.
         epochs: Passes over each rollout.
         minibatch_size: Rows per optimizer step and rank; by default the whole rollout.
     """
 
-    policy: Policy
-    reference: Policy  # where the policy's own base cannot serve
-
     num_samples: int = 1  # sampled responses per prompt
     greedy_baseline: bool = False  # and one more, decoded greedily
 
-    def __init__(
-        self,
-        policy: Callable[[], Policy],
-        reference: Callable[[], Policy] | None = None,
-        epochs: int = 1,
-        minibatch_size: int | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, epochs: int = 1, minibatch_size: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.build_policy, self.build_reference = policy, reference
         self.epochs, self.minibatch_size = epochs, minibatch_size
-        self.reference_fingerprint = 0.0  # of a reference with weights of its own
-
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The policy; algorithms with a critic add it."""
-        return {"policy": self.policy}
-
-    def configure_model(self) -> None:
-        """Builds policy and reference, once: Lightning asks before every fit and validate."""
-        if "policy" in self._modules:
-            return
-        policy = self.build_policy()
-        if self.build_reference is not None or policy.adapted is None:
-            reference = self.build_reference() if self.build_reference else deepcopy(policy)
-            if reference.vocabulary != policy.vocabulary:
-                raise ValueError(
-                    f"The reference {reference.name} knows {reference.vocabulary} tokens and the "
-                    f"policy {policy.name} {policy.vocabulary}: they must share one vocabulary."
-                )
-            self.reference_fingerprint = reference.fingerprint
-            self.reference = shard(reference.requires_grad_(False).eval(), self.device_mesh)
-        self.policy = shard(policy, self.device_mesh)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what tells the reference from another one; its weights stay where they are."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["reference_fingerprint"] = self.reference_fingerprint
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with another reference, such as random weights of another seed."""
-        super().on_load_checkpoint(checkpoint)
-        expected, found = checkpoint["reference_fingerprint"], self.reference_fingerprint
-        if self.trainer.training and not math.isclose(expected, found, abs_tol=1e-6):
-            raise ValueError(
-                "The reference has other weights than when this run began: resume with the same "
-                "path, or for random weights with the same seed_everything."
-            )
 
     def training_step(self, batch: Experience, batch_idx: int) -> None:
         """One iteration of the paper, on prompts already answered and scored."""
@@ -104,13 +47,6 @@ class OnlineAlgorithm(Algorithm):
         batch.logprobs, batch.entropy = self.in_parts(batch, self.policy.score)
         (batch.ref_logprobs,) = self.in_parts(batch, lambda part: (self.reference_logprobs(part),))
         return batch
-
-    def reference_logprobs(self, batch: Experience) -> Tensor:
-        """[n, r] nats: from the reference, or from the policy's base where they share it."""
-        if "reference" in self._modules:
-            return self.reference.logprobs(batch)
-        with self.policy.adapters_off():
-            return self.policy.logprobs(batch)
 
     def minibatches(self, num_rows: int, epoch: int) -> list[list[int]]:
         """Rows of each optimizer step, shuffled anew each epoch; the whole rollout as it is."""
@@ -140,10 +76,7 @@ class OnlineAlgorithm(Algorithm):
             ),
         }
         self.log_means(means)
-        number = self.over_ranks(answered.sum().float())
-        mean = self.over_ranks(batch.scores.where(answered, 0.0).sum()) / number
-        squares = (batch.scores - mean).square().where(answered, 0.0).sum()
-        self.log("reward_std", (self.over_ranks(squares) / (number - 1).clamp(min=1)).sqrt())
+        self.log("reward_std", self.moments(batch.scores, answered)[2].sqrt())
         self.log("rollout", float(self.iteration + 1))
 
     def log_equal_groups(self, batch: Experience) -> None:
@@ -152,6 +85,18 @@ class OnlineAlgorithm(Algorithm):
         answered = batch.response_mask.any(-1).view(-1, self.num_samples).any(-1)
         equal = scores.amax(-1) == scores.amin(-1)
         self.log_means({"frac_reward_zero_std": (equal, answered)})
+
+    def moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Number, mean and unbiased variance over all True of all ranks, each []."""
+        kept = values.float().where(mask, 0.0)
+        number, total = self.over_ranks(torch.stack([mask.sum().float(), kept.sum()]))
+        mean = total / number.clamp(min=1.0)
+        squares = (kept - mean).square().where(mask, 0.0).sum()
+        return number, mean, self.over_ranks(squares) / (number - 1).clamp(min=1.0)
+
+    def each_averaged(self, loss: Tensor, batch: Experience) -> Tensor:
+        """[n, R]: each response's losses over its own number of tokens; to be summed."""
+        return loss / batch.response_mask.sum(-1, keepdim=True).clamp(min=1)
 
     def num_responses(self, batch: Experience) -> Tensor:
         """Rows with a token to learn from, on this rank."""

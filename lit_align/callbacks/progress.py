@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+TRAINED = ("val/ratio", "val/clipfrac_avg")  # PPO's old names of what its updates measure
+
 
 class Progress(Callback):
     """Prints the main metrics some twenty times over a run.
@@ -48,7 +50,7 @@ class Progress(Callback):
         """Prints what the validation measured."""
         if not trainer.sanity_checking:
             values = trainer.callback_metrics
-            names = [name for name in values if name.startswith("val/")]
+            names = [name for name in values if name.startswith("val/") and name not in TRAINED]
             print("  ".join(f"{name} {float(values[name]):.4g}" for name in names))
 
     def shown(self, trainer: Trainer) -> str:

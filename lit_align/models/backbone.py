@@ -107,7 +107,7 @@ class Backbone(nn.Module):
     @property
     def fingerprint(self) -> float:
         """A number that other weights are very unlikely to have; of whole weights."""
-        return sum(float(weight.double().sum()) for weight in self.parameters())
+        return sum(float(weight.detach().double().sum()) for weight in self.parameters())
 
     @property
     def stop_ids(self) -> list[int]:

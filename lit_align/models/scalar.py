@@ -1,5 +1,7 @@
 """A trunk with one number per token: reward model, and critic."""
 
+from __future__ import annotations
+
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,25 @@ class Scalar(Backbone):
                 f"{self.name} has no token-level `score` head; take a decoder-only architecture."
             )
 
+    @classmethod
+    def on_trunk(cls, model: Backbone) -> Scalar:
+        """A copy of another network's trunk as it is, with a new head.
+
+        Args:
+            model: Whole and without an adapter.
+        """
+        if model.adapted is not None:
+            raise ValueError(
+                f"{model.name} has an adapter, and a copy of its trunk would train whole: give "
+                f"the critic a path or config of its own, with lora."
+            )
+        trunk = model.network.base_model
+        dtype = str(next(trunk.parameters()).dtype).removeprefix("torch.")
+        copy = cls(config=model.network.config.to_dict(), dtype=dtype)
+        copy.name = f"{model.name}'s trunk"
+        copy.network.base_model.load_state_dict(trunk.state_dict())
+        return copy
+
     def values(self, batch: Experience | Tokens) -> Tensor:
         """[N, T] the head's number at each token of the whole text."""
         values: Tensor = self(self._values, batch)
@@ -37,6 +58,11 @@ class Scalar(Backbone):
     def _values(self, batch: Experience | Tokens) -> Tensor:
         values: Tensor = self.network.score(self.hidden(batch)).squeeze(-1)
         return values.float()
+
+    def state_values(self, batch: Experience | Tokens) -> Tensor:
+        """[N, R] the head's number before each scored token is chosen; 0 off the mask."""
+        values = self.values(batch)[:, batch.num_context - 1 : -1]
+        return values.where(batch.scored, 0.0)
 
     def scores(self, batch: Experience | Tokens) -> Tensor:
         """[N] the head's number at the last real token."""

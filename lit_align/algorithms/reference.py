@@ -1,0 +1,91 @@
+"""What every algorithm shares that stays near a reference: the policy, and where it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.batches import Experience, Tokens
+from lit_align.models.backbone import Backbone
+from lit_align.models.policy import Policy
+from lit_align.models.sharding import shard
+
+
+class Referenced(Algorithm):
+    """A policy that trains, and a frozen reference that it is compared with.
+
+    Args:
+        policy: The model to align.
+        reference: The frozen model to stay near; by default the policy as it was at the start,
+            which for LoRA is its base with the adapter switched off.
+    """
+
+    policy: Policy
+    reference: Policy  # where the policy's own base cannot serve
+
+    def __init__(
+        self,
+        policy: Callable[[], Policy],
+        reference: Callable[[], Policy] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.build_policy, self.build_reference = policy, reference
+        self.reference_fingerprint = 0.0  # of a reference with weights of its own
+
+    @property
+    def roles(self) -> dict[str, Backbone]:
+        """The policy; algorithms with a critic add it."""
+        return {"policy": self.policy}
+
+    def configure_model(self) -> None:
+        """Builds the roles, once: Lightning asks before every fit and validate."""
+        if "policy" not in self._modules:
+            for role, network in self.build().items():
+                setattr(self, role, shard(network, self.device_mesh))
+
+    def build(self) -> dict[str, Backbone]:
+        """The networks by role, whole: the policy and, where its base cannot serve, a reference."""
+        policy = self.build_policy()
+        if self.build_reference is None and policy.adapted is not None:
+            return {"policy": policy}
+        reference = self.build_reference() if self.build_reference else deepcopy(policy)
+        same_vocabulary("reference", reference, policy)
+        self.reference_fingerprint = reference.fingerprint
+        return {"policy": policy, "reference": reference.requires_grad_(False).eval()}
+
+    def reference_logprobs(self, batch: Experience | Tokens) -> Tensor:
+        """[n, r] nats: from the reference, or from the policy's base where they share it."""
+        if "reference" in self._modules:
+            return self.reference.logprobs(batch)
+        with self.policy.adapters_off():
+            return self.policy.logprobs(batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what tells the reference from another one; its weights stay where they are."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reference_fingerprint"] = self.reference_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with another reference, such as random weights of another seed."""
+        super().on_load_checkpoint(checkpoint)
+        expected, found = checkpoint["reference_fingerprint"], self.reference_fingerprint
+        if self.trainer.training and not math.isclose(expected, found, abs_tol=1e-6):
+            raise ValueError(
+                "The reference has other weights than when this run began: resume with the same "
+                "path, or for random weights with the same seed_everything."
+            )
+
+
+def same_vocabulary(role: str, network: Backbone, policy: Backbone) -> None:
+    """Roles that read the policy's tokens must know as many of them."""
+    if network.vocabulary != policy.vocabulary:
+        raise ValueError(
+            f"The {role} {network.name} knows {network.vocabulary} tokens and the policy "
+            f"{policy.name} {policy.vocabulary}: they must share one vocabulary."
+        )

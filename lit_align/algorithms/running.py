@@ -1,0 +1,76 @@
+"""Numbers that a run adapts as it goes: a coefficient, a scale. They are saved with it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Running(nn.Module):
+    """State in float32 whatever the weights' data type: bf16 would lose each small change."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, state in self.named_buffers(recurse=False):
+            setattr(self, name, state.to(fn(state).device))
+        return self
+
+
+class KLController(Running):
+    """A coefficient that keeps the KL to the reference near a target, arXiv:1909.08593 2.2.
+
+    Args:
+        coef: Reward lost per nat, to begin with.
+        target: Nats per response to keep to; without one the coefficient stays.
+        horizon: Responses in which the coefficient can change by 20 %.
+    """
+
+    coef: Tensor  # [] reward per nat
+
+    def __init__(self, coef: float, target: float | None = None, horizon: int = 10_000):
+        super().__init__()
+        if target is not None and not target > 0:
+            raise ValueError(f"kl_target is in nats per response and above 0, found {target}.")
+        if horizon < 1:
+            raise ValueError(f"kl_horizon must be at least 1 response, found {horizon}.")
+        self.target, self.horizon = target, horizon
+        self.register_buffer("coef", torch.tensor(coef), persistent=target is not None)
+
+    def follow(self, kl: Tensor, num_responses: Tensor) -> None:
+        """Raises the coefficient where the KL was above the target, lowers it where below.
+
+        Args:
+            kl: [] nats per response, mean over all ranks.
+            num_responses: [] responses of all ranks.
+        """
+        if self.target is not None:
+            error = (kl / self.target - 1).clamp(-0.2, 0.2)
+            self.coef *= 1 + error * num_responses / self.horizon
+
+
+class RunningScale(Running):
+    """Mean and standard deviation of all scores seen so far (Chan et al., 1979)."""
+
+    moments: Tensor  # [3] number, mean, sum of squared distances from the mean
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(3))
+
+    def add(self, number: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Adds one rollout of all ranks.
+
+        Args:
+            number: [] scores.
+            mean: [] of them.
+            variance: [] unbiased, of them.
+        """
+        seen, old_mean, squares = self.moments.unbind()
+        total, gap = (seen + number).clamp(min=1), mean - old_mean
+        between = gap.square() * seen * number / total
+        squares = squares + variance * (number - 1).clamp(min=0) + between
+        self.moments = torch.stack([seen + number, old_mean + gap * number / total, squares])
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        """Scores [N] less the mean, over the standard deviation."""
+        number, mean, squares = self.moments.unbind()
+        return (scores - mean) / (squares / (number - 1).clamp(min=1) + 1e-8).sqrt()
