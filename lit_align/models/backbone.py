@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lit_align.batches import Experience, Tokens
-from lit_align.models.loading import data_type, load_network, quiet_transformers
+from lit_align.models.loading import check_base, data_type, load_network, quiet_transformers
 from lit_align.models.lora import LoRA
+from lit_align.models.sltrain import SLTrain, with_dense_weights
+from lit_align.models.sparse_adapter import is_merged_when_saved, with_update_merged
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -36,14 +39,17 @@ class Backbone(nn.Module):
         checkpointing: Keep only the blocks' inputs and compute the rest again in backward.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the weights.
+        sltrain: Trains the blocks' weights as low-rank plus sparse ones; with a config alone.
     """
 
     auto: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the wanted head
     task: ClassVar[str]  # peft's name of it
+    reads: ClassVar[str]  # the head's name for people: language or score
     new_weights: ClassVar[tuple[str, ...]] = ()  # what a checkpoint may lack
     overrides: ClassVar[dict[str, Any]] = {}  # what the head asks of the configuration
 
     network: PreTrainedModel
+    missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
 
     def __init__(
         self,
@@ -55,10 +61,13 @@ class Backbone(nn.Module):
         checkpointing: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        sltrain: SLTrain | None = None,
     ):
         super().__init__()
         if path is None and config is None:
             raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
+        if sltrain is not None:
+            sltrain.refuse(path)
         self.name = path or f"{(config or {}).get('model_type')} from random weights"
         options = {
             "dtype": data_type(dtype),
@@ -70,11 +79,21 @@ class Backbone(nn.Module):
             self.network = self.auto.from_config(settings, **options)
         else:
             options["revision"] = revision
-            self.network = load_network(self.auto, path, self.configure, self.new_weights, options)
+            self.network, self.missing = load_network(
+                self.auto, path, self.configure, self.new_weights, options
+            )
         self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
         if checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
-        self.adapted = lora.adapt(self.network, self.task) if lora else None
+        self.trained_adapters = ["default"] if lora else []
+        self.adapted = self.adapt(lora)
+        self.sltrain = sltrain
+        if sltrain is not None:
+            sltrain.replace(self.blocks)
+
+    def adapt(self, lora: LoRA | None) -> PeftModel | None:
+        """Puts the adapter into the network; peft's view of it."""
+        return lora.adapt(self.network, self.task) if lora else None
 
     @classmethod
     def configure(cls, config: PretrainedConfig) -> PretrainedConfig:
@@ -106,8 +125,9 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> float:
-        """A number that other weights are very unlikely to have; of whole weights."""
-        return sum(float(weight.detach().double().sum()) for weight in self.parameters())
+        """A number that other frozen weights are very unlikely to have; of whole weights."""
+        frozen = [weight for weight in self.parameters() if not weight.requires_grad]
+        return sum(float(weight.double().sum()) for weight in frozen)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -129,10 +149,59 @@ class Backbone(nn.Module):
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """The base alone: what the network was before its adapter learnt anything."""
-        assert self.adapted is not None
-        with self.adapted.disable_adapter():
+        """The base alone: what the network was before an adapter learnt anything."""
+        if self.adapted is None:
             yield
+            return
+        with self.adapted.disable_adapter():
+            self.thaw()  # peft froze all: weights gathered now, under FSDP2, would stay frozen
+            yield
+        self.thaw()
+
+    def lend(self, folder: str, adapter: str) -> None:
+        """Takes in a frozen adapter that was trained on this very base; it is not put on.
+
+        Args:
+            folder: As peft saved it.
+            adapter: Its name from now on.
+        """
+        check_base(folder, self.name)
+        if self.adapted is None:
+            self.adapted = PeftModel.from_pretrained(self.network, folder, adapter_name=adapter)
+        else:
+            self.adapted.load_adapter(folder, adapter_name=adapter)
+        self.thaw()
+
+    def wear(self, adapter: str) -> None:
+        """Switches to one adapter, until another is asked for: backward needs it, too.
+
+        Args:
+            adapter: Its name in peft.
+        """
+        assert self.adapted is not None
+        if self.adapted.active_adapter != adapter:
+            self.adapted.set_adapter(adapter)
+            self.thaw()
+
+    @contextmanager
+    def wearing(self, adapter: str) -> Iterator[None]:
+        """One adapter for a while without gradients, then the one that was on before."""
+        assert self.adapted is not None
+        before = self.adapted.active_adapter
+        self.wear(adapter)
+        yield
+        self.wear(before)
+
+    def thaw(self) -> None:
+        """Lets all adapters train that shall; on any switch, peft freezes all but the active."""
+        assert self.adapted is not None
+        for name in self.adapted.peft_config:
+            self.adapted.set_requires_grad(name, name in self.trained_adapters)
+
+    @property
+    def saved_whole(self) -> bool:
+        """Whether its folder holds a whole model, and not an adapter that needs its base."""
+        return self.adapted is None or is_merged_when_saved(self.network)
 
     def save(self, folder: Path, main: bool = True) -> None:
         """Writes what transformers (or, for an adapter, peft) loads by itself.
@@ -141,9 +210,11 @@ class Backbone(nn.Module):
             folder: Where; created if it is not there.
             main: Whether this process writes; sharded weights are gathered on all of them.
         """
-        model = self.adapted or self.network
+        adapter = None if self.saved_whole else self.adapted
+        model = adapter or self.network
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
         if main:
+            weights = with_update_merged(model, with_dense_weights(model, state))
             with quiet_transformers():
-                model.save_pretrained(folder, state_dict=state)
+                model.save_pretrained(folder, state_dict=weights)

@@ -22,8 +22,11 @@ def load_network(
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
     """The network with all of its weights, or one sentence about what is missing.
+
+    Returns:
+        The network, and those of `new_weights` that the path lacks: they are random.
 
     Args:
         auto: transformers' class with the wanted head.
@@ -38,9 +41,8 @@ def load_network(
     place = str(folder) if folder.is_dir() else path
     if (folder / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(place).base_model_name_or_path
-        network = load_network(auto, base, configure, ("score.weight",), options)
-        merged = PeftModel.from_pretrained(network, place).merge_and_unload()
-        return merged.requires_grad_(True)
+        network, missing = load_network(auto, base, configure, ("score.weight",), options)
+        return merged(network, missing, place, new_weights)
     known = {key: options[key] for key in ("revision", "trust_remote_code")}
     try:
         settings = configure(AutoConfig.from_pretrained(place, **known))
@@ -51,10 +53,51 @@ def load_network(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} could not be loaded: {reason}") from error
-    missing = sorted(set(report["missing_keys"]) - set(new_weights))
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights, the first is '{missing[0]}'.")
-    return network
+    missing = sorted(report["missing_keys"])
+    check_missing(path, missing, new_weights)
+    return network, missing
+
+
+def merged(
+    network: PreTrainedModel, missing: list[str], place: str, new_weights: tuple[str, ...]
+) -> tuple[PreTrainedModel, list[str]]:
+    """The base with a saved adapter in its weights, and what neither of the two has.
+
+    Args:
+        network: The base.
+        missing: Weights that the base lacks.
+        place: The adapter's folder.
+        new_weights: What may be lacking.
+    """
+    adapted = PeftModel.from_pretrained(network, place)
+    saved = adapted.active_peft_config.modules_to_save or []
+    missing = [name for name in missing if name.split(".")[0] not in saved]
+    check_missing(place, missing, new_weights)
+    return adapted.merge_and_unload().requires_grad_(True), missing
+
+
+def check_base(folder: str, name: str) -> None:
+    """Refuses an adapter that is none, or of another base.
+
+    Args:
+        folder: Of the adapter.
+        name: Path of the base that is to wear it.
+    """
+    if not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no adapter_config.json, so no adapter is saved there.")
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path or "random weights"
+    if base != name and Path(base).resolve() != Path(name).resolve():
+        raise ValueError(
+            f"The adapter {folder} was trained on {base}, and the base here is {name}: its "
+            f"log-ratios would mean nothing. Take the same base, or give the whole model."
+        )
+
+
+def check_missing(path: str, missing: list[str], new_weights: tuple[str, ...]) -> None:
+    """Refuses a path that lacks more than it may."""
+    absent = [name for name in missing if name not in new_weights]
+    if absent:
+        raise ValueError(f"{path} lacks {len(absent)} weights, the first is '{absent[0]}'.")
 
 
 def data_type(name: str | None) -> torch.dtype:

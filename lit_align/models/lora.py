@@ -33,12 +33,24 @@ class LoRA:
             network: The base; frozen from now on.
             task: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
         """
-        config = LoraConfig(
+        return get_peft_model(network, self.settings(task, self.train_fully))
+
+    def settings(
+        self, task: str, train_fully: list[str] | None, exclude: list[str] | None = None
+    ) -> LoraConfig:
+        """What peft is told.
+
+        Args:
+            task: peft's name of what the network does.
+            train_fully: Names of layers that are trained whole.
+            exclude: Names of layers that get no adapter.
+        """
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=0.0,
             target_modules=self.targets,
-            modules_to_save=self.train_fully,
+            exclude_modules=exclude,
+            modules_to_save=train_fully,
             task_type=task,
         )
-        return get_peft_model(network, config)

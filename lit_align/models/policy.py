@@ -23,6 +23,7 @@ class Policy(Backbone):
 
     auto = AutoModelForCausalLM
     task = "CAUSAL_LM"
+    reads = "language"
 
     def __init__(self, path: str | None = None, temperature: float = 1.0, **kwargs: Any):
         super().__init__(path, **kwargs)
@@ -78,9 +79,17 @@ class Policy(Backbone):
         return scored
 
     def _score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
-        hidden = self.hidden(batch)[:, batch.num_context - 1 : -1]
+        return self.chosen(self.hidden(batch), batch)
+
+    def chosen(self, hidden: Tensor, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+        """([N, R], [N, R]) nats: log-prob and entropy at each scored token; 0 elsewhere.
+
+        Args:
+            hidden: [N, T, H], of the whole texts.
+            batch: The N texts.
+        """
         logprobs, entropy = chosen_logprobs(
-            hidden,
+            hidden[:, batch.num_context - 1 : -1],
             self.head.weight,
             batch.responses,
             bias=self.head.bias,

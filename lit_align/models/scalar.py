@@ -21,6 +21,7 @@ class Scalar(Backbone):
 
     auto = AutoModelForSequenceClassification
     task = "SEQ_CLS"
+    reads = "score"
     new_weights: ClassVar[tuple[str, ...]] = ("score.weight",)
     overrides: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
@@ -45,7 +46,7 @@ class Scalar(Backbone):
             )
         trunk = model.network.base_model
         dtype = str(next(trunk.parameters()).dtype).removeprefix("torch.")
-        copy = cls(config=model.network.config.to_dict(), dtype=dtype)
+        copy = cls(config=model.network.config.to_dict(), dtype=dtype, sltrain=model.sltrain)
         copy.name = f"{model.name}'s trunk"
         copy.network.base_model.load_state_dict(trunk.state_dict())
         return copy
@@ -59,13 +60,22 @@ class Scalar(Backbone):
         values: Tensor = self.network.score(self.hidden(batch)).squeeze(-1)
         return values.float()
 
-    def state_values(self, batch: Experience | Tokens) -> Tensor:
+    def state_values(self, batch: Experience) -> Tensor:
         """[N, R] the head's number before each scored token is chosen; 0 off the mask."""
-        values = self.values(batch)[:, batch.num_context - 1 : -1]
-        return values.where(batch.scored, 0.0)
+        return before_each_token(self.values(batch), batch)
 
     def scores(self, batch: Experience | Tokens) -> Tensor:
         """[N] the head's number at the last real token."""
-        steps = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        last = (batch.token_mask * steps).argmax(-1, keepdim=True)
-        return self.values(batch).gather(-1, last).squeeze(-1)
+        return at_last_token(self.values(batch), batch)
+
+
+def before_each_token(values: Tensor, batch: Experience) -> Tensor:
+    """Values [N, T] -> [N, R]: those of the state in which each token is chosen; 0 off the mask."""
+    return values[:, batch.num_context - 1 : -1].where(batch.scored, 0.0)
+
+
+def at_last_token(values: Tensor, batch: Experience | Tokens) -> Tensor:
+    """Values [N, T] -> [N]: those at the last real token."""
+    steps = torch.arange(values.shape[1], device=values.device)
+    last = (batch.token_mask * steps).argmax(-1, keepdim=True)
+    return values.gather(-1, last).squeeze(-1)

@@ -1,0 +1,136 @@
+"""Products with W = scale B A + S without keeping W (SLTrain, arXiv:2406.02214)."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def sparse_low_rank(
+    inputs: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    sparse_value: Tensor,
+    sparse_index: Tensor,
+    scale: float,
+) -> Tensor:
+    """[.., out] inputs W^T, in the dtype of `inputs` or autocast's.
+
+    W is put together twice, forward and backward; kept between them are the arguments alone.
+
+    Args:
+        inputs: [.., in].
+        lora_a: [rank, in].
+        lora_b: [out, rank].
+        sparse_value: [nnz].
+        sparse_index: [nnz] positions in the flattened weight, each once.
+        scale: Of the low-rank part.
+    """
+    kind = inputs.device.type
+    if torch.is_autocast_enabled(kind):
+        inputs = inputs.to(torch.get_autocast_dtype(kind))
+    outputs: Tensor = _SparseLowRank.apply(
+        inputs, lora_a, lora_b, sparse_value, sparse_index, scale
+    )
+    return outputs
+
+
+def assembled(
+    lora_a: Tensor, lora_b: Tensor, sparse_value: Tensor, sparse_index: Tensor, scale: float
+) -> Tensor:
+    """[out, in] W = scale B A + S.
+
+    Args:
+        lora_a: [rank, in].
+        lora_b: [out, rank].
+        sparse_value: [nnz].
+        sparse_index: [nnz] positions in the flattened weight, each once.
+        scale: Of the low-rank part.
+    """
+    weight = lora_b @ (scale * lora_a)
+    weight.view(-1).index_add_(0, sparse_index, sparse_value.to(weight.dtype))
+    return weight
+
+
+# An operator of its own, since the number of draws depends on values, which fake tensors lack.
+@torch.library.custom_op("lit_align::draw_support", mutates_args=())
+def draw_support(values: Tensor, size: int, seed: int) -> Tensor:
+    """[nnz] distinct positions below `size`, ascending; every set of them is equally likely.
+
+    Drawn on the CPU, so that a seed means the same on every device.
+
+    Args:
+        values: [nnz], what will stand there.
+        size: Entries of the weight.
+        seed: Below 2^63.
+    """
+    generator, number = torch.Generator("cpu").manual_seed(seed), len(values)
+    few = min(number, size - number)  # the positions taken, or else those left out
+    drawn = torch.empty(0, dtype=torch.long, device="cpu")
+    while len(drawn) < few:
+        more = torch.randint(size, (few - len(drawn),), generator=generator, device="cpu")
+        drawn = torch.cat([drawn, more]).unique()
+    if few < number:
+        taken = torch.ones(size, dtype=torch.bool, device="cpu")
+        taken[drawn] = False
+        drawn = taken.nonzero().squeeze(-1)
+    return drawn.to(values.device, _index_dtype(size))
+
+
+@draw_support.register_fake
+def _(values: Tensor, size: int, seed: int) -> Tensor:
+    return values.new_empty(values.shape, dtype=_index_dtype(size))
+
+
+def _index_dtype(size: int) -> torch.dtype:
+    return torch.int32 if size < 2**31 else torch.int64
+
+
+class _Context(Protocol):
+    """The thread from the forward to the backward pass."""
+
+    scale: float
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _SparseLowRank(torch.autograd.Function):
+    """x W^T; keeps x and the parts of W, and puts W together once more in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        inputs: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        sparse_value: Tensor,
+        sparse_index: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, lora_a, lora_b, sparse_value, sparse_index)
+        ctx.scale = scale
+        a, b = lora_a.to(inputs.dtype), lora_b.to(inputs.dtype)
+        return nn.functional.linear(inputs, assembled(a, b, sparse_value, sparse_index, scale))
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: _Context, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
+        inputs, lora_a, lora_b, sparse_value, sparse_index = ctx.saved_tensors
+        a, b, scale = lora_a.to(inputs.dtype), lora_b.to(inputs.dtype), ctx.scale
+        for_inputs, *for_parts = ctx.needs_input_grad[:4]
+        grad_inputs = None
+        if for_inputs:
+            grad_inputs = grad @ assembled(a, b, sparse_value, sparse_index, scale)
+        if not any(for_parts):
+            return grad_inputs, None, None, None, None, None
+        rows, grads = inputs.reshape(-1, a.shape[1]), grad.reshape(-1, b.shape[0])
+        grad_weight = grads.T @ rows  # [out, in]; W has gone by now
+        grad_a = (scale * (b.T @ grad_weight)).to(lora_a.dtype)
+        grad_b = (grad_weight @ (scale * a).T).to(lora_b.dtype)
+        grad_value = grad_weight.view(-1).index_select(0, sparse_index).to(sparse_value.dtype)
+        return grad_inputs, grad_a, grad_b, grad_value, None, None
