@@ -1,0 +1,115 @@
+"""GaLore with moments of 8 bits, through torchao: the paper's smallest optimizer state."""
+
+import math
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import ParamsT
+
+from lit_align.optim.galore import GaLore, Group
+
+BLOCK = 256  # numbers that share a scale
+SMALLEST = 4096  # numbers of a moment, below which 8 bits save little
+AT_ONCE = 2**22  # numbers of a moment that are float32 at a time
+
+
+class GaLore8bit(GaLore):
+    """GaLore whose moments are 8-bit codes in blocks of 256 numbers, arXiv:2110.02861.
+
+    A moment takes 1.016 bytes per number. Moments of fewer than 4,096 numbers, and those whose
+    shards do not divide into blocks, keep the type of the weights. `exp_avg` and `exp_avg_sq` hold
+    codes, `exp_avg_scale` and `exp_avg_sq_scale` a scale per block: plain tensors, so that a
+    checkpoint is read without torchao.
+
+    Args:
+        params: (name, tensor) pairs, as of `model.named_parameters()`, or groups of them.
+        lr: Learning rate; of a projected matrix, `scale` times that.
+    """
+
+    def __init__(self, params: ParamsT, lr: float, **kwargs: Any):
+        if find_spec("torchao") is None:
+            raise ValueError("GaLore8bit keeps its moments through torchao: pip install torchao")
+        self.torchao = import_module("torchao.optim.quant_utils")
+        self.maps: dict[tuple[bool, torch.device], Tensor] = {}  # what the 256 codes stand for
+        super().__init__(params, lr, **kwargs)
+
+    def start(self, low: Tensor, state: dict[str, Tensor]) -> None:
+        """Adds the moments, zeros, to the state of a parameter."""
+        part = local(low)
+        uneven = part.numel() % BLOCK or part.numel() * num_shards(low) != low.numel()
+        if low.numel() < SMALLEST or uneven:
+            super().start(low, state)
+            return
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(
+                low, dtype=torch.uint8, memory_format=torch.contiguous_format
+            )
+            scale = part.new_zeros(part.numel() // BLOCK, dtype=torch.float32)
+            if isinstance(low, DTensor):
+                scale = DTensor.from_local(scale, low.device_mesh, low.placements, run_check=False)
+            state[f"{name}_scale"] = scale
+
+    def normalise(self, low: Tensor, state: dict[str, Tensor], group: Group) -> Tensor:
+        """Adam's direction M / (sqrt(V) + eps), of the moments before they are coded again."""
+        if "exp_avg_scale" not in state:
+            return super().normalise(low, state, group)
+        change = torch.empty_like(low, memory_format=torch.contiguous_format)
+        pieces = [local(tensor).reshape(-1).split(AT_ONCE) for tensor in (low, change)]
+        for name in ("exp_avg", "exp_avg_sq"):
+            pieces.append(local(state[name]).view(-1).split(AT_ONCE))
+            pieces.append(local(state[f"{name}_scale"]).split(AT_ONCE // BLOCK))
+        first, second = group["betas"]
+        for part, out, codes, scale, square_codes, square_scale in zip(*pieces, strict=True):
+            seen = part.float()
+            mean = self.decode(codes, scale, signed=True).mul_(first).add_(seen, alpha=1 - first)
+            square = self.decode(square_codes, square_scale, signed=False).mul_(second)
+            square.addcmul_(seen, seen, value=1 - second)
+            out.copy_(mean / square.sqrt().add_(group["eps"]))
+            self.encode(mean, codes, scale, signed=True)
+            self.encode(square, square_codes, square_scale, signed=False)
+        return change
+
+    def decode(self, codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+        """[n] float32: what codes [n] in blocks of a scale [n / 256] stand for."""
+        values: Tensor = self.torchao.dequant_with_qmap(codes, self.map(signed, codes), scale)
+        return values
+
+    def encode(self, values: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
+        """Writes values [n] into codes [n] and a scale per block [n / 256]."""
+        scaled, largest = self.torchao.scale_tensor(values, BLOCK)
+        codes.copy_(self.torchao.quantize_8bit_with_qmap(scaled, self.map(signed, codes)))
+        scale.copy_(largest)
+
+    def map(self, signed: bool, like: Tensor) -> Tensor:
+        """[256] float32: what each code stands for, times its block's scale."""
+        place = (signed, like.device)
+        if place not in self.maps:
+            values = self.torchao.create_dynamic_map(signed)
+            self.maps[place] = torch.tensor(values, dtype=torch.float32, device=like.device)
+        return self.maps[place]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a saved state; codes and scales keep their types."""
+        super().load_state_dict(state_dict)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for name, param in zip(names, params, strict=True):  # torch casts to the weights' type
+            for key, value in state_dict["state"].get(name, {}).items():
+                self.state[param][key] = value.to(self.state[param][key].device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a sharded tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_shards(tensor: Tensor) -> int:
+    """Shares into which a tensor is split; 1 for a whole one."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    splits = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in splits if placement.is_shard())
