@@ -7,7 +7,7 @@ whole text. A row of `Pairs` is a pair of texts. Masks are bool, True = real.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -71,10 +71,37 @@ class Batch:
         """Each row `times` times, the copies of a row side by side."""
         return self.rows([row for row in range(len(self)) for _ in range(times)])
 
+    def join(self, other: Self) -> Self:
+        """The rows of both, the other's behind; both have the same columns and fields."""
+        ours, theirs = self.fields(), other.fields()
+        return type(self)(
+            columns={name: column + other.columns[name] for name, column in self.columns.items()},
+            **{
+                name: torch.cat([ours[name], theirs[name]])
+                if isinstance(ours[name], Tensor)
+                else ours[name] + theirs[name]
+                for name in ours
+            },
+        )
+
     def become(self, other: Batch) -> None:
         """Takes on all rows and fields of `other`: a callback cannot return a new batch."""
         vars(self).clear()
         vars(self).update(vars(other))
+
+
+class Answer(NamedTuple):
+    """An answer that came with the data.
+
+    Args:
+        tokens: Token ids, the stop included.
+        score: The reward of the answer, where it is known.
+        logprob: Nats of the answer under whoever gave it, summed over its tokens, where known.
+    """
+
+    tokens: Sequence[int]
+    score: float | None
+    logprob: float | None
 
 
 class Experience(Batch):
@@ -86,11 +113,15 @@ class Experience(Batch):
     prompts: Tensor  # [N, P] token ids, left-padded                          data module
     prompt_mask: Tensor  # [N, P] bool                                        data module
     prompt_lengths: list[int]  # [N] tokens                                   data module
+    answers: list[list[Answer]]  # [N] what the data answer to each prompt    data.AnsweredPrompts
     responses: Tensor  # [N, R] token ids, right-padded                       callbacks.Rollout
     response_mask: Tensor  # [N, R] bool, True through the first stop         callbacks.Rollout
     response_lengths: list[int]  # [N] tokens                                 callbacks.Rollout
     truncated: list[bool]  # [N] no stop within R tokens                      callbacks.Rollout
     greedy: list[bool]  # [N] decoded greedily                                callbacks.Rollout
+    stored: list[bool]  # [N] came with the data                              callbacks.Rollout
+    stored_scores: list[float | None]  # [N] the data's, where known          callbacks.Rollout
+    stored_logprobs: list[float | None]  # [N] nats, the data's, where known  callbacks.Rollout
     group: list[int]  # [N] which prompt of the rollout a row answers         callbacks.Rollout
     sampling_logprobs: Tensor  # [N, R] nats, as seen while sampling          callbacks.Rollout
     scores: Tensor  # [N] reward of the whole response                        callbacks.Reward
@@ -100,12 +131,18 @@ class Experience(Batch):
     advantages: Tensor  # [N, R] credit of each response token                every algorithm
     values: Tensor  # [N, R] the critic's, before each token                  PPO
     returns: Tensor  # [N, R] what the values should have been                PPO
+    weights: Tensor  # [N] of a whole response in the SFT loss                SPR
 
     @property
     def lengths(self) -> list[int]:
         """[N] tokens of prompt and response together."""
         pairs = zip(self.prompt_lengths, self.response_lengths, strict=True)
         return [prompt + response for prompt, response in pairs]
+
+    @property
+    def sampled(self) -> list[bool]:
+        """[N] whether the policy has sampled it: neither decoded greedily nor from the data."""
+        return [not (a or b) for a, b in zip(self.greedy, self.stored, strict=True)]
 
     @property
     def tokens(self) -> Tensor:
@@ -188,6 +225,9 @@ class Pairs(Batch):
     rejected_loss_mask: Tensor
     rejected_lengths: list[int]
     margin: Tensor  # [B] by how much the chosen text should win, 0 unknown   data module
+    fingerprints: list[int]  # [B] of each pair's texts, in any batch         data module
+    ref_chosen: Tensor  # [B] nats, the chosen answer under the reference     DPO
+    ref_rejected: Tensor  # [B] nats, the rejected answer                     DPO
 
     @property
     def lengths(self) -> list[int]:
@@ -218,6 +258,9 @@ class Pairs(Batch):
             loss_mask=side_by_side(self.chosen_loss_mask, self.rejected_loss_mask),
             lengths=[length for pair in both for length in pair],
         )
+
+
+AnyBatch = Experience | Tokens | Pairs
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:

@@ -42,6 +42,16 @@ def two_pairs() -> Pairs:
     )
 
 
+def test_joined_rows_stand_behind_each_other():
+    joined = two_rows().join(two_rows().rows([1]))
+    assert isinstance(joined, Experience)
+    assert joined.scores.tolist() == [1.0, 2.0, 2.0]
+    assert joined.response_lengths == [1, 2, 2]
+    assert joined.columns == {"prompt": ["a", "b", "b"]}
+    assert joined.prompts.tolist() == [[0, 0, 5, 6], [0, 7, 8, 9], [0, 7, 8, 9]]
+    assert len(two_rows().join(two_rows().rows([]))) == 2
+
+
 def test_rows_are_taken_from_tensors_lists_and_columns_alike():
     taken = two_rows().rows([1, 0, 1])
     assert isinstance(taken, Experience)

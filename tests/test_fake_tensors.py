@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import AdamW
 
 from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.spr import SPR
 from lit_align.batches import Experience
 from lit_align.models.policy import Policy
 
@@ -17,6 +18,7 @@ def rollout() -> Experience:
     """Two prompts, a sampled and a greedy answer each, as Rollout and Reward leave them."""
     batch = RandomPrompts(batch_size=2).batch(0).rows([0, 1, 0, 1])
     batch.group, batch.greedy = [0, 1, 0, 1], [False, False, True, True]
+    batch.stored = [False] * 4
     batch.responses = torch.randint(3, 32, (4, 6))
     batch.response_lengths, batch.truncated = [3, 6, 2, 4], [False, True, False, False]
     lengths = torch.tensor(batch.response_lengths).unsqueeze(1)
@@ -26,8 +28,16 @@ def rollout() -> Experience:
     return batch
 
 
-class Bare(ReMax):
-    """ReMax with an optimizer and without a Trainer around it."""
+def with_stored() -> Experience:
+    """The same, where what was greedy came with the data."""
+    batch = rollout()
+    batch.greedy, batch.stored = batch.stored, batch.greedy
+    batch.stored_scores, batch.stored_logprobs = [None, None, 0.5, None], [None, None, None, -9.0]
+    return batch
+
+
+class Bare:
+    """An algorithm with an optimizer and without a Trainer around it."""
 
     trainer = SimpleNamespace(
         world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value, model=None)
@@ -46,6 +56,14 @@ class Bare(ReMax):
         self.iteration += 1
 
 
+class BareReMax(Bare, ReMax):
+    """ReMax on its own."""
+
+
+class BareSPR(Bare, SPR):
+    """SPR on its own."""
+
+
 def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
     """A loaded policy without its weights' values: loading verifies them, a step does not."""
     for module in policy.modules():
@@ -56,10 +74,17 @@ def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl_to_go": True, "gamma": 0.99, "per_token": True}])
-def test_one_remax_step_runs_on_fake_tensors(settings):
-    policy, reference, batch, mode = tiny(), tiny(), rollout(), FakeTensorMode()
-    algorithm = Bare(policy=tiny, microbatch_tokens=16, **settings)
+@pytest.mark.parametrize(
+    ("kind", "settings", "make"),
+    [
+        (BareReMax, {}, rollout),
+        (BareReMax, {"kl_to_go": True, "gamma": 0.99, "per_token": True}, rollout),
+        (BareSPR, {"num_samples": 1, "num_stored": 1, "epochs": 2}, with_stored),
+    ],
+)
+def test_one_step_runs_on_fake_tensors(kind, settings, make):
+    policy, reference, batch, mode = tiny(), tiny(), make(), FakeTensorMode()
+    algorithm = kind(policy=tiny, microbatch_tokens=16, **settings)
     algorithm.policy, algorithm.reference = fake(policy, mode), fake(reference, mode)
     algorithm.adam = AdamW(policy.parameters(), lr=1e-3)
     with mode:

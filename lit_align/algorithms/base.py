@@ -8,23 +8,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torchmetrics import MeanMetric
 
-from lit_align.batches import Experience, Pairs, Tokens, microbatches
+from lit_align.algorithms.measuring import Measuring
+from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
+from lit_align.models.roles import Role, whole
 from lit_align.models.sharding import synchronise
 
-AnyBatch = Experience | Tokens | Pairs
 
-
-class Algorithm(LightningModule):
+class Algorithm(Measuring):
     """A role or more to train, and the losses they learn from.
 
     One Lightning batch is one step of the schedule. `update` owns the optimizer step, so that
@@ -56,8 +54,6 @@ class Algorithm(LightningModule):
         self.build_optimizer = optimizer
         self.warmup, self.final_lr = warmup, final_lr
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
-        self.notes: dict[str, Tensor] = {}  # sum and number of what `losses` noted, by name
-        self.means: dict[str, MeanMetric] = {}  # of the evaluation under way, by name
         self.own_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
@@ -84,6 +80,10 @@ class Algorithm(LightningModule):
         """What trains in a role; roles on one network share it out by name."""
         return [weight for weight in self.roles[role].parameters() if weight.requires_grad]
 
+    def cast(self) -> list[Role]:
+        """Every role, frozen ones too, for the table at the start."""
+        return [whole(role, network) for role, network in self.roles.items()]
+
     # What the base does -------------------------------------------------------------------------
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
@@ -105,17 +105,6 @@ class Algorithm(LightningModule):
                 self.manual_backward(total)
                 summed += total.detach()
         return {"loss": self.over_ranks(summed) / world, **self.step()}
-
-    def note(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Adds to a mean that is logged when the iteration ends; for `losses` to call.
-
-        Args:
-            name: Of the metric.
-            values: [n, R] or [n].
-            mask: Of the same shape, True where a value counts.
-        """
-        counted = torch.where(mask, values.detach().float(), 0.0)
-        self.notes[name] = self.notes.get(name, 0.0) + torch.stack([counted.sum(), mask.sum()])
 
     def synchronise(self, wanted: bool) -> None:
         """Whether the next backward averages gradients over the ranks, or only adds them up."""
@@ -170,37 +159,6 @@ class Algorithm(LightningModule):
             results.append(torch.cat(whole)[back])
         return results
 
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all ranks."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
-
-    def log_means(self, means: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Logs the mean of each (values, mask) over the True of all ranks, in one reduction."""
-        sums = [
-            torch.stack([torch.where(mask, values.float(), 0.0).sum(), mask.sum().float()])
-            for values, mask in means.values()
-        ]
-        for name, (total, number) in zip(means, self.over_ranks(torch.stack(sums)), strict=True):
-            self.log(name, total / number.clamp(min=1.0), batch_size=1)
-
-    def measure(self, batch: AnyBatch, **means: tuple[Tensor, Tensor]) -> None:
-        """Adds (values, mask) of one evaluation batch to the means of its epoch.
-
-        Rows that only fill up the last round of the ranks (`counted` False) are left out.
-        """
-        counted = torch.tensor(batch.counted, device=self.device)
-        for name, (values, mask) in means.items():
-            if name not in self.means:
-                self.means[name] = MeanMetric().to(self.device).set_dtype(torch.float32)
-            rows = counted.view(-1, *[1] * (mask.ndim - 1))
-            self.means[name].update(values.float().masked_fill(~mask, 0.0), (mask & rows).float())
-
-    def evaluation(self) -> dict[str, Tensor]:
-        """The means over all rows of all ranks, by name, and a fresh start."""
-        means = {name: metric.compute() for name, metric in self.means.items()}
-        self.means.clear()
-        return means
-
     # Lightning's hooks --------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -245,20 +203,8 @@ class Algorithm(LightningModule):
     def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
         """Logs the last step's metrics and what was noted, and counts the iteration."""
         self.log_dict(dict(metrics))
-        if self.notes:
-            totals, numbers = self.over_ranks(torch.stack([*self.notes.values()])).unbind(-1)
-            means = totals / numbers.clamp(min=1.0)
-            self.log_dict(dict(zip(self.notes, means, strict=True)))
-            self.notes = {}
+        self.log_notes()
         self.iteration += 1
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs what the validation measured."""
-        self.log_dict({f"val/{name}": value for name, value in self.evaluation().items()})
-
-    def on_test_epoch_end(self) -> None:
-        """Logs what the test measured."""
-        self.log_dict({f"test/{name}": value for name, value in self.evaluation().items()})
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What trains; frozen weights come from their path again."""

@@ -3,7 +3,8 @@
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lit_align.algorithms.base import Algorithm, AnyBatch
+from lit_align.algorithms.base import Algorithm
+from lit_align.batches import AnyBatch
 
 
 class OfflineAlgorithm(Algorithm):
@@ -11,9 +12,11 @@ class OfflineAlgorithm(Algorithm):
 
     def training_step(self, batch: AnyBatch, batch_idx: int) -> STEP_OUTPUT:
         """One update on the batch."""
-        with torch.no_grad():
+        with torch.no_grad(), self.phase("prepare"):
             batch = self.prepare(batch)
-        self.end_iteration(self.update(batch))
+        with self.phase("update"):
+            metrics = self.update(batch)
+        self.end_iteration(metrics)
         return None
 
     def prepare(self, batch: AnyBatch) -> AnyBatch:

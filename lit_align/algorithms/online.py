@@ -16,7 +16,7 @@ from lit_align.functional.kl import k1, k3
 class OnlineAlgorithm(Referenced):
     """Learns from its own answers, which callbacks have sampled and scored before each step.
 
-    One training step = one iteration of the paper. A subclass says what to sample (the two
+    One training step = one iteration of the paper. A subclass says what to sample (the three
     attributes), what each token is worth (`prepare`) and what to minimise (`losses`). It never
     generates, scores, steps or clips.
 
@@ -27,25 +27,30 @@ class OnlineAlgorithm(Referenced):
 
     num_samples: int = 1  # sampled responses per prompt
     greedy_baseline: bool = False  # and one more, decoded greedily
+    num_stored: int = 0  # and answers per prompt that came with the data
 
     def __init__(self, epochs: int = 1, minibatch_size: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.epochs, self.minibatch_size = epochs, minibatch_size
 
+    def make_room(self) -> None:
+        """Leaves the device to what judges the answers; comes when all of them are there."""
+
     def training_step(self, batch: Experience, batch_idx: int) -> None:
         """One iteration of the paper, on prompts already answered and scored."""
-        with torch.no_grad():
+        with torch.no_grad(), self.phase("prepare"):
             batch = self.prepare(batch)
             self.log_rollout(batch)
         for epoch in range(self.epochs):
             for rows in self.minibatches(len(batch), epoch):
-                metrics = self.update(batch.rows(rows))
+                with self.phase("update"):
+                    metrics = self.update(batch.rows(rows))
         self.end_iteration(metrics)
 
     def prepare(self, batch: Experience) -> Experience:
         """Writes the log-probs of both models; a subclass goes on to write `advantages`."""
-        batch.logprobs, batch.entropy = self.in_parts(batch, self.policy.score)
         (batch.ref_logprobs,) = self.in_parts(batch, lambda part: (self.reference_logprobs(part),))
+        batch.logprobs, batch.entropy = self.in_parts(batch, self.policy.score)
         return batch
 
     def minibatches(self, num_rows: int, epoch: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from lit_align.algorithms.base import Algorithm
 from lit_align.batches import Experience, Tokens
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
+from lit_align.models.roles import Role, whole
 from lit_align.models.sharding import shard
 
 
@@ -36,7 +37,7 @@ class Referenced(Algorithm):
     ):
         super().__init__(**kwargs)
         self.build_policy, self.build_reference = policy, reference
-        self.reference_fingerprint = 0.0  # of a reference with weights of its own
+        self.frozen_fingerprint = 0.0  # of all roles' frozen weights
 
     @property
     def roles(self) -> dict[str, Backbone]:
@@ -46,7 +47,9 @@ class Referenced(Algorithm):
     def configure_model(self) -> None:
         """Builds the roles, once: Lightning asks before every fit and validate."""
         if "policy" not in self._modules:
-            for role, network in self.build().items():
+            networks = self.build()
+            self.frozen_fingerprint = sum(network.fingerprint for network in networks.values())
+            for role, network in networks.items():
                 setattr(self, role, shard(network, self.device_mesh))
 
     def build(self) -> dict[str, Backbone]:
@@ -56,29 +59,39 @@ class Referenced(Algorithm):
             return {"policy": policy}
         reference = self.build_reference() if self.build_reference else deepcopy(policy)
         same_vocabulary("reference", reference, policy)
-        self.reference_fingerprint = reference.fingerprint
         return {"policy": policy, "reference": reference.requires_grad_(False).eval()}
+
+    @property
+    def base(self) -> Policy:
+        """What is the reference while its adapters are off."""
+        return self.reference if "reference" in self._modules else self.policy
+
+    def cast(self) -> list[Role]:
+        """Adds the reference."""
+        return [*super().cast(), self.base_role("reference")]
+
+    def base_role(self, name: str) -> Role:
+        """The base in a role of its own."""
+        return whole(name, self.base, "off")
 
     def reference_logprobs(self, batch: Experience | Tokens) -> Tensor:
         """[n, r] nats: from the reference, or from the policy's base where they share it."""
-        if "reference" in self._modules:
-            return self.reference.logprobs(batch)
-        with self.policy.adapters_off():
-            return self.policy.logprobs(batch)
+        with self.base.adapters_off():
+            return self.base.logprobs(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what tells the reference from another one; its weights stay where they are."""
+        """Adds what tells frozen weights from others; they stay where they are."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["reference_fingerprint"] = self.reference_fingerprint
+        checkpoint["frozen_fingerprint"] = self.frozen_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with another reference, such as random weights of another seed."""
+        """Refuses to go on with other frozen weights, such as random ones of another seed."""
         super().on_load_checkpoint(checkpoint)
-        expected, found = checkpoint["reference_fingerprint"], self.reference_fingerprint
+        expected, found = checkpoint["frozen_fingerprint"], self.frozen_fingerprint
         if self.trainer.training and not math.isclose(expected, found, abs_tol=1e-6):
             raise ValueError(
-                "The reference has other weights than when this run began: resume with the same "
-                "path, or for random weights with the same seed_everything."
+                "The reference or another frozen base has other weights than when this run began: "
+                "resume with the same path, or for random weights with the same seed_everything."
             )
 
 

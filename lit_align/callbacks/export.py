@@ -20,8 +20,9 @@ class Export(Callback):
     def on_train_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Saves every trained role, whole again if it was sharded."""
         folder = Path(trainer.default_root_dir) / "hf"
-        for role, network in algorithm.roles.items():
-            place = folder if len(algorithm.roles) == 1 else folder / role
+        networks = {network: role for role, network in reversed(algorithm.roles.items())}
+        for network, role in networks.items():  # roles on one network are saved with it
+            place = folder if len(networks) == 1 else folder / role
             tokenizer = self.name_ends(trainer, network)
             if trainer.is_global_zero:
                 clear(place, network)
@@ -77,7 +78,7 @@ def clear(place: Path, network: Backbone) -> None:
         place: The folder to be written.
         network: What will be saved there.
     """
-    if network.adapted is None:
+    if network.saved_whole:
         for file in place.glob("adapter_*"):
             file.unlink()
     elif Path(network.name).resolve() != place.resolve():

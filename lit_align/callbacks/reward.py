@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_align.algorithms.base import Algorithm
 from lit_align.batches import Experience
 from lit_align.rewards.base import RewardError, RewardFunction
 from lit_align.rewards.calling import Caller
@@ -91,14 +92,14 @@ class Reward(Callback):
         self.log_skipped(algorithm, batch, scored, prefix)
 
     def on_train_batch_start(
-        self, trainer: Trainer, algorithm: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, algorithm: Algorithm, batch: Any, batch_idx: int
     ) -> None:
         """Scores the rollout and logs its sampled rows."""
         if not answered(batch):
             return
-        scored = self.judge(trainer, batch)
-        sampled = [not greedy for greedy in batch.greedy]
-        for name, (mean, std, _) in self.spread(trainer, batch, sampled).items():
+        with algorithm.phase("score"):
+            scored = self.judge(trainer, batch)
+        for name, (mean, std, _) in self.spread(trainer, batch, batch.sampled).items():
             algorithm.log(f"rewards/{name}/mean", mean)
             algorithm.log(f"rewards/{name}/std", std)
         self.log_skipped(algorithm, batch, scored)

@@ -1,13 +1,15 @@
 """Where responses come from."""
 
 import random
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_align.algorithms.online import OnlineAlgorithm
-from lit_align.batches import Experience
+from lit_align.batches import Answer, Experience
+from lit_align.callbacks.stored import drawn, stored_rows
 from lit_align.functional.masks import through_first
 from lit_align.models.decoding import Sampling
 from lit_align.models.sharding import gathered
@@ -16,9 +18,10 @@ from lit_align.models.sharding import gathered
 class Rollout(Callback):
     """Answers the prompts of each batch with the policy as it is now.
 
-    Training samples what the algorithm asks for; validation and test decode greedily. A sample
-    depends on the seed, the iteration and the prompt's place in the batch of all ranks, so it is
-    the same for any number of ranks and after any resume.
+    Training samples what the algorithm asks for, and adds answers of the data set where it asks
+    for those; validation and test decode greedily. A sample depends on the seed, the iteration and
+    the prompt's place in the batch of all ranks, so it is the same for any number of ranks and
+    after any resume.
 
     Args:
         max_new_tokens: R, tokens after which an answer is cut.
@@ -53,9 +56,12 @@ class Rollout(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, algorithm: OnlineAlgorithm, batch: Experience, batch_idx: int
     ) -> None:
-        """Samples, and decodes greedily where the algorithm asks for it."""
+        """Samples, decodes greedily and adds stored answers, as the algorithm asks for it."""
         samples, greedy = algorithm.num_samples, int(algorithm.greedy_baseline)
-        self.answer(trainer, algorithm, batch, samples, greedy, f"train {algorithm.iteration}")
+        moment = f"train {algorithm.iteration}"
+        given = drawn(batch, algorithm.num_stored, moment, trainer.global_rank, trainer.world_size)
+        with algorithm.phase("rollout"):
+            self.answer(trainer, algorithm, batch, samples, greedy, moment, given)
 
     def on_validation_batch_start(
         self,
@@ -91,27 +97,33 @@ class Rollout(Callback):
         samples: int,
         greedy: int,
         moment: str,
+        given: Sequence[Answer] = (),
     ) -> None:
-        """Turns B prompts into B * samples sampled rows and, behind them, B * greedy ones."""
+        """Turns B prompts into B * samples sampled rows, behind them B * greedy, then the given."""
         prompts = list(range(len(batch)))
         groups = [row for row in prompts for _ in range(samples)] + prompts * greedy
         answered = batch.rows(groups)
         answered.group = groups
         answered.greedy = [row >= len(batch) * samples for row in range(len(groups))]
+        answered.stored = [False] * len(groups)
+        answered.stored_scores = answered.stored_logprobs = [None] * len(groups)
         uniform = self.noise(trainer, len(batch), samples, moment).to(algorithm.device)
         spare = uniform.new_zeros(len(batch) * greedy, self.max_new_tokens)
-        stops, tokenizer = self.stops(trainer, algorithm), trainer.datamodule.tokenizer
+        stops, pad = self.stops(trainer, algorithm), trainer.datamodule.tokenizer.pad_token_id
         with trainer.precision_plugin.forward_context(), gathered(algorithm.policy) as policy:
             answered.responses, answered.sampling_logprobs = policy.respond(
                 answered,
                 torch.cat([uniform, spare]),
                 answered.greedy,
                 stops,
-                tokenizer.pad_token_id,
+                pad,
                 self.sampling,
             )
+        if given:
+            answered = answered.join(stored_rows(batch, given, self.max_new_tokens, stops, pad))
         self.measure(trainer, answered, stops)
         batch.become(answered)
+        algorithm.make_room()
 
     def noise(self, trainer: Trainer, num_prompts: int, samples: int, moment: str) -> Tensor:
         """[B * samples, R] uniform numbers: this rank's part of those of all ranks."""

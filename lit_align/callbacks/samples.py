@@ -13,9 +13,10 @@ from lit_align.batches import Experience
 class Samples(Callback):
     """Writes `completions/rollout_00010.jsonl` while training, and `predictions.jsonl`.
 
-    Each line has the data set's columns, the completion, its score and its length in tokens;
-    predictions also have the nats by which the policy exceeds the reference (`kl`). With several
-    ranks each writes a file of its own.
+    Each line has the data set's columns, the completion, its score and its length in tokens, and
+    where stored answers are among the rows, whether it is one (`stored`); predictions also have the
+    nats by which the policy exceeds the reference (`kl`). With several ranks each writes a file of
+    its own.
 
     Args:
         every: Rollouts between two files while training, 0 for none.
@@ -71,13 +72,16 @@ class Samples(Callback):
 
 def table(batch: Experience, **more: list[Any]) -> list[dict[str, Any]]:
     """One dict per row: the columns, and what the callbacks measured."""
-    scores = {"score": batch.scores.tolist()} if "scores" in batch.fields() else {}
+    fields = batch.fields()
+    scores = {"score": batch.scores.tolist()} if "scores" in fields else {}
+    stored = {"stored": batch.stored} if any(fields.get("stored", [])) else {}
     columns = {
         **batch.columns,
         **scores,
         "length": batch.response_lengths,
         "truncated": batch.truncated,
         "greedy": batch.greedy,
+        **stored,
         **more,
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable
 from functools import partial
@@ -71,6 +72,13 @@ class Pair(NamedTuple):
     num_prompt: int
     margin: float
 
+    @property
+    def fingerprint(self) -> int:
+        """64 bits of the texts: the same wherever the pair stands, and no other pair's."""
+        sizes = array("i", [self.num_prompt, len(self.chosen)])
+        texts = sizes.tobytes() + self.chosen.tobytes() + self.rejected.tobytes()
+        return int.from_bytes(hashlib.blake2b(texts, digest_size=8).digest(), signed=True)
+
 
 def pairs_of(pad: int, examples: list[Pair], **marks: Any) -> Pairs:
     """Pairs of one batch, all texts right-padded to the longest."""
@@ -85,4 +93,5 @@ def pairs_of(pad: int, examples: list[Pair], **marks: Any) -> Pairs:
         fields |= {side: tokens, f"{side}_mask": mask, f"{side}_lengths": lengths}
         fields[f"{side}_loss_mask"] = mask & (torch.arange(width) >= starts)
     fields["margin"] = torch.tensor([pair.margin for pair in examples])
+    fields["fingerprints"] = [pair.fingerprint for pair in examples]
     return Pairs(**fields, **marks)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from lit_align.batches import Batch, Experience
+from lit_align.batches import Answer, Batch, Experience
 from lit_align.data.forms import canonical, missing, prompt_of
 from lit_align.data.loading import TextData
 from lit_align.data.padding import pad_left
@@ -81,10 +81,12 @@ class Prompt(NamedTuple):
     Args:
         ids: Token ids of the prompt.
         columns: All columns of its row.
+        answers: What rows of AnsweredPrompts answer.
     """
 
     ids: array[int]
     columns: Row
+    answers: tuple[Answer, ...] = ()
 
 
 def experience(pad: int, examples: list[Prompt], **marks: Any) -> Experience:

@@ -64,6 +64,32 @@ def dpo(
     return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
+def ipo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """[B] identity preference optimisation, arXiv:2310.12036 eq. 17.
+
+    The squared distance of the log-ratios' difference from 1 / (2 beta), in nats^2. TRL's takes
+    log-probs per token instead of sums.
+
+    Args:
+        policy_chosen: [B] nats, summed over the chosen response's tokens, under the policy.
+        policy_rejected: [B] nats, the same of the rejected response.
+        ref_chosen: [B] nats, the chosen response under the reference.
+        ref_rejected: [B] nats, the rejected response under the reference.
+        beta: The paper's tau; a larger one stays closer to the reference.
+        label_smoothing: Probability that a preference is the wrong way round.
+    """
+    margin = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+    right, wrong = (margin - 1 / (2 * beta)).square(), (margin + 1 / (2 * beta)).square()
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
     """[B] -log P(chosen beats rejected) of a reward model, arXiv:2203.02155 eq. 1.
 

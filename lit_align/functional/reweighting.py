@@ -36,17 +36,24 @@ def sample_weights(
         num_online: How many of the G samples, in any column, are the policy's own; none if absent.
         max_ratio: Cap on rho; none if absent.
     """
-    shaped = (scores - kl_coef * (logprobs - ref_logprobs)) / (kl_coef + step_coef)
+    shaped = shaped_scores(scores, logprobs, ref_logprobs, kl_coef, step_coef)
     if behaviour_logprobs is None:
         return shaped.softmax(-1)
-    log_rho = _log_rho(logprobs, behaviour_logprobs, num_online or 0)
+    log_rho = log_ratios(logprobs, behaviour_logprobs, num_online or 0)
     if max_ratio is not None:
         log_rho = log_rho.clamp(max=math.log(max_ratio))
     log_mean_rho = log_rho.logsumexp(-1, keepdim=True) - math.log(scores.shape[-1])
     return ((shaped + log_rho).log_softmax(-1) + log_mean_rho).exp()
 
 
-def _log_rho(logprobs: Tensor, behaviour_logprobs: Tensor, num_online: int) -> Tensor:
+def shaped_scores(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, kl_coef: float, step_coef: float
+) -> Tensor:
+    """[B, G] ell: the score less the price of the nats above the reference, over kl + step."""
+    return (scores - kl_coef * (logprobs - ref_logprobs)) / (kl_coef + step_coef)
+
+
+def log_ratios(logprobs: Tensor, behaviour_logprobs: Tensor, num_online: int) -> Tensor:
     """[B, G] log of pi_t / q, q = (num_online pi_t + (G - num_online) mu) / G, who drew them."""
     size = logprobs.shape[-1]
     if not 0 <= num_online <= size:
@@ -54,3 +61,14 @@ def _log_rho(logprobs: Tensor, behaviour_logprobs: Tensor, num_online: int) -> T
     online = logprobs.new_full((), num_online / size).log()
     offline = logprobs.new_full((), (size - num_online) / size).log()
     return -torch.logaddexp(online, offline + behaviour_logprobs - logprobs)
+
+
+def log_normaliser(shaped: Tensor, log_rho: Tensor) -> Tensor:
+    """[B] log Z of ell and of rho as it is capped, both [B, G]."""
+    return (shaped + log_rho).logsumexp(-1) - log_rho.logsumexp(-1)
+
+
+def effective_share(weights: Tensor) -> Tensor:
+    """[B]: how many of the G samples share the weight evenly, 1 / sum of squares, over G."""
+    shares = weights / weights.sum(-1, keepdim=True)
+    return 1 / (weights.shape[-1] * shares.square().sum(-1))

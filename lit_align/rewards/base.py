@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_align.batches import Experience
+from lit_align.models.roles import Role
 
 Scores = Tensor | Sequence[float | None]
 
@@ -43,6 +44,10 @@ class RewardFunction(ABC):
         Args:
             algorithm: What is trained; its networks exist by the first call, not yet here.
         """
+
+    def cast(self) -> list[Role]:
+        """The networks that judge, for the table at the start of a run; none by default."""
+        return []
 
     @abstractmethod
     def __call__(self, batch: Experience) -> Scores | Awaitable[Scores]:

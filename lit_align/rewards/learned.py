@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lit_align.batches import Experience, Tokens, microbatches
 from lit_align.data.text import encode_answer, load_tokenizer
+from lit_align.models.parking import Sleeper
+from lit_align.models.roles import Role, whole
 from lit_align.models.scalar import Scalar
 from lit_align.rewards.base import RewardFunction
 
@@ -24,7 +26,8 @@ class LearnedReward(RewardFunction):
     """A sequence classifier's number at the end of the text, from its own tokens of that text.
 
     The text is encoded again, so the reward model need not share the policy's tokenizer. A
-    response that was cut off gets no stop. The weights are in no checkpoint and no optimizer.
+    response that was cut off gets no stop. The weights are in no checkpoint and no optimizer, and
+    on the device only while they score.
 
     Args:
         path: Hub id or folder of the reward model and its tokenizer.
@@ -55,6 +58,11 @@ class LearnedReward(RewardFunction):
             return
         self.tokenizer = load_tokenizer(self.path, self.chat_template)
         self.scalar = TrainedScalar(self.path, dtype=self.dtype).eval().requires_grad_(False)
+        self.sleeper = Sleeper(lambda: self.scalar.parameters(), frozen=True)
+
+    def cast(self) -> list[Role]:
+        """The reward model."""
+        return [whole("reward", self.scalar)]
 
     def __call__(self, batch: Experience) -> Tensor:
         """[N] scores."""
@@ -64,6 +72,7 @@ class LearnedReward(RewardFunction):
         for rows in microbatches([len(text) for text in texts], self.tokens_per_pass):
             tokens = right_padded([texts[row] for row in rows]).to(scores.device)
             scores[rows] = self.scalar.scores(tokens).float()
+        self.sleeper.park()
         return scores
 
     def encode(self, batch: Experience) -> list[list[int]]:

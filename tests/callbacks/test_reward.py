@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lit_align.algorithms.measuring import Measuring
 from lit_align.batches import Experience, Tokens
 from lit_align.callbacks.reward import Reward
 from lit_align.rewards.base import RewardError, RewardFunction
@@ -41,6 +42,7 @@ class Answer(Callback):
             responses=torch.zeros(rows, 2),
             response_mask=torch.ones(rows, 2, dtype=torch.bool),
             greedy=[False, True, False, True],
+            stored=[False] * 4,
             group=[0, 0, 1, 1],
             counted=[True, True, True, False],
         )
@@ -56,7 +58,7 @@ class Answer(Callback):
         self.answer(batch)
 
 
-class Seen(LightningModule):
+class Seen(Measuring):
     """Keeps the last batch."""
 
     def __init__(self):

@@ -96,3 +96,14 @@ def test_pairs_without_a_prompt(pairs):
 def test_other_columns(pairs):
     with pytest.raises(ValueError, match=r"row 0 of .*columns better, worse; wanted: chosen and"):
         pairs({"better": "a", "worse": "b"})
+
+
+def test_a_pair_is_known_again_by_its_texts(pairs):
+    one = {"prompt": "ab", "chosen": "c", "rejected": "de"}
+    swapped = {"prompt": "ab", "chosen": "de", "rejected": "c"}
+    longer = {"prompt": "a", "chosen": "bc", "rejected": "bde"}
+    first = pairs(one, swapped, longer)[1].fingerprints
+    again = pairs(longer, {**one, "margin": 2.0}, eval_batch_size=2)[1].fingerprints
+    assert len(set(first)) == 3
+    assert again == [first[2], first[0]]
+    assert first[0] == 6962168136751857140  # in any process

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from lit_align.functional.kl import k3
-from lit_align.functional.losses import bradley_terry, clipped_surrogate, clipped_value, dpo
+from lit_align.functional.losses import (
+    bradley_terry,
+    clipped_surrogate,
+    clipped_value,
+    dpo,
+    ipo,
+)
 from lit_align.functional.masks import masked_mean
 
 PAIR = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
@@ -55,10 +61,26 @@ def test_a_preference_by_hand():
     torch.testing.assert_close(bradley_terry(ten / 10, zero), expected)
 
 
-def test_smoothing_mixes_both_directions():
+@pytest.mark.parametrize("loss", [dpo, ipo])
+def test_smoothing_mixes_both_directions(loss):
     sides = torch.randn(4, 3)
-    right, wrong = dpo(*sides), dpo(sides[1], sides[0], sides[3], sides[2])
-    torch.testing.assert_close(dpo(*sides, label_smoothing=0.25), 0.75 * right + 0.25 * wrong)
+    right, wrong = loss(*sides), loss(sides[1], sides[0], sides[3], sides[2])
+    torch.testing.assert_close(loss(*sides, label_smoothing=0.25), 0.75 * right + 0.25 * wrong)
+
+
+def test_a_target_by_hand():
+    """At beta 0.1 the log-ratios are to differ by 5 nats: 0, 5 and 7 of them lose 25, 0 and 4."""
+    differences = torch.tensor([0.0, 5.0, 7.0])
+    assert ipo(differences, *torch.zeros(3, 3)).tolist() == [25.0, 0.0, 4.0]
+    assert ipo(*torch.zeros(2, 3), torch.zeros(3), differences).tolist() == [25.0, 0.0, 4.0]
+
+
+def test_the_target_shrinks_with_the_share_of_wrong_labels():
+    """Of two answers with P(better) = p, h is (p - (1 - p)) / (2 beta): here 0.6 / 0.4."""
+    h = torch.tensor(1.5, dtype=torch.double, requires_grad=True)
+    zero = torch.zeros(3, dtype=torch.double)
+    assert grad(ipo(h, *zero, beta=0.2, label_smoothing=0.2), h).item() == pytest.approx(0)
+    assert grad(ipo(h, *zero, beta=0.2), h).item() == pytest.approx(2 * (1.5 - 2.5))
 
 
 def test_a_margin_is_to_be_won_on_top():
@@ -76,7 +98,7 @@ def test_large_differences_stay_finite():
 
 @pytest.mark.parametrize(
     ("function", "num_inputs"),
-    [(clipped_surrogate, 3), (clipped_value, 3), (dpo, 4), (bradley_terry, 2)],
+    [(clipped_surrogate, 3), (clipped_value, 3), (dpo, 4), (ipo, 4), (bradley_terry, 2)],
 )
 def test_gradients_against_finite_differences(function, num_inputs):
     inputs = [0.3 * torch.randn(6, dtype=torch.double) for _ in range(num_inputs)]
@@ -195,6 +217,26 @@ def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(close, golden, name)
         close(losses, case.get("losses", losses))
         close(losses.mean(), case[loss_key])
         close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
+
+
+@pytest.mark.parametrize(
+    ("source", "suffix", "loss_key", "grad_key"),
+    [
+        ("dpo_reference", ",reference_free=False", "mean", "_of_mean"),
+        ("openrlhf_dpo_loss", "", "loss", ""),
+    ],
+)
+def test_ipo_agrees_with_dpos_authors_and_openrlhf(
+    close, golden, source, suffix, loss_key, grad_key
+):
+    file = golden(source)
+    case = file.cases["beta=0.1,label_smoothing=0.0,ipo=True" + suffix]
+    sides = [file[side] for side in PAIR]
+    sides[0].requires_grad_()
+    losses = ipo(*sides, 0.1)
+    close(losses, case.get("losses", losses))
+    close(losses.mean(), case[loss_key])
+    close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
 
 
 @pytest.mark.parametrize("margin", ["None", "given"])

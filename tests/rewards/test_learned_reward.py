@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from lit_align.batches import Experience, Tokens
+from lit_align.models import parking
 from lit_align.rewards import learned
 from lit_align.rewards.learned import LearnedReward
 
@@ -63,6 +64,9 @@ class LastToken:
 
     def to(self, device: torch.device) -> "LastToken":
         return self
+
+    def parameters(self) -> list[Tensor]:
+        return []
 
     def scores(self, tokens: Tokens) -> Tensor:
         assert tokens.token_mask.sum(1).tolist() == tokens.lengths
@@ -130,6 +134,18 @@ def test_scores_are_the_classifier_s_whatever_the_passes(folder):
             reward.setup(None)
             assert reward(batch).tolist() == pytest.approx(expected, abs=1e-6)
     assert not any(weight.requires_grad for weight in reward.scalar.parameters())
+
+
+def test_it_sleeps_between_its_calls(folder, monkeypatch):
+    """As if the CPU were another device."""
+    batch = answered(["a", "a b c"], [" b", " d"], truncated=[False, False])
+    reward = LearnedReward(folder)
+    reward.setup(None)
+    awake = reward(batch).tolist()
+    assert not reward.sleeper.homes
+    monkeypatch.setattr(parking, "movable", lambda tensor: True)
+    assert [reward(batch).tolist() for _ in range(3)] == [awake] * 3
+    assert len(reward.sleeper.homes) == len(list(reward.scalar.parameters()))
 
 
 def test_setup_loads_once(folder):

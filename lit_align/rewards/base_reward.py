@@ -1,0 +1,49 @@
+"""A reward model that is the frozen base under a trained adapter."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lit_align.batches import Experience
+from lit_align.models.roles import Role
+from lit_align.rewards.base import RewardFunction
+
+
+@runtime_checkable
+class HasBase(Protocol):
+    """An algorithm one of whose networks is a reward model while its adapters are off."""
+
+    def base_scores(self, batch: Experience) -> Tensor:
+        """[N] scores of the answers as the policy's tokens have them."""
+
+    def reward_role(self) -> Role:
+        """The role, for the table at the start."""
+
+
+class BaseReward(RewardFunction):
+    """The score head of Hydra's base, or of the base under PPO's critic: no model of its own.
+
+    Reads the policy's tokens, which both share; nothing is encoded again.
+    """
+
+    algorithm: HasBase
+
+    def setup(self, algorithm: LightningModule) -> None:
+        """Takes the role from the algorithm."""
+        if not isinstance(algorithm, HasBase):
+            raise ValueError(
+                f"BaseReward needs PPO with an adapted critic, or HydraPPO: "
+                f"{type(algorithm).__name__} trains no reward model's base."
+            )
+        self.algorithm = algorithm
+
+    def cast(self) -> list[Role]:
+        """The base that judges."""
+        return [self.algorithm.reward_role()]
+
+    def __call__(self, batch: Experience) -> Tensor:
+        """[N] scores."""
+        return self.algorithm.base_scores(batch)

@@ -1,0 +1,200 @@
+"""SPR's memory: one network is on the device in each phase, and the update is as large as SFT's."""
+
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import Count, RandomPrompts, tiny, trainer, weights
+from torch import Tensor
+from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from lit_align.algorithms.sft import SFT
+from lit_align.algorithms.spr import SPR
+from lit_align.batches import Experience, Tokens
+from lit_align.models import parking
+from lit_align.models.lora import LoRA
+
+
+def adam(params):
+    return AdamW(params, lr=1e-2)
+
+
+class Poison:
+    """Instead of moving tensors this makes what is parked unusable."""
+
+    def park(self):
+        for tensor in self.tensors():
+            if tensor not in self.homes:
+                self.homes[tensor] = tensor.detach().clone()
+                tensor.data.fill_(torch.nan)
+
+    def wake(self):
+        for tensor, kept in self.homes.items():
+            tensor.data.copy_(kept)
+        self.homes.clear()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    monkeypatch.setattr(parking.Sleeper, "park", Poison.park)
+    monkeypatch.setattr(parking.Sleeper, "wake", Poison.wake)
+
+
+class Phases(SPR):
+    """Notes in each phase which of policy, reference and optimizer state can be used."""
+
+    def awake(self, phase):
+        state = [tensor for tensor in self.optimizer_state() if tensor.ndim]
+        parts = [self.policy.parameters(), self.reference.parameters(), state]
+        usable = [all(map(self.usable, part)) for part in parts]
+        found = vars(self).setdefault("found", {}).setdefault(phase, set())
+        found.add((usable[0], usable[1], usable[2] and bool(state)))
+
+    def usable(self, tensor):
+        return tensor.device == self.device and bool(tensor.isfinite().all())
+
+    def log_equal_groups(self, batch):
+        super().log_equal_groups(batch)
+        self.awake("log-probs")
+
+    def reference_logprobs(self, batch):
+        logprobs = super().reference_logprobs(batch)
+        self.awake("reference")
+        return logprobs
+
+    def losses(self, batch):
+        for loss in super().losses(batch):
+            self.awake("update")
+            yield loss
+
+
+class Watched(Count):
+    """Looks around while it scores."""
+
+    def setup(self, algorithm):
+        self.algorithm = algorithm
+
+    def __call__(self, batch):
+        self.algorithm.awake("scoring")
+        return super().__call__(batch)
+
+
+def check_phases(folder, accelerator):
+    algorithm = Phases(policy=tiny, optimizer=adam)
+    run = trainer(folder, limit_val_batches=0, accelerator=accelerator, devices=1)
+    run.callbacks[1].panel.sources["count"] = Watched()
+    run.fit(algorithm, RandomPrompts(3))
+    policy, reference, state = (True, False, False), (False, True, False), (True, False, True)
+    assert algorithm.found == {
+        "scoring": {(False, False, False)},
+        "reference": {reference},
+        "log-probs": {policy},
+        "update": {policy, state},  # before the first step there is no state
+    }
+
+
+def test_one_network_is_awake_in_each_phase(tmp_path, poisoned):
+    check_phases(tmp_path, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_network_is_on_the_gpu_in_each_phase(tmp_path):
+    check_phases(tmp_path, "gpu")
+
+
+@pytest.mark.parametrize("policy", [tiny, lambda: tiny(lora=LoRA(rank=2))])
+def test_parking_changes_no_result(tmp_path, monkeypatch, policy):
+    def learnt():
+        algorithm = SPR(policy=policy, optimizer=adam)
+        torch.manual_seed(0)
+        run = trainer(tmp_path, max_epochs=2)
+        run.fit(algorithm, RandomPrompts(2))
+        return weights(algorithm.policy), run.callback_metrics
+
+    plain, metrics = learnt()
+    monkeypatch.setattr(parking.Sleeper, "park", Poison.park)
+    monkeypatch.setattr(parking.Sleeper, "wake", Poison.wake)
+    parked, others = learnt()
+    assert all(map(torch.equal, plain, parked))
+    assert metrics == others
+    assert "val/reward" in metrics
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made under it and live."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.most, self.seen = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.count, made)
+        return made
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen[key] = weakref.finalize(storage, self.free, key, size)
+            self.living += size
+            self.most = max(self.most, self.living)
+        return tensor
+
+    def free(self, key, size):
+        del self.seen[key]
+        self.living -= size
+
+
+def peak(kind, batch) -> int:
+    """Bytes at the height of an update, beside weights and optimizer state."""
+
+    class Bare(kind):
+        trainer = SimpleNamespace(
+            world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value)
+        )
+
+        def synchronise(self, wanted):
+            pass
+
+        def manual_backward(self, loss):
+            loss.backward()
+
+        def step(self):
+            self.adam.step()
+            self.adam.zero_grad()
+            return {}
+
+    algorithm = Bare(policy=tiny)
+    algorithm.policy = tiny()
+    algorithm.adam = adam(algorithm.policy.parameters())
+    algorithm.update(batch)  # makes the optimizer's state
+    with Peak() as measured:
+        algorithm.update(batch)
+    return measured.most
+
+
+def test_the_update_takes_the_memory_of_an_sft_step():
+    rows, before, after = 16, 8, 24
+    responses = torch.randint(3, 32, (rows, after), generator=torch.Generator().manual_seed(0))
+    asked, said = torch.ones(rows, before), torch.ones(rows, after, dtype=torch.bool)
+    batch = Experience(
+        prompts=asked.long(),
+        prompt_mask=asked.bool(),
+        prompt_lengths=[before] * rows,
+        responses=responses,
+        response_mask=said,
+        response_lengths=[after] * rows,
+        weights=torch.full((rows,), 0.25),
+    )
+    texts = Tokens(
+        tokens=batch.tokens,
+        token_mask=batch.token_mask,
+        loss_mask=torch.cat([~asked.bool(), said], 1),
+        lengths=batch.lengths,
+    )
+    assert peak(SPR, batch) == pytest.approx(peak(SFT, texts), rel=5e-3)
+    assert peak(SPR, batch.rows(range(8))) < 0.7 * peak(SFT, texts)
