@@ -1,5 +1,6 @@
 """A whole run in a second: a tiny policy, random prompts, a reward that counts a token."""
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lit_align.algorithms.base import Algorithm
-from lit_align.batches import Batch, Experience, Pairs, Tokens
+from lit_align.batches import Answer, Batch, Experience, Pairs, Tokens
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
+from lit_align.models.backbone import Backbone
+from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
 from lit_align.models.scalar import Scalar
 from lit_align.rewards.base import RewardFunction
@@ -32,6 +35,7 @@ TINY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+WORDS = {**TINY, "vocab_size": 192, "max_position_embeddings": 128}  # for the toy data
 
 
 class RandomPrompts(LightningDataModule):
@@ -71,6 +75,25 @@ class RandomPrompts(LightningDataModule):
 
     def first(self, numbers: list[int]) -> Batch:
         return self.share(self.batch(numbers[0]))
+
+
+class RandomAnswers(RandomPrompts):
+    """Random prompts with one to three answers each; of every other one nothing else is known."""
+
+    def batch(self, number: int) -> Experience:
+        batch = super().batch(number)
+        source = random.Random(number)
+        batch.answers = [
+            [self.answer(source, known=number % 2 == 0) for number in range(1 + row % 3)]
+            for row in range(len(batch))
+        ]
+        return batch
+
+    def answer(self, source: random.Random, known: bool) -> Answer:
+        """Up to four tokens and a stop."""
+        tokens = [source.randrange(3, 32) for _ in range(source.randrange(5))]
+        score, logprob = source.random(), -4.0 * len(tokens) - source.random()
+        return Answer([*tokens, 2], *((score, logprob) if known else (None, None)))
 
 
 class RandomTexts(RandomPrompts):
@@ -133,13 +156,21 @@ def tiny(**settings: Any) -> Policy:
     """The same random weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Policy(config=dict(TINY), **settings)
+        return Policy(**{"config": dict(TINY), **settings})
 
 
 def weights(module: torch.nn.Module) -> list[Tensor]:
     """The trained weights, whole and on their own."""
     tensors = [weight.detach() for weight in module.parameters() if weight.requires_grad]
     return [t.full_tensor() if isinstance(t, DTensor) else t.clone() for t in tensors]
+
+
+def adapted(kind: type[Backbone], rank: int = 2, spread: float = 0.02, **settings: Any) -> Backbone:
+    """The same random base and adapters each time; the frozen head's `spread` bounds logits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = {**TINY, "initializer_range": spread}
+        return kind(config=config, lora=LoRA(rank=rank, alpha=2 * rank), **settings)
 
 
 def trained(algorithm: Algorithm) -> list[Tensor]:

@@ -10,7 +10,23 @@ from lit_align.cli.main import main
 from lit_align.data.toy import toy_rows
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["one_step", "design", "sft", "reward_model", "remax", "grpo", "rloo", "grpovi", "ppo"]
+PAGES = [
+    "one_step",
+    "design",
+    "sft",
+    "reward_model",
+    "dpo",
+    "remax",
+    "grpo",
+    "rloo",
+    "grpovi",
+    "ppo",
+    "hydra",
+    "rto",
+    "sltrain",
+    "galore",
+    "spr",
+]
 TEXTS = {page: (ROOT / "docs" / f"{page}.md").read_text() for page in PAGES}
 FEW = [
     *("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"),
@@ -59,7 +75,7 @@ def test_commands_run_in_the_order_of_the_pages(tmp_path, monkeypatch):
     ):
         lines = [json.dumps({column: row[column] for column in columns}) for row in rows]
         Path(f"{name}.jsonl").write_text("\n".join(lines))
-    for page in ("sft", "reward_model", "remax", "one_step"):
+    for page in ("sft", "reward_model", "dpo", "remax", "one_step"):
         for line in commands(page):
             # models of the hub are not here: the embedded one takes their place
             toy = [] if "toy" in line else ["--config", "toy"]

@@ -1,25 +1,39 @@
-"""Every online algorithm learns, in seconds: say token 5 as often as there is room.
+"""Every algorithm learns, in seconds.
 
-The optimum is known: six tokens, all of them 5, a score of 1. A random policy starts at about
-1/32. With the same scores dealt to the wrong rows nothing can be learnt.
+Online: say token 5 as often as there is room. The optimum is known: six tokens, all of them 5, a
+score of 1. A random policy starts at about 1/32. With the same scores dealt to the wrong rows
+nothing can be learnt. Offline: from 1,600 film reviews or pairs of them, for 500 that are held out.
 """
+
+from functools import partial
 
 import pytest
 import torch
-from harness import RandomPrompts, tiny
+from harness import WORDS, RandomPrompts, adapted, tiny
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import AdamW
 
+from lit_align.algorithms.dpo import DPO, IPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.grpovi import GRPOVI
+from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.reward_model import RewardModel
 from lit_align.algorithms.rloo import RLOO
+from lit_align.algorithms.rto import RTO
+from lit_align.algorithms.sft import SFT
+from lit_align.algorithms.spr import SPR
 from lit_align.batches import Experience
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
+from lit_align.data.instructions import InstructionData
+from lit_align.data.preferences import PreferenceData
+from lit_align.models.hydra import Hydra, JointHydra
+from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
 from lit_align.rewards.base import RewardFunction
 
 ROOM = 6  # tokens of a response
@@ -29,6 +43,22 @@ ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
     "GRPO without scaling": (GRPO, {"num_samples": 4, "kl_coef": 0.0, "scale": False}),
     "GRPOVI": (GRPOVI, {"num_samples": 4, "kl_coef": 0.0}),
     "PPO": (PPO, {"kl_coef": 0.0, "epochs": 2}),
+    "SPR": (SPR, {"num_samples": 4, "kl_coef": 0.0}),
+    "HydraPPO": (
+        HydraPPO,
+        {"policy": partial(adapted, Hydra, 8, 0.2), "kl_coef": 0.0, "epochs": 2, "whiten": True},
+    ),
+    "HydraPPO, joint": (
+        HydraPPO,
+        {
+            "policy": partial(adapted, JointHydra, 8, 0.2),
+            "kl_coef": 0.0,
+            "epochs": 2,
+            "whiten": True,
+            "value_coef": 0.1,
+        },
+    ),
+    "RTO": (RTO, {"kl_coef": 0.0, "epochs": 2, "dpo": tiny}),
     "RLOO": (RLOO, {"num_samples": 4, "kl_coef": 0.0}),
 }
 
@@ -56,7 +86,10 @@ def closed(name: str, seed: int, shuffled: bool) -> float:
     kind, settings = ALGORITHMS[name]
     torch.manual_seed(seed)
     algorithm = kind(
-        policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), warmup=0.1, final_lr=0.1, **settings
+        optimizer=lambda p: AdamW(p, lr=1e-2),
+        warmup=0.1,
+        final_lr=0.1,
+        **{"policy": tiny, **settings},
     )
     reward = Share(shuffled)
     run = Trainer(
@@ -69,7 +102,7 @@ def closed(name: str, seed: int, shuffled: bool) -> float:
         enable_model_summary=False,
         callbacks=[Rollout(max_new_tokens=ROOM), Reward(reward)],
     )
-    run.fit(algorithm, RandomPrompts(num_batches=60, batch_size=16))
+    run.fit(algorithm, RandomPrompts(60, batch_size=64 // algorithm.num_samples))  # 64 rows each
     start, end = reward.seen[0], sum(reward.seen[-5:]) / 5
     return (end - start) / (1 - start)
 
@@ -87,3 +120,41 @@ def test_it_closes_half_of_the_gap(name, seed):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_it_learns_nothing_from_shuffled_scores(name, seed):
     assert closed(name, seed, shuffled=True) < 0.15
+
+
+SMALL = {**WORDS, "initializer_range": 0.02}  # starts near a uniform policy
+OFFLINE = {  # algorithm, data, and by how much a metric on the held-out rows is to change
+    "SFT": (partial(SFT, policy=partial(Policy, config=SMALL)), InstructionData, "loss", -3.0),
+    "RewardModel": (
+        partial(RewardModel, reward_model=partial(Scalar, config=SMALL)),
+        PreferenceData,
+        "accuracy",
+        0.2,
+    ),
+    "DPO": (partial(DPO, policy=partial(Policy, config=SMALL)), PreferenceData, "accuracy", 0.2),
+    "IPO": (partial(IPO, policy=partial(Policy, config=SMALL)), PreferenceData, "accuracy", 0.2),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", OFFLINE)
+def test_what_is_held_out_gets_better(name, seed):
+    """SFT: from 5.2 nats to below 2.3; the others: from a guess to 7 of 10 pairs or more."""
+    build, kind, metric, change = OFFLINE[name]
+    torch.manual_seed(seed)
+    algorithm = build(optimizer=lambda p: AdamW(p, lr=1e-2), warmup=0.1, final_lr=0.1)
+    settings = {"eval_split": "test", "batch_size": 32, "max_rows": 1600, "seed": seed}
+    data = kind("toy", tokenizer="toy", **settings)
+    run = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = run.validate(algorithm, data, verbose=False)[0][f"val/{metric}"]
+    run.fit(algorithm, data)
+    after = float(run.callback_metrics[f"val/{metric}"])
+    assert (after - before) / change >= 1

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.cli.main import main
 
-ONLINE = ("remax", "grpo", "grpovi", "rloo", "ppo")
+ONLINE = ("remax", "grpo", "grpovi", "rloo", "ppo", "hydra_ppo", "rto", "spr")
 BATCHES, STOPS = 4, (1, 6)  # in the first epoch of 4 batches, and in the second
 
 
@@ -64,15 +64,23 @@ def same(one: Any, other: Any) -> bool:
         ("sft", 0, STOPS[1:]),
         ("sft", 1, STOPS[1:]),
         ("reward_model", 0, STOPS[1:]),
+        ("dpo", 0, STOPS[1:]),
+        ("dpo --model.precompute true", 0, STOPS[1:]),
         ("remax", 0, STOPS),
         ("grpo", 0, STOPS[1:]),
         ("grpovi", 0, STOPS[1:]),
         ("rloo", 0, STOPS[1:]),
         ("ppo", 0, STOPS[1:]),
+        ("spr", 0, STOPS[1:]),
+        ("spr --model.num_stored 3 --model.stored_decay 4", 1, STOPS[1:]),
+        ("hydra_sft", 0, STOPS[1:]),
+        ("hydra_ppo", 0, STOPS[1:]),
+        ("rto", 0, STOPS[1:]),
     ],
 )
 def test_resuming_is_bitwise(tmp_path, config, num_workers, stops):
-    more = ("--data.num_workers", str(num_workers))
+    config, *flags = config.split()
+    more = (*flags, "--data.num_workers", str(num_workers))
     fit(tmp_path / "whole", config, *more)
     whole, logged = last(tmp_path / "whole"), metrics(tmp_path / "whole")
     norms = [[v for k, v in row.items() if k.startswith("grad_norm")] for row in logged]

@@ -7,9 +7,13 @@ from functools import partial
 import pytest
 import torch
 from harness import (
+    TINY,
+    WORDS,
+    RandomAnswers,
     RandomPairs,
     RandomPrompts,
     RandomTexts,
+    adapted,
     distance,
     scalar,
     tiny,
@@ -19,17 +23,32 @@ from harness import (
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import Ranks
+from torch import distributed
 from torch.optim import SGD, AdamW
 
+from lit_align.algorithms.dpo import DPO, IPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.grpovi import GRPOVI
+from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.hydra_sft import HydraSFT
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
 from lit_align.algorithms.rloo import RLOO
+from lit_align.algorithms.rto import RTO
 from lit_align.algorithms.sft import SFT
+from lit_align.algorithms.spr import SPR
+from lit_align.callbacks.reward import Reward
+from lit_align.data.preferences import PreferenceData
+from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.lora import LoRA
+from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
+from lit_align.models.sltrain import SLTrain
+from lit_align.models.sparse_adapter import SparseLowRankAdapter
+from lit_align.models.two_headed import TwoHeaded
+from lit_align.rewards.base_reward import BaseReward
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +81,8 @@ def fit(folder, algorithm, data, **settings):
     run = trainer(folder, limit_val_batches=0, **settings)
     if not isinstance(algorithm, OnlineAlgorithm):
         run.callbacks.clear()
+    elif isinstance(data, Based):
+        run.callbacks[1] = Reward(BaseReward())
     run.fit(algorithm, data)
     return trained(algorithm), {k: float(v) for k, v in run.callback_metrics.items()}
 
@@ -89,20 +110,57 @@ def rloo():
     return RLOO(policy=tiny, num_samples=2, epochs=2, microbatch_tokens=40, optimizer=adam)
 
 
+def spr(policy, optimizer, num_stored):
+    sizes = {"num_stored": num_stored, "epochs": 2, "microbatch_tokens": 40}
+    return SPR(policy=policy, optimizer=optimizer, stored_decay=2.0, **sizes)
+
+
 def ppo():
     more = {"epochs": 2, "microbatch_tokens": 40, "per_response": True}
     more |= {"critic_lr": 2e-2, "kl_target": 0.1, "kl_horizon": 20, "normalise_scores": True}
     return PPO(policy=tiny, optimizer=adam, missing_eos_penalty=0.5, **more)
 
 
-def sft():
+class Based(RandomPrompts):
+    """Prompts for runs whose frozen base is the reward model."""
+
+
+def dynamic_ppo():
+    roles = {"policy": partial(adapted, Policy), "critic": partial(adapted, Scalar)}
+    return PPO(**roles, optimizer=adam, microbatch_tokens=40, score_clip=2.0, critic_warmup=1)
+
+
+def rto():
+    models = {"policy": tiny, "critic": scalar, "dpo": partial(adapted, Policy, spread=0.1)}
+    return RTO(**models, optimizer=adam, microbatch_tokens=40, dpo_clip=0.05)
+
+
+def hydra_ppo(kind, optimizer, dtype):
+    policy = partial(adapted, kind, dtype=dtype)
+    return HydraPPO(policy=policy, optimizer=optimizer, microbatch_tokens=40, epochs=2)
+
+
+def hydra_sft():
+    policy = partial(TwoHeaded, config=dict(TINY), dtype="float64")
+    return HydraSFT(policy=policy, optimizer=adam, microbatch_tokens=30)
+
+
+def sft(**settings):
     # float64: AdamW makes a whole step of an embedding row's gradient of rounding noise
-    policy = partial(tiny, dtype="float64")
+    policy = partial(tiny, dtype="float64", **settings)
     return SFT(policy=policy, microbatch_tokens=9, optimizer=adam)
 
 
 def reward_model():
     return RewardModel(reward_model=scalar, microbatch_tokens=30, optimizer=adam)
+
+
+def dpo(policy, optimizer, kind=DPO, **settings):
+    return kind(policy=policy, microbatch_tokens=30, optimizer=optimizer, **settings)
+
+
+def toy_pairs(num_batches, batch_size):
+    return PreferenceData("toy", tokenizer="toy", max_rows=12, batch_size=batch_size)
 
 
 CASES = {
@@ -114,9 +172,36 @@ CASES = {
     "GRPO, two epochs": (grpo, RandomPrompts, 1e-5),
     "GRPOVI, running bounds": (grpovi, RandomPrompts, 1e-5),
     "RLOO, two epochs": (rloo, RandomPrompts, 1e-5),
+    "SPR, AdamW in float32": (partial(spr, tiny, adam, 0), RandomPrompts, 1e-5),
+    "SPR, stored answers that decay": (partial(spr, tiny, adam, 3), RandomAnswers, 1e-5),
+    "SPR, SGD in float64": (
+        partial(spr, partial(tiny, dtype="float64"), sgd, 3), RandomAnswers, 1e-9),
     "PPO, critic on the policy's trunk": (ppo, RandomPrompts, 1e-5),
+    "PPO on two adapted bases": (dynamic_ppo, Based, 1e-5),
+    "HydraPPO, AdamW in float32": (partial(hydra_ppo, Hydra, adam, None), Based, 1e-5),
+    "HydraPPO, SGD in float64": (partial(hydra_ppo, Hydra, sgd, "float64"), RandomPrompts, 1e-9),
+    "HydraPPO, one joint adapter": (
+        partial(hydra_ppo, JointHydra, adam, None), Based, 1e-5),
+    "HydraSFT, AdamW in float64": (hydra_sft, RandomPairs, 1e-9),
+    "RTO, a DPO model of its own": (rto, RandomPrompts, 1e-5),
     "SFT, AdamW in float64": (sft, RandomTexts, 1e-9),
+    "SFT, SLTrain in float64": (
+        partial(sft, sltrain=SLTrain(rank=4, alpha=2, density=0.1)), RandomTexts, 1e-9),
+    "ReMax, low-rank and sparse adapter": (
+        partial(remax, partial(tiny, lora=SparseLowRankAdapter(rank=2, density=0.1)), adam),
+        RandomPrompts, 1e-5),
     "RewardModel, AdamW in float32": (reward_model, RandomPairs, 1e-5),
+    "DPO, AdamW in float32": (partial(dpo, tiny, adam), RandomPairs, 1e-5),
+    "DPO, SGD in float64": (partial(dpo, partial(tiny, dtype="float64"), sgd), RandomPairs, 1e-9),
+    "DPO, LoRA": (
+        partial(dpo, partial(tiny, lora=LoRA(rank=2, alpha=4)), adam), RandomPairs, 1e-5),
+    "DPO, precomputed": (
+        partial(dpo, partial(tiny, config=WORDS), adam, precompute=True), toy_pairs, 1e-5),
+    "DPO, precomputed, SGD in float64": (
+        partial(dpo, partial(tiny, config=WORDS, dtype="float64"), sgd, precompute=True),
+        toy_pairs, 1e-9),
+    "IPO, SGD in float64": (
+        partial(dpo, partial(tiny, dtype="float64"), sgd, kind=IPO), RandomPairs, 1e-9),
 }  # fmt: skip
 
 
@@ -154,3 +239,25 @@ def test_sharded_weights_are_saved_whole(two_ranks, tmp_path, case):
     loaded = type(network)(str(tmp_path / "hf"))
     for mine, saved in zip(trained, loaded.parameters(), strict=True):
         assert torch.equal(mine, saved)
+
+
+def test_sharded_factors_are_saved_as_dense_weights(two_ranks, tmp_path):
+    build, data, _ = CASES["SFT, SLTrain in float64"]
+    two_ranks(fit_and_save, tmp_path, build, data)
+    algorithm = build()
+    fit(tmp_path, algorithm, data(3, 4))
+    algorithm.policy.save(tmp_path / "one")
+    sharded, one = (Policy(str(tmp_path / name), dtype="float64") for name in ("hf", "one"))
+    assert distance(weights(sharded), weights(one)) < 1e-9
+
+
+def support_by_rank(folder):
+    """The first layer's positions on ranks of different seeds."""
+    torch.manual_seed(distributed.get_rank())
+    policy = Policy(config=dict(TINY), sltrain=SLTrain(rank=4, alpha=2, density=0.1))
+    return policy.network.model.layers[0].mlp.up_proj.sparse_index.tolist()
+
+
+def test_ranks_of_different_seeds_have_one_support(two_ranks, tmp_path):
+    first, second = two_ranks(support_by_rank, tmp_path)
+    assert first == second

@@ -5,11 +5,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
+from lit_align.models.roles import Role, table
 
 
 class BatchPlan(Callback):
-    """Prints the batch plan, the trained roles and the stop ids; refuses what cannot work."""
+    """Prints the batch plan, the table of roles and the stop ids; refuses what cannot work."""
 
     def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Checks on every rank, prints on the first."""
@@ -29,27 +31,31 @@ def check_vocabulary(trainer: Trainer, algorithm: Algorithm) -> None:
             )
 
 
+def judges(trainer: Trainer) -> list[Role]:
+    """The networks that score."""
+    rewards = [callback for callback in trainer.callbacks if isinstance(callback, Reward)]
+    return [role for reward in rewards for s in reward.panel.sources.values() for role in s.cast()]
+
+
 def describe(trainer: Trainer, algorithm: Algorithm) -> list[str]:
     """The plan, a line each for the batch, the roles and the ends of answers."""
     prompts, ranks = trainer.datamodule.batch_size, trainer.world_size
     lines = []
     if isinstance(algorithm, OnlineAlgorithm):
-        greedy = int(algorithm.greedy_baseline)
-        sampled = prompts * algorithm.num_samples
-        steps = algorithm.epochs * len(algorithm.minibatches(sampled, 0))
-        extra = f" + {prompts} greedy" if greedy else ""
+        greedy, stored = prompts * algorithm.greedy_baseline, prompts * algorithm.num_stored
+        learnt = prompts * algorithm.num_samples + stored
+        steps = algorithm.epochs * len(algorithm.minibatches(learnt, 0))
+        more = {"greedy": greedy, "stored": stored}
+        extra = "".join(f" + {number} {kind}" for kind, number in more.items() if number)
         lines.append(
             f"batch plan: {prompts} prompts x {algorithm.num_samples} samples{extra} = "
-            f"{sampled + greedy * prompts} rows per rollout and rank; {ranks} rank(s); "
+            f"{learnt + greedy} rows per rollout and rank; {ranks} rank(s); "
             f"{steps} optimizer step(s) per rollout"
         )
     else:
         lines.append(f"batch plan: {prompts} rows per optimizer step and rank; {ranks} rank(s)")
     lines[0] += f"; micro-batches of up to {algorithm.microbatch_tokens} tokens"
-    for role, network in algorithm.roles.items():
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in network.parameters())
-        lines.append(f"{role}: {network.name}, {trained:,} of {total:,} parameters train")
+    lines.extend(table([*algorithm.cast(), *judges(trainer)]))
     lines.extend(
         f"answers end at token ids {callback.stops(trainer, algorithm)}"
         for callback in trainer.callbacks

@@ -159,7 +159,7 @@ def test_a_checkpoint_holds_what_trains_and_loads_with_weights_only(run, tmp_pat
 def test_a_foreign_checkpoint_is_refused_in_a_sentence(run):
     algorithm = ReMax(policy=tiny)
     run(algorithm)
-    start = {"iteration": 1, "algorithm": "ReMax", "reference_fingerprint": 0.0}
+    start = {"iteration": 1, "algorithm": "ReMax", "frozen_fingerprint": 0.0}
     with pytest.raises(ValueError, match="does not fit this model: 22 weights are unknown"):
         algorithm.on_load_checkpoint({**start, "state_dict": {"other": torch.ones(1)}})
     shapes = {name: weight[:1] for name, weight in algorithm.state_dict().items()}
@@ -170,7 +170,7 @@ def test_a_foreign_checkpoint_is_refused_in_a_sentence(run):
 def test_another_reference_is_refused(tmp_path, run):
     run(ReMax(policy=tiny)).save_checkpoint(tmp_path / "remax.ckpt")
     other = ReMax(policy=lambda: Policy(config=dict(TINY)))
-    with pytest.raises(ValueError, match="The reference has other weights"):
+    with pytest.raises(ValueError, match="The reference or another frozen base has other weights"):
         trainer(tmp_path).fit(other, RandomPrompts(), ckpt_path=tmp_path / "remax.ckpt")
 
 

@@ -8,6 +8,8 @@ from lit_align.cli.main import main
 
 ONLINE = ("fit", "--config", "remax", "--config", "toy")
 OFFLINE = ("fit", "--config", "sft", "--config", "toy")
+PAIRED = ("fit", "--config", "dpo", "--config", "toy")
+STORED = ("fit", "--config", "spr", "--config", "toy")
 
 CASES = {
     "a config that is not there": (
@@ -109,6 +111,43 @@ CASES = {
     "a vocabulary smaller than the tokenizer's": (
         (*ONLINE, "--model.policy.config.vocab_size", "100"),
         r"The tokenizer makes 138 token ids and the policy llama from random weights knows 100",
+    ),
+    "a group of one sample": (
+        (*STORED, "--model.num_stored", "0", "--model.num_samples", "1"),
+        r"SPR compares the samples of a prompt: num_samples must be at least 2, found 1",
+    ),
+    "nothing to divide the scores by": (
+        (*STORED, "--model.kl_coef", "0", "--model.step_coef", "0"),
+        r"SPR divides scores by kl_coef \+ step_coef: .* found 0.0 and 0.0",
+    ),
+    "a cap on ratios that is none": (
+        (*STORED, "--model.max_ratio", "0"),
+        r"max_ratio caps ratios of which a sample's own is 1: at least 1 or null for none, found 0",
+    ),
+    "stored answers of data that have none": (
+        (*STORED, "--data", "PromptData"),
+        r"num_stored asks for answers .* give `data` the class AnsweredPrompts",
+    ),
+    "a price of the distance that is none": (
+        (*PAIRED, "--model.beta", "0"),
+        r"beta must be above 0, found 0.0",
+    ),
+    "labels that are mostly wrong": (
+        (*PAIRED, "--model.label_smoothing", "0.5"),
+        r"label_smoothing must be at least 0 and below 0.5, .* found 0.5",
+    ),
+    "a reference with another vocabulary": (
+        (*PAIRED, "--model.reference", "Policy")
+        + (
+            "--model.reference.config",
+            "{model_type: llama, vocab_size: 200, num_hidden_layers: 1, hidden_size: 64}",
+        ),
+        r"The reference .* knows 200 tokens and the policy .* 192: they must share one vocabulary",
+    ),
+    "log-probs in advance of a reference that is not the policy": (
+        (*PAIRED, "--model.precompute", "true", "--model.reference", "Policy")
+        + ("--model.reference.path", "./nowhere"),
+        r"precompute scores with the policy as it is at the start: leave out reference",
     ),
     "a checkpoint that is not there": (
         (*OFFLINE, "--ckpt_path", "nowhere.ckpt"),

@@ -1,0 +1,187 @@
+"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), and IPO."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_align.algorithms.offline import OfflineAlgorithm
+from lit_align.algorithms.precomputed import Precomputed, share
+from lit_align.algorithms.reference import Referenced
+from lit_align.algorithms.reward_model import won
+from lit_align.batches import Pairs, Tokens
+from lit_align.functional.losses import dpo, ipo
+from lit_align.models.backbone import Backbone
+from lit_align.models.roles import Role
+
+
+class DPO(Referenced, OfflineAlgorithm):
+    """Learns which of two answers is better, with the policy itself as the reward model.
+
+    An answer's implicit reward is beta times its log-ratio to the reference, summed over its
+    tokens. A step averages over pairs.
+
+    Args:
+        beta: Implicit reward per nat; a larger one stays closer to the reference.
+        label_smoothing: Probability that a preference is the wrong way round (conservative DPO).
+        precompute: Score all rows with the policy before its first step and keep the numbers, so
+            that no reference is in memory; by default each batch is scored when its turn comes.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        precompute: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if not beta > 0:
+            raise ValueError(f"beta must be above 0, found {beta}.")
+        if not 0 <= label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing must be at least 0 and below 0.5, where a preference would say "
+                f"nothing, found {label_smoothing}."
+            )
+        if precompute and self.build_reference is not None:
+            raise ValueError(
+                "precompute scores with the policy as it is at the start: leave out reference."
+            )
+        self.beta, self.label_smoothing = beta, label_smoothing
+        self.precomputed = Precomputed() if precompute else None
+
+    def loss(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> Tensor:
+        """[n] per pair, from summed log-probs [n] of the policy."""
+        sides = (chosen, rejected, batch.ref_chosen, batch.ref_rejected)
+        return dpo(*sides, self.beta, self.label_smoothing)
+
+    def losses(self, batch: Pairs) -> Iterator[Tensor]:
+        """[n] per pair."""
+        chosen, rejected = self.policy_sums(batch)
+        better, worse = self.rewards(chosen, rejected, batch)
+        self.note("rewards/chosen", better, batch.scored)
+        self.note("rewards/rejected", worse, batch.scored)
+        self.note("rewards/accuracies", won(better, worse), batch.scored)
+        self.note("rewards/margins", better - worse, batch.scored)
+        self.note("logps/chosen", chosen, batch.scored)
+        self.note("logps/rejected", rejected, batch.scored)
+        yield self.loss(chosen, rejected, batch)
+
+    def prepare(self, batch: Pairs) -> Pairs:
+        """Writes both answers' log-probs under the reference."""
+        if self.precomputed:  # empty before a fit, where the policy still is the reference
+            chosen, rejected = self.precomputed.of(batch.fingerprints)
+            batch.ref_chosen = chosen.to(self.device, non_blocking=True)
+            batch.ref_rejected = rejected.to(self.device, non_blocking=True)
+        else:
+            batch.ref_chosen, batch.ref_rejected = self.in_parts(batch, self.reference_sums)
+        return batch
+
+    def rewards(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> tuple[Tensor, Tensor]:
+        """([n], [n]): implicit rewards of both answers, arXiv:2305.18290 eq. 5 without log Z."""
+        better = self.beta * (chosen - batch.ref_chosen)
+        return better, self.beta * (rejected - batch.ref_rejected)
+
+    def policy_sums(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+        """([n], [n]) nats: log-probs of the chosen and of the rejected answers."""
+        return both_sums(self.policy.logprobs, batch)
+
+    def reference_sums(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+        """([n], [n]) nats: the same under the reference, which the policy is before it learns."""
+        alone = self.precomputed is not None
+        return both_sums(self.policy.logprobs if alone else self.reference_logprobs, batch)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Pairs, batch_idx: int) -> None:
+        """Adds the batch's pairs to loss, accuracy, margin and both rewards."""
+        batch = self.prepare(batch)
+        chosen, rejected = self.in_parts(batch, self.policy_sums)
+        better, worse = self.rewards(chosen, rejected, batch)
+        means = {
+            "loss": self.loss(chosen, rejected, batch),
+            "accuracy": won(better, worse),
+            "margin": better - worse,
+            "rewards/chosen": better,
+            "rewards/rejected": worse,
+        }
+        self.measure(batch, **{name: (values, batch.scored) for name, values in means.items()})
+
+    test_step = validation_step
+
+    # The reference's log-probs in advance ---------------------------------------------------------
+
+    def build(self) -> dict[str, Backbone]:
+        """The policy alone, if its log-probs at the start are kept."""
+        if self.precomputed is None:
+            return super().build()
+        return {"policy": self.build_policy()}
+
+    def cast(self) -> list[Role]:
+        """Without a reference, if its log-probs at the start are kept."""
+        alone = self.precomputed is not None
+        return [role for role in super().cast() if not (alone and role.name == "reference")]
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Scores all pairs of training and evaluation, each rank its share, and tells all ranks.
+
+        A checkpoint has already brought what was computed before its run's first step.
+        """
+        if self.precomputed is None or self.precomputed:
+            return
+        data = self.trainer.datamodule
+        if data is None:
+            raise ValueError("precompute reads all rows in advance: give fit a data module.")
+        loaders = [data.train_dataloader()]
+        loaders += [data.val_dataloader()] if self.trainer.enable_validation else []
+        pairs: list[int] = []
+        sums: list[Tensor] = []
+        for loader in loaders:
+            for batch in share(loader, self.global_rank, self.trainer.world_size):
+                with self.trainer.precision_plugin.forward_context():
+                    parts = self.in_parts(batch.to(self.device), self.reference_sums)
+                sums.append(torch.stack(parts, -1))
+                pairs += batch.fingerprints
+        gather = self.trainer.strategy.all_gather
+        names = gather(torch.tensor(pairs).to(self.device)).flatten()
+        self.precomputed.keep(names, gather(torch.cat(sums)).view(-1, 2))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what was computed in advance."""
+        super().on_save_checkpoint(checkpoint)
+        if self.precomputed is not None:
+            checkpoint["reference_logprobs"] = self.precomputed.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it over: the policy of the checkpoint is not the reference any more."""
+        there = "reference_logprobs" in checkpoint
+        if self.precomputed is None and there and self.trainer.training:
+            raise ValueError("The checkpoint is of a run with precompute: go on with precompute.")
+        if self.precomputed is not None and not there:
+            raise ValueError(
+                "The checkpoint is of a run without precompute, and its policy is not the "
+                "reference any more: leave out precompute."
+            )
+        super().on_load_checkpoint(checkpoint)
+        if self.precomputed is not None:
+            self.precomputed.keep(**checkpoint["reference_logprobs"])
+
+
+class IPO(DPO):
+    """DPO with an end: a pair's log-ratios are to differ by 1 / (2 beta) nats, and no more.
+
+    arXiv:2310.12036 eq. 17, on summed log-probs as there; TRL divides them by the answers'
+    lengths. Where every pair has one clear winner, DPO's margins grow without bound.
+    """
+
+    def loss(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> Tensor:
+        """[n] per pair, from summed log-probs [n] of the policy."""
+        sides = (chosen, rejected, batch.ref_chosen, batch.ref_rejected)
+        return ipo(*sides, self.beta, self.label_smoothing)
+
+
+def both_sums(logprobs: Callable[[Tokens], Tensor], batch: Pairs) -> tuple[Tensor, Tensor]:
+    """([n], [n]) nats: log-probs of the chosen and of the rejected answers, in one pass."""
+    chosen, rejected = logprobs(batch.texts()).sum(-1).view(-1, 2).unbind(-1)
+    return chosen, rejected

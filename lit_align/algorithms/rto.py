@@ -1,0 +1,127 @@
+"""RTO: reinforced token optimisation (Zhong et al., 2024, arXiv:2404.18922)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lit_align.algorithms.ppo import PPO
+from lit_align.algorithms.reference import same_vocabulary
+from lit_align.batches import Experience
+from lit_align.functional.returns import dpo_token_rewards
+from lit_align.models.backbone import Backbone
+from lit_align.models.policy import Policy
+from lit_align.models.roles import Role, whole
+
+DPO = "dpo"  # the adapter's name, and the role's
+
+
+class RTO(PPO):
+    """PPO whose tokens earn what a DPO model finds better in them than its reference (eq. 4.7).
+
+    reward_t = dpo_coef (log pi_dpo - log pi_ref) - kl_coef (log pi - log pi_ref), and on the last
+    token score_coef * score. The DPO model is never updated and never starts the policy; the beta
+    that it was trained with is not applied again.
+
+    Args:
+        dpo_adapter: Folder of an adapter that DPO trained on the policy's own base: it is worn
+            there, or on the reference where the policy trains whole. Costs an adapter's memory.
+        dpo: A DPO model of its own instead.
+        dpo_reference: The model that `dpo` was trained against, if not the KL's reference.
+        dpo_coef: Reward per nat of the DPO log-ratio, beta_1; 0 switches it off.
+        dpo_clip: Bound on the size of a token's DPO reward; the released script takes 0.05.
+        kl_coef: Reward lost per nat by which a token exceeds the reference, beta_2.
+        score_coef: Factor of the score, beta_3.
+        per_response: Average over each response's tokens first, then over responses.
+    """
+
+    dpo: Policy
+    dpo_reference: Policy
+
+    def __init__(
+        self,
+        dpo_adapter: str | None = None,
+        dpo: Callable[[], Policy] | None = None,
+        dpo_reference: Callable[[], Policy] | None = None,
+        dpo_coef: float = 0.05,
+        dpo_clip: float | None = None,
+        kl_coef: float = 0.01,
+        score_coef: float = 1.0,
+        per_response: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(kl_coef=kl_coef, per_response=per_response, **kwargs)
+        if dpo_coef and (dpo_adapter is None) == (dpo is None):
+            raise ValueError(
+                "RTO rewards tokens by one DPO model: give dpo_adapter (an adapter on the policy's "
+                "base) or dpo (a model of its own), or dpo_coef 0 for plain PPO."
+            )
+        if dpo_reference is not None and dpo is None:
+            raise ValueError("dpo_reference belongs to dpo: an adapter's reference is its base.")
+        if dpo_clip is not None and not dpo_clip > 0:
+            raise ValueError(f"dpo_clip is a bound above 0, found {dpo_clip}: leave it out.")
+        self.dpo_adapter, self.build_dpo, self.build_dpo_reference = dpo_adapter, dpo, dpo_reference
+        self.dpo_coef, self.dpo_clip, self.score_coef = dpo_coef, dpo_clip, score_coef
+
+    def build(self) -> dict[str, Backbone]:
+        """Adds the DPO model, and its reference if that is another one; none if switched off."""
+        networks = super().build()
+        if not self.dpo_coef:
+            return networks
+        if self.dpo_adapter is not None:
+            networks.get("reference", networks["policy"]).lend(self.dpo_adapter, DPO)
+        for role, build in ((DPO, self.build_dpo), ("dpo_reference", self.build_dpo_reference)):
+            if build is not None:
+                network = build().requires_grad_(False).eval()
+                same_vocabulary(role, network, networks["policy"])
+                networks[role] = network
+        return networks
+
+    def cast(self) -> list[Role]:
+        """Adds the DPO model and its reference."""
+        roles = super().cast()
+        if DPO in self._modules:
+            roles.append(whole(DPO, self.dpo))
+        elif self.dpo_coef:
+            roles.append(whole(DPO, self.base, DPO))
+        if "dpo_reference" in self._modules:
+            roles.append(whole("dpo_reference", self.dpo_reference))
+        return roles
+
+    def prepare(self, batch: Experience) -> Experience:
+        """Adds `dpo_logprobs`, and `dpo_ref_logprobs` where they are not the reference's."""
+        if self.dpo_coef:
+            (batch.dpo_logprobs,) = self.in_parts(batch, lambda part: (self.dpo_logprobs(part),))
+        if "dpo_reference" in self._modules:
+            score = self.dpo_reference.logprobs
+            (batch.dpo_ref_logprobs,) = self.in_parts(batch, lambda part: (score(part),))
+        return super().prepare(batch)
+
+    def dpo_logprobs(self, batch: Experience) -> Tensor:
+        """[n, r] nats under the DPO model."""
+        if DPO in self._modules:
+            return self.dpo.logprobs(batch)
+        with self.base.wearing(DPO):
+            return self.base.logprobs(batch)
+
+    def token_rewards(self, batch: Experience) -> Tensor:
+        """[N, R]: PPO's, and what the DPO model says of each token."""
+        rewards = super().token_rewards(batch)
+        if not self.dpo_coef:
+            return rewards
+        apart = "dpo_ref_logprobs" in batch.fields()
+        reference = batch.dpo_ref_logprobs if apart else batch.ref_logprobs
+        mask, settings = batch.response_mask, (self.dpo_coef, self.dpo_clip)
+        dense = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
+        whole_ratio = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
+        self.log_means(
+            {
+                "rto/dpo_reward": (dense.sum(-1), mask.any(-1)),
+                "rto/dpo_clipped": (dense != whole_ratio, mask),
+            }
+        )
+        return rewards + dense
+
+    def final_scores(self, batch: Experience) -> Tensor:
+        """[N]: PPO's, times beta_3."""
+        return self.score_coef * super().final_scores(batch)

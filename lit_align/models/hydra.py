@@ -1,0 +1,118 @@
+"""Four roles on one trunk: adapters make the actor and the critic, the base is both others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from lit_align.batches import Experience, Tokens
+from lit_align.models.decoding import Responses
+from lit_align.models.lora import LoRA
+from lit_align.models.roles import Role
+from lit_align.models.scalar import at_last_token, before_each_token
+from lit_align.models.two_headed import TwoHeaded
+
+ACTOR, CRITIC = "actor", "critic"
+
+
+class Hydra(TwoHeaded):
+    """A frozen two-headed base; adapters make it the actor and the critic (arXiv:2309.00754).
+
+    Both off, the language head is the reference and the score head the reward model. The value
+    head is the critic's own copy of the score head. Each method puts on the adapter that it
+    needs and leaves it on, since backward needs it, too: run backward before the next call.
+
+    Args:
+        path: Hub id or folder of a two-headed model, as Hydra-SFT makes it.
+        lora: Size of the adapters; by default the paper's rank, 128.
+    """
+
+    new_weights: ClassVar[tuple[str, ...]] = ()  # the reward head must have been trained
+    joint: ClassVar[bool] = False  # actor and critic share one adapter
+    critic: ClassVar[str] = CRITIC  # the adapter that the value head belongs to
+
+    def adapt(self, lora: LoRA | None) -> PeftModel:
+        """Puts two adapters into the network, and a value head beside the reward head."""
+        lora, heads = lora or LoRA(rank=128, alpha=128), ["score"]
+        actor = lora.settings(self.task, heads if self.joint else None, exclude=heads)
+        adapted = get_peft_model(self.network, actor, adapter_name=ACTOR)
+        if not self.joint:
+            adapted.add_adapter(CRITIC, lora.settings("SEQ_CLS", heads, exclude=heads))
+        self.trained_adapters = list(adapted.peft_config)
+        for adapter, settings in adapted.peft_config.items():
+            adapted.set_requires_grad(adapter, True)
+            settings.exclude_modules = None  # peft has listed the layers: where it loads is no head
+        return adapted
+
+    def adapter_weights(self, adapter: str) -> list[nn.Parameter]:
+        """What trains with an adapter: its low-rank factors, and its copy of the head."""
+        return [weight for name, weight in self.network.named_parameters() if part(name) == adapter]
+
+    def role(self, name: str, adapter: str, head: str) -> Role:
+        """A role on this network.
+
+        Args:
+            name: Of the role.
+            adapter: The one that is on, or `off`.
+            head: language, score or value.
+        """
+        parts = {"trunk", adapter, head}
+        named = self.network.named_parameters()
+        return Role(name, self, adapter, head, [p for n, p in named if part(n) in parts])
+
+    def respond(self, *args: Any, **kwargs: Any) -> Responses:
+        """The actor's answers."""
+        self.wear(ACTOR)
+        return super().respond(*args, **kwargs)
+
+    def score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+        """([N, R], [N, R]) nats: log-probs and entropy of the actor, or of the base."""
+        self.wear(ACTOR)
+        return super().score(batch)
+
+    def state_values(self, batch: Experience) -> Tensor:
+        """[N, R] the critic's number before each token is chosen; 0 off the mask."""
+        self.wear(self.critic)
+        return before_each_token(self(lambda: self.numbers(self.hidden(batch))), batch)
+
+    def act_and_value(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, entropy (nats) and state values, each [N, R], from one pass of one adapter."""
+        self.wear(ACTOR)
+        logprobs, entropy, values = self(self._both, batch)
+        return logprobs, entropy, before_each_token(values, batch)
+
+    def base_scores(self, batch: Experience) -> tuple[Tensor, Tensor]:
+        """([N], [N, R]): scores and the reference's log-probs (nats), from one pass."""
+        with self.adapters_off():
+            logprobs, _, values = self(self._both, batch)
+        return at_last_token(values, batch), logprobs
+
+    def _both(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.hidden(batch)
+        return *self.chosen(hidden, batch), self.numbers(hidden)
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The base alone: reference and reward model."""
+        self.wear(ACTOR)  # so that nothing switches while all are off
+        with super().adapters_off():
+            yield
+
+
+def part(name: str) -> str:
+    """Which part of a Hydra a parameter belongs to: an adapter, the score head or the trunk."""
+    for adapter in (ACTOR, CRITIC):
+        if f".{adapter}." in name:
+            return adapter
+    return "score" if name.startswith("score.") else "trunk"
+
+
+class JointHydra(Hydra):
+    """One adapter for actor and critic: one pass for both, and they disturb each other."""
+
+    joint = True
+    critic = ACTOR

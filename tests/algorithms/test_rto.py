@@ -1,0 +1,321 @@
+"""RTO: what a DPO model adds to PPO's token rewards, whose reference it is compared with, and where
+it leads."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from harness import TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
+from torch import Tensor
+from torch.optim import SGD
+
+from lit_align.algorithms.ppo import PPO
+from lit_align.algorithms.rto import RTO
+from lit_align.batches import Experience
+from lit_align.functional.masks import through_first
+from lit_align.functional.returns import dpo_token_rewards, gae, rewards_to_go
+from lit_align.models.lora import LoRA
+from lit_align.models.policy import Policy
+
+POLICY = torch.tensor([[-1, -0.5, -2, -0.3, 0]], dtype=torch.float64)
+REFERENCE = torch.tensor([[-1.2, -0.5, -1, -0.8, 0]], dtype=torch.float64)
+DPO = torch.tensor([[-0.9, -1.1, -3, -0.2, 0]], dtype=torch.float64)
+MASK = torch.tensor([[True, True, True, True, False]])
+
+
+def sgd(params):
+    return SGD(params, lr=0.1)
+
+
+def rto(**settings) -> RTO:
+    algorithm = RTO(policy=tiny, dpo=tiny, optimizer=sgd, **settings)
+    algorithm.log_means = lambda means: None  # no run to log to
+    return algorithm
+
+
+def rollout(score: float) -> Experience:
+    return Experience(
+        scores=torch.tensor([score], dtype=torch.float64),
+        logprobs=POLICY,
+        ref_logprobs=REFERENCE,
+        dpo_logprobs=DPO,
+        response_mask=MASK,
+        truncated=[False],
+    )
+
+
+# The papers' note, section 6 --------------------------------------------------------------------
+
+
+def test_t1_the_token_reward_is_scaled_and_then_clipped():
+    ratio = dpo_token_rewards(DPO, REFERENCE, MASK, 0.05, clip=0.05)
+    assert ratio.tolist() == [pytest.approx([0.015, -0.03, -0.05, 0.03, 0])]
+    plain = dpo_token_rewards(DPO, REFERENCE, MASK, 0.05)
+    assert plain[0, 2].item() == pytest.approx(-0.10)
+
+
+def test_t1b_coefficient_0_switches_it_off():
+    """The released code applies the raw log-ratio there."""
+    assert dpo_token_rewards(DPO, REFERENCE, MASK, 0.0).tolist() == [[0, 0, 0, 0, 0]]
+    off = RTO(policy=tiny, dpo_coef=0.0)
+    assert off.token_rewards(rollout(0.0)).tolist() == [pytest.approx([-0.002, 0, 0.01, -0.005, 0])]
+
+
+@pytest.mark.parametrize(("score", "last"), [(1.2, 1.225), (25.0, 10.025)])
+def test_t2_rewards_of_all_three_sources(score, last):
+    algorithm = rto(dpo_clip=0.05, score_clip=10.0)
+    rewards = algorithm.token_rewards(rollout(score))
+    assert rewards.tolist() == [pytest.approx([0.013, -0.03, -0.04, last, 0], abs=1e-7)]
+
+
+@pytest.mark.parametrize("beyond", [0.0, 9.0])
+def test_t3_advantages_and_a_value_on_padding_that_changes_nothing(beyond):
+    rewards = rto(dpo_clip=0.05).token_rewards(rollout(1.2))
+    values = torch.tensor([[0.5, 0.4, 0.3, 0.6, beyond]], dtype=torch.float64)
+    advantages, returns = gae(rewards, values, MASK, 1.0, 0.95)
+    expected = [0.560009375, 0.6810625, 0.85375, 0.625, 0]
+    assert advantages.tolist() == [pytest.approx(expected, abs=1e-7)]
+    expected = [1.060009375, 1.0810625, 1.15375, 1.225, 0]
+    assert returns.tolist() == [pytest.approx(expected, abs=1e-7)]
+
+
+def test_t4_unclipped_tokens_sum_to_the_sequences_ratio_and_clipped_ones_do_not():
+    assert float(dpo_token_rewards(DPO, REFERENCE, MASK).sum()) == pytest.approx(0.05 * -1.7)
+    clipped = dpo_token_rewards(DPO, REFERENCE, MASK, clip=0.05)
+    assert float(clipped.sum()) == pytest.approx(-0.035)
+
+
+def optimum(base: Tensor, other: Tensor, judge: Tensor, b1: float, b2: float, b3: float) -> Tensor:
+    """The policy that ascends E[RTO's return] by exact gradients, from the reference."""
+    logits = base.log().clone().requires_grad_(True)
+    climber = torch.optim.LBFGS(
+        [logits],
+        max_iter=500,
+        tolerance_grad=1e-14,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def climb() -> Tensor:
+        climber.zero_grad()
+        policy = logits.softmax(-1)
+        dense = dpo_token_rewards(other.log(), base.log(), torch.ones(3, dtype=torch.bool), b1)
+        gain = dense - b2 * (policy.log() - base.log()) + b3 * judge
+        loss = -(policy * gain).sum() / b2
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        climber.step(climb)
+    return logits.detach().softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("coefs", "expected"),
+    [
+        ((0.05, 0.05, 0.0), [0.55, 0.35, 0.10]),  # the DPO policy itself
+        ((0.05, 0.01, 0.0), [0.5515735, 0.4441454, 0.0042810]),
+        ((0.05, 0.01, 1.0), [0.3080523, 0.6742808, 0.0176669]),
+    ],
+)
+def test_t7_the_tabular_optimum(coefs, expected):
+    rows = ([0.5, 0.3, 0.2], [0.55, 0.35, 0.10], [0.0, 0.01, 0.02])
+    base, other, judge = (torch.tensor(row, dtype=torch.float64) for row in rows)
+    assert optimum(base, other, judge, *coefs).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_t10_a_cut_answer_keeps_its_last_token():
+    answers = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [9, 0, 0, 0]])
+    mask = through_first(answers, [9])
+    assert mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]
+    assert answers[0, -1] == 8
+
+
+# Theory -----------------------------------------------------------------------------------------
+
+
+def test_a_soft_optimal_policys_log_ratios_are_rewards_up_to_the_start():
+    """Eq. 4.3: sum_h beta log(pi* / pi_ref) = sum_h r - V*(s_1), on a tree of two tokens."""
+    beta = 0.3
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, generator=generator, dtype=torch.float64)
+    second = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    base1, base2 = first.roll(1).softmax(-1), second.roll(1).softmax(-1)
+    v2 = beta * (base2 * (second / beta).exp()).sum(-1).log()
+    best2 = base2 * ((second - v2[:, None]) / beta).exp()
+    v1 = beta * (base1 * ((first + v2) / beta).exp()).sum().log()
+    best1 = base1 * ((first + v2 - v1) / beta).exp()
+    assert float(best1.sum()) == pytest.approx(1.0)
+    for a, b in itertools.product(range(3), range(3)):
+        own = torch.stack([best1[a], best2[a, b]]).log()
+        reference = torch.stack([base1[a], base2[a, b]]).log()
+        dense = dpo_token_rewards(own, reference, torch.ones(2, dtype=torch.bool), beta)
+        assert float(dense.sum()) == pytest.approx(float(first[a] + second[a, b] - v1), abs=1e-12)
+        assert float(dense[1]) == pytest.approx(float(second[a, b] - v2[a]), abs=1e-12)
+
+
+def expected_gradient(logits: Tensor, spread: str, lam: float = 1.0) -> Tensor:
+    """Of E[sum_t A_t log pi_t] by enumeration of two tokens; values 0."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, 3)
+    ratio1 = torch.randn(3, generator=generator, dtype=torch.float64)
+    ratio2 = torch.randn(shape, generator=generator, dtype=torch.float64)
+    potential = torch.randn(3, generator=generator, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    first, second = logits[0].log_softmax(-1), logits[1:].log_softmax(-1)
+    for a, b in itertools.product(range(3), range(3)):
+        dense = torch.stack([ratio1[a], ratio2[a, b]])
+        rewards = {
+            "token": dense,
+            "end": torch.stack([dense.new_zeros(()), dense.sum()]),
+            "shaping": torch.stack([potential[a], -potential[a]]),
+        }[spread]
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        credit, _ = gae(rewards[None], torch.zeros_like(rewards[None]), mask, 1.0, lam)
+        logprobs = torch.stack([first[a], second[a, b]])
+        total = total + logprobs.sum().exp().detach() * (credit[0] * logprobs).sum()
+    (gradient,) = torch.autograd.grad(total, logits)
+    return gradient
+
+
+def test_rto_and_ddpo_have_one_expected_gradient_and_shaping_has_none():
+    """The dense reward on its tokens, all of it on the last one; and potential differences."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    token, end = (expected_gradient(logits, spread) for spread in ("token", "end"))
+    assert torch.allclose(token, end, atol=1e-12)
+    assert float(expected_gradient(logits, "shaping").abs().max()) < 1e-12
+    assert float((expected_gradient(logits, "token", 0.95) - token).abs().max()) > 1e-3
+
+
+def test_sequence_totals_do_not_depend_on_where_the_reward_stands():
+    dense = dpo_token_rewards(DPO, REFERENCE, MASK)
+    returns = rewards_to_go(dense, MASK)
+    assert float(returns[0, 0]) == pytest.approx(float(dense.sum()))
+
+
+# The algorithm ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, str]:
+    """A base, an adapter that something trained on it, and the two merged."""
+    folder = tmp_path_factory.mktemp("rto")
+    tiny().save(folder / "base")
+    adapted = Policy(str(folder / "base"), lora=LoRA(rank=2))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    adapted.save(folder / "adapter")
+    Policy(str(folder / "adapter")).save(folder / "merged")
+    return {name: str(folder / name) for name in ("base", "adapter", "merged")}
+
+
+class Kept(RTO):
+    def prepare(self, batch):
+        self.kept = super().prepare(batch)
+        return self.kept
+
+
+def rolled(folder, num_batches=1, **settings) -> tuple[Kept, Experience]:
+    torch.manual_seed(0)
+    algorithm = Kept(critic=scalar, optimizer=sgd, **settings)
+    trainer(folder, limit_val_batches=0).fit(algorithm, RandomPrompts(num_batches))
+    return algorithm, algorithm.kept
+
+
+def test_an_adapter_on_the_base_is_the_merged_model_and_costs_no_other(tmp_path, places):
+    """On the policy's base under LoRA, on the reference where the policy trains whole."""
+    whole = {"policy": lambda: Policy(places["base"])}
+    light = {"policy": lambda: Policy(places["base"], lora=LoRA(rank=2))}
+    for policy in (whole, light):
+        _, apart = rolled(tmp_path, **policy, dpo=lambda: Policy(places["merged"]))
+        algorithm, worn = rolled(tmp_path, **policy, dpo_adapter=places["adapter"])
+        assert torch.equal(worn.responses, apart.responses)
+        assert torch.allclose(worn.dpo_logprobs, apart.dpo_logprobs, atol=1e-5)
+        assert torch.equal(worn.ref_logprobs, apart.ref_logprobs)
+        assert not torch.allclose(worn.dpo_logprobs, worn.ref_logprobs, atol=1e-2)
+        assert torch.allclose(worn.advantages, apart.advantages, atol=1e-4)
+        assert "dpo" not in algorithm._modules
+
+
+def test_the_dpo_adapter_stays_frozen_and_the_policys_learns(tmp_path, places):
+    settings = {"policy": lambda: Policy(places["base"], lora=LoRA(rank=2))}
+    algorithm, _ = rolled(tmp_path, 3, **settings, dpo_adapter=places["adapter"])
+    named = dict(algorithm.policy.network.named_parameters())
+    fresh = Policy(places["base"], lora=LoRA(rank=2))
+    fresh.lend(places["adapter"], "dpo")
+    frozen = dict(fresh.network.named_parameters())
+    assert all(torch.equal(named[n], frozen[n]) for n in named if ".dpo." in n)
+    assert not any(named[n].requires_grad for n in named if ".dpo." in n)
+    learnt = [n for n in named if ".default." in n and "lora_B" in n]
+    assert all(float(named[n].detach().abs().max()) > 0 for n in learnt)
+    assert algorithm.policy.adapted.active_adapter == "default"
+
+
+def test_the_dpo_models_own_reference_is_used(tmp_path, places):
+    settings = {"policy": tiny, "dpo": lambda: Policy(places["merged"]), "kl_coef": 0.0}
+    _, shared = rolled(tmp_path, **settings)
+    other = lambda: Policy(places["merged"])  # noqa: E731
+    _, own = rolled(tmp_path, **settings, dpo_reference=other)
+    assert torch.equal(own.dpo_ref_logprobs, own.dpo_logprobs)  # so that no token is better
+    _, off = rolled(tmp_path, policy=tiny, dpo_coef=0.0, kl_coef=0.0)
+    assert torch.allclose(own.returns, off.returns, atol=1e-6)
+    assert not torch.allclose(shared.returns, off.returns, atol=1e-3)
+
+
+def test_without_a_dpo_reward_it_is_ppo(tmp_path):
+    algorithm, _ = rolled(tmp_path, 2, policy=tiny, dpo_coef=0.0)
+    torch.manual_seed(0)
+    ppo = PPO(policy=tiny, critic=scalar, optimizer=sgd, kl_coef=0.01, per_response=True)
+    trainer(tmp_path, limit_val_batches=0).fit(ppo, RandomPrompts(2))
+    assert all(map(torch.equal, weights(algorithm.policy), weights(ppo.policy)))
+    assert distance(weights(ppo.policy), weights(tiny())) > 0
+
+
+def test_nothing_of_the_reward_carries_a_gradient(tmp_path, places):
+    _, batch = rolled(tmp_path, policy=tiny, dpo=lambda: Policy(places["merged"]))
+    for field in ("dpo_logprobs", "ref_logprobs", "advantages", "returns", "scores"):
+        assert not getattr(batch, field).requires_grad
+
+
+def test_every_part_is_logged(tmp_path, places):
+    torch.manual_seed(0)
+    algorithm = RTO(policy=tiny, dpo=lambda: Policy(places["merged"]), critic=scalar, dpo_clip=0.01)
+    done = trainer(tmp_path, limit_val_batches=0)
+    done.fit(algorithm, RandomPrompts(1))
+    metrics = done.callback_metrics
+    assert {"rto/dpo_reward", "objective/kl", "reward", "objective/rlhf_reward"} <= metrics.keys()
+    assert 0 < float(metrics["rto/dpo_clipped"]) <= 1
+    assert math.isfinite(float(metrics["rto/dpo_reward"]))
+
+
+# Refused ----------------------------------------------------------------------------------------
+
+
+def test_one_dpo_model_is_asked_for():
+    for settings in ({}, {"dpo": tiny, "dpo_adapter": "somewhere"}):
+        with pytest.raises(ValueError, match="rewards tokens by one DPO model: give dpo_adapter"):
+            RTO(policy=tiny, **settings)
+    with pytest.raises(ValueError, match="dpo_reference belongs to dpo"):
+        RTO(policy=tiny, dpo_adapter="somewhere", dpo_reference=tiny)
+
+
+def test_another_vocabulary_is_refused():
+    other = lambda: Policy(config={**TINY, "vocab_size": 40})  # noqa: E731
+    with pytest.raises(ValueError, match=r"The dpo .* knows 40 tokens and the policy .* 32"):
+        RTO(policy=tiny, dpo=other).configure_model()
+
+
+def test_an_adapter_of_another_base_is_refused(places):
+    for policy in (tiny, lambda: Policy(places["merged"])):
+        with pytest.raises(ValueError, match=r"was trained on .*base, and the base here is"):
+            RTO(policy=policy, dpo_adapter=places["adapter"]).configure_model()
+
+
+def test_a_folder_without_an_adapter_is_refused(places):
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config.json"):
+        RTO(policy=tiny, dpo_adapter=places["base"]).configure_model()

@@ -1,0 +1,76 @@
+"""The five layouts of arXiv:2309.00754 from configuration alone: models, adapters, bytes."""
+
+import re
+
+import pytest
+import torch
+
+from lit_align.cli.main import main
+from lit_align.data.text import load_tokenizer
+from lit_align.models.two_headed import TwoHeaded
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+}  # fmt: skip
+N, L, HEAD = 117056, 9856, 64  # a model without its score head, an adapter of rank 4, the head
+LAYOUTS = {  # whole models, adapters, heads (score and value), and the formula of static bytes
+    "ppo": (4, 0, 2, 28 * N),
+    "lora_ppo": (4, 2, 3, 8 * N + 24 * L),
+    "dl_ppo": (2, 2, 2, 4 * N + 24 * L),
+    "joint_hydra_ppo": (1, 1, 2, 2 * N + 12 * L),
+    "hydra_ppo": (1, 2, 2, 2 * N + 24 * L),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A two-headed model with the toy tokenizer: serves every role."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    TwoHeaded(config=dict(SHAPE)).save(folder)
+    load_tokenizer("toy").save_pretrained(folder)
+    return str(folder)
+
+
+def words(layout: str, base: str) -> list[str]:
+    """A run of one batch in which every path is `base`."""
+    given = ["fit", "--config", layout, "--model.policy.path", base, "--trainer.max_epochs", "1"]
+    given += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
+    given += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    given += ["--data.path", "toy", "--data.batch_size", "4", "--data.max_rows", "8"]
+    given += ["--data.tokenizer", "toy", "--rollout.max_new_tokens", "4"]
+    given += ["--model.policy.dtype", "float32", "--trainer.enable_checkpointing", "false"]
+    if "hydra" not in layout:
+        given += ["--model.critic.path", base, "--model.critic.dtype", "float32"]
+    if layout in ("ppo", "lora_ppo"):
+        given += ["--reward.sources.path", base]
+        given += ["--reward.sources.dtype", "float32"]
+    if layout == "ppo":
+        given += ["--model.minibatch_size", "4"]
+    else:
+        given += ["--model.policy.lora.rank", "4"]
+    if layout == "lora_ppo":
+        given += ["--model.reference.path", base, "--model.reference.dtype", "float32"]
+    if layout in ("lora_ppo", "dl_ppo"):
+        given += ["--model.critic.lora.rank", "4"]
+    return given
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_holds_the_models_of_its_formula(layout, base, tmp_path, capsys):
+    models, adapters, heads, static = LAYOUTS[layout]
+    assert main([*words(layout, base), "--trainer.default_root_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    line = r"^(policy|critic|reference|reward) .* ([\d,]+) +([\d,]+)$"
+    table = {
+        role: (int(trained.replace(",", "")), int(size.replace(",", "")) // 4)
+        for role, trained, size in re.findall(line, printed, re.MULTILINE)
+    }
+    assert table.keys() == {"policy", "critic", "reference", "reward"}
+    trained, total = (sum(column) for column in zip(*table.values(), strict=True))
+    assert total == models * N + adapters * L + heads * HEAD
+    value_head = HEAD  # trains in every layout, and the formulas leave heads out
+    learnt = trained - value_head
+    assert 2 * (total - heads * HEAD) + 10 * learnt == static

@@ -1,0 +1,277 @@
+"""One trunk, four roles: which adapter and which head answers, and what peft would get wrong.
+
+Every failure of peft that the paper's note lists has its test here.
+"""
+
+import pytest
+import torch
+from harness import TINY, tiny
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lit_align.batches import Experience
+from lit_align.models.hydra import ACTOR, CRITIC, Hydra, JointHydra
+from lit_align.models.lora import LoRA
+from lit_align.models.scalar import Scalar, at_last_token
+from lit_align.models.two_headed import TwoHeaded
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A two-headed model on disk."""
+    folder = tmp_path_factory.mktemp("two_headed")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        TwoHeaded(config=dict(TINY)).save(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def answered(prompts) -> Experience:
+    """Four answers of 4, 4, 2 and 1 tokens."""
+    prompts.responses = torch.randint(3, 32, (4, 4), generator=torch.Generator().manual_seed(3))
+    prompts.response_lengths = [4, 4, 2, 1]
+    prompts.response_mask = torch.arange(4) < torch.tensor([4, 4, 2, 1]).unsqueeze(1)
+    return prompts
+
+
+def hydra(base: str, kind: type[Hydra] = Hydra, **settings) -> Hydra:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return kind(base, lora=LoRA(rank=4, alpha=8), **settings)
+
+
+def stir(network: Hydra) -> Hydra:
+    """Makes every adapter, and the value head, differ from the start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in weights_of(network):
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return network
+
+
+def weights_of(network: Hydra) -> list[nn.Parameter]:
+    return [w for name in network.trained_adapters for w in network.adapter_weights(name)]
+
+
+def frozen(network: Hydra) -> dict[str, Tensor]:
+    return {n: p.clone() for n, p in network.named_parameters() if not p.requires_grad}
+
+
+def touched(network: Hydra, adapter: str) -> list[bool]:
+    """Whether each weight of an adapter has a gradient other than 0."""
+    return [
+        w.grad is not None and bool((w.grad != 0).any()) for w in network.adapter_weights(adapter)
+    ]
+
+
+def loudness(network: Hydra, adapter: str) -> float:
+    squares = [w.grad.square().sum() for w in network.adapter_weights(adapter)]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+# The two-headed model on disk ---------------------------------------------------------------------
+
+
+def test_one_folder_holds_a_language_model_and_a_reward_model(base, answered):
+    two = TwoHeaded(base)
+    language = AutoModelForCausalLM.from_pretrained(base)
+    judge = AutoModelForSequenceClassification.from_pretrained(base)
+    assert torch.equal(language.lm_head.weight, two.head.weight)
+    assert torch.equal(judge.score.weight, two.network.score.weight)
+    assert torch.equal(Scalar(base).scores(answered), hydra(base).base_scores(answered)[0])
+
+
+def test_a_language_model_gets_a_new_reward_head_and_hydra_refuses_it(tmp_path):
+    tiny().save(tmp_path)
+    assert TwoHeaded(str(tmp_path)).missing == ["score.weight"]
+    with pytest.raises(ValueError, match=r"lacks 1 weights, the first is 'score.weight'"):
+        Hydra(str(tmp_path))
+
+
+# H2, H3: what each state of the adapters reads ----------------------------------------------------
+
+
+def test_h2_adapters_off_is_the_base_bit_for_bit(base, answered):
+    network, untouched = stir(hydra(base)), TwoHeaded(base)
+    with network.adapters_off(), torch.no_grad():
+        assert torch.equal(network.logprobs(answered), untouched.logprobs(answered))
+    scores, logprobs = network.base_scores(answered)
+    assert torch.equal(logprobs, untouched.logprobs(answered))
+    assert torch.equal(scores, Scalar(base).scores(answered))
+    assert not torch.equal(network.logprobs(answered), untouched.logprobs(answered))
+
+
+@pytest.mark.parametrize("kind", [Hydra, JointHydra])
+def test_h3_the_critic_starts_as_the_reward_model_at_every_token(base, answered, kind):
+    network, judge = hydra(base, kind), Scalar(base)
+    values = judge.state_values(answered)
+    assert torch.allclose(network.state_values(answered), values, atol=1e-5)
+    assert torch.equal(network.logprobs(answered), network.base_scores(answered)[1])
+
+
+def test_reward_and_value_heads_are_two_tensors(base, answered):
+    network = hydra(base)
+    before = network.base_scores(answered)[0]
+    with torch.no_grad():
+        network.network.score.modules_to_save[CRITIC].weight += 1.0
+    assert torch.equal(network.base_scores(answered)[0], before)
+    assert not torch.allclose(network.state_values(answered), Scalar(base).state_values(answered))
+
+
+def test_the_value_head_trains_and_the_reward_head_does_not(base):
+    network = hydra(base)
+    assert network.network.score.modules_to_save[CRITIC].weight.requires_grad
+    assert not network.network.score.original_module.weight.requires_grad
+
+
+def test_a_joint_pass_is_the_two_apart(base, answered):
+    network = stir(hydra(base, JointHydra))
+    logprobs, entropy, values = network.act_and_value(answered)
+    assert torch.equal(values, network.state_values(answered))
+    assert torch.equal(logprobs, network.logprobs(answered))
+    assert torch.equal(entropy, network.score(answered)[1])
+
+
+# Pitfalls 1 to 4: switching, gradients and flags --------------------------------------------------
+
+
+def test_h5_each_loss_reaches_its_own_adapter_alone(base, answered):
+    network = stir(hydra(base))
+    network.logprobs(answered).sum().backward()
+    assert all(touched(network, ACTOR))
+    assert not any(touched(network, CRITIC))
+    network.zero_grad()
+    network.state_values(answered).sum().backward()
+    assert all(touched(network, CRITIC))
+    assert not any(touched(network, ACTOR))
+    assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
+
+
+def test_pitfall_1_backward_before_the_switch_feeds_both(base, answered):
+    network = stir(hydra(base))
+    network.logprobs(answered).sum().backward()
+    network.state_values(answered).sum().backward()
+    assert all(touched(network, ACTOR))
+    assert all(touched(network, CRITIC))
+
+
+def test_h6_checkpointed_blocks_are_computed_again_with_the_same_adapter(base, answered):
+    norms = []
+    for checkpointing in (False, True):
+        network = stir(hydra(base, checkpointing=checkpointing))
+        network.logprobs(answered).sum().backward()
+        network.state_values(answered).sum().backward()
+        norms.append([loudness(network, ACTOR), loudness(network, CRITIC)])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_pitfall_3_no_switch_freezes_what_trains(base, answered):
+    network = hydra(base)
+    names = {n for n, p in network.named_parameters() if p.requires_grad}
+    for use in (
+        network.state_values,
+        network.logprobs,
+        network.base_scores,
+        network.state_values,
+        network.base_scores,
+    ):
+        use(answered)
+        assert {n for n, p in network.named_parameters() if p.requires_grad} == names
+    assert {len(network.adapter_weights(ACTOR)), len(network.adapter_weights(CRITIC))} == {28, 29}
+    assert len(names) == 28 + 29
+
+
+def test_pitfall_4_the_base_scores_without_gradient_where_none_is_wanted(base, answered):
+    with torch.no_grad():
+        scores, logprobs = hydra(base).base_scores(answered)
+    assert not scores.requires_grad
+    assert not logprobs.requires_grad
+
+
+# Pitfalls 7 to 9: the base never moves, rows are not mixed, dtypes --------------------------------
+
+
+def test_pitfall_7_fifty_switches_leave_a_bf16_base_as_it_was(base, answered):
+    network = stir(hydra(base, dtype="bfloat16"))
+    before, scores = frozen(network), network.base_scores(answered)[0]
+    for _ in range(50):
+        network.logprobs(answered)
+        network.state_values(answered)
+    after = frozen(network)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(network.base_scores(answered)[0], scores)
+
+
+def test_pitfall_8_old_and_new_logprobs_take_one_path(base, answered):
+    network = stir(hydra(base, dtype="bfloat16"))
+    with torch.no_grad():
+        old = network.logprobs(answered)
+    network.state_values(answered)
+    assert torch.equal(network.logprobs(answered).detach(), old)
+
+
+def test_pitfall_9_adapters_on_a_bf16_base_are_float32(base):
+    dtypes = {w.dtype for w in hydra(base, dtype="bfloat16").adapter_weights(ACTOR)}
+    assert dtypes == {torch.float32}
+
+
+# What is written ----------------------------------------------------------------------------------
+
+
+def test_each_adapter_loads_over_the_base_without_us(base, answered, tmp_path):
+    network = stir(hydra(base))
+    network.save(tmp_path)
+    actor = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "actor"
+    )
+    critic = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base), tmp_path / "critic"
+    )
+    tokens, mask = answered.tokens, answered.token_mask.long()
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
+    with torch.no_grad():
+        logits = actor(**inputs).logits[:, 4:-1].log_softmax(-1)
+        own = logits.gather(-1, answered.responses.unsqueeze(-1)).squeeze(-1)
+        hidden = critic.base_model.model.model(**inputs).last_hidden_state
+        values = critic.base_model.model.score(hidden).squeeze(-1)
+    assert torch.allclose(
+        own.where(answered.response_mask, 0), network.logprobs(answered), atol=1e-5
+    )
+    ours = network(lambda: network.numbers(network.hidden(answered)))  # logprobs wore the actor
+    assert not torch.allclose(at_last_token(values, answered), at_last_token(ours, answered))
+    critics = network.state_values(answered)
+    assert torch.allclose(values[:, 4:-1].where(answered.response_mask, 0), critics, atol=1e-5)
+
+
+# H10: bytes ---------------------------------------------------------------------------------------
+
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_h10_parameters_of_base_and_adapters():
+    network = Hydra(config=dict(SHAPE), lora=LoRA(rank=4, alpha=8))
+    assert sum(p.numel() for p in network.parameters() if not p.requires_grad) == 133440 + 64
+    assert sum(p.numel() for p in network.adapter_weights(ACTOR)) == 9856
+    assert sum(p.numel() for p in network.adapter_weights(CRITIC)) == 9920
+
+
+def test_the_table_counts_every_weight_once(base):
+    network = hydra(base)
+    roles = [
+        network.role("policy", ACTOR, "language"),
+        network.role("critic", CRITIC, "value"),
+        network.role("reference", "off", "language"),
+        network.role("reward", "off", "score"),
+    ]
+    listed = [id(weight) for role in roles for weight in role.weights]
+    assert set(listed) == {id(weight) for weight in network.parameters()}
+    shared = set(map(id, roles[2].weights))
+    assert all(shared <= set(map(id, role.weights)) for role in roles)
