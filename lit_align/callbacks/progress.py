@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+SHOWN = ("loss", "reward", "accuracy", "rewards/accuracies", "objective/kl", "entropy", "lr")
 TRAINED = ("val/ratio", "val/clipfrac_avg")  # PPO's old names of what its updates measure
 
 
@@ -21,7 +22,7 @@ class Progress(Callback):
     def __init__(
         self,
         lines: int = 20,
-        metrics: tuple[str, ...] = ("loss", "reward", "objective/kl", "entropy", "lr"),
+        metrics: tuple[str, ...] = SHOWN,
     ):
         self.lines, self.metrics = lines, metrics
         self.started, self.steps = 0.0, 0

@@ -2,20 +2,30 @@
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
+from lit_align.data.text import load_tokenizer
 from lit_align.models.roles import Role, table
+
+MAY_LACK = {  # where a path has no tokenizer, or none can be fetched, there is nothing to compare
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 class BatchPlan(Callback):
     """Prints the batch plan, the table of roles and the stop ids; refuses what cannot work."""
 
-    def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
+    def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Checks on every rank, prints on the first."""
         check_vocabulary(trainer, algorithm)
+        for role in algorithm.cast():
+            check_tokenizer(role, trainer.datamodule.tokenizer)
         for line in describe(trainer, algorithm):
             rank_zero_only(print)(line)
 
@@ -29,6 +39,22 @@ def check_vocabulary(trainer: Trainer, algorithm: Algorithm) -> None:
                 f"The tokenizer makes {len(tokenizer)} token ids and the {role} {network.name} "
                 f"knows {network.vocabulary}: set data.tokenizer to the model's own."
             )
+
+
+def check_tokenizer(role: Role, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a network that was trained on other token ids than it will be given."""
+    path = role.network.path
+    files = None if path is None else cached_file(path, "tokenizer_config.json", **MAY_LACK)
+    if path is None or files is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(path).get_vocab()
+    strange = [token for token, number in ours.items() if theirs.get(token) != number]
+    if strange:
+        raise ValueError(
+            f"The {role.name} {path} has another tokenizer than the data ({len(strange)} tokens "
+            f"differ, such as {strange[0]!r}), and reads the data's token ids: take a {role.name} "
+            f"with the same tokenizer, or set data.tokenizer."
+        )
 
 
 def judges(trainer: Trainer) -> list[Role]:

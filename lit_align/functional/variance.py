@@ -42,7 +42,8 @@ def increase_variance(
 
 def _tied_mass(ranked: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     """[B, G] each: probability of all higher scores, and of all scores at least as high."""
-    ascending = -ranked
-    first = torch.searchsorted(ascending, ascending)
-    last = torch.searchsorted(ascending, ascending, right=True)
-    return mass.gather(-1, first), mass.gather(-1, last)
+    new = F.pad(ranked[:, 1:] < ranked[:, :-1], (1, 0), value=True)  # the first of equal scores
+    above = torch.where(new, mass[:, :-1], 0).cummax(-1).values
+    final = F.pad(new[:, 1:], (0, 1), value=True)
+    through = torch.where(final, mass[:, 1:], torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    return above, through

@@ -1,14 +1,22 @@
 """What a user gets wrong: one to three lines that name the key and what to do, and status 2."""
 
+import json
 import re
 
 import pytest
 
 from lit_align.cli.main import main
+from lit_align.data.text import load_tokenizer
+from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
 
 ONLINE = ("fit", "--config", "remax", "--config", "toy")
 OFFLINE = ("fit", "--config", "sft", "--config", "toy")
 PAIRED = ("fit", "--config", "dpo", "--config", "toy")
+OTHER = ("--model.reference", "Policy")
+PPO = ("fit", "--config", "ppo", "--config", "toy")
+RTO = ("fit", "--config", "rto", "--config", "toy")
+SMALL = "{model_type: llama, vocab_size: 200, num_hidden_layers: 1, hidden_size: 64}"
 STORED = ("fit", "--config", "spr", "--config", "toy")
 
 CASES = {
@@ -137,17 +145,65 @@ CASES = {
         r"label_smoothing must be at least 0 and below 0.5, .* found 0.5",
     ),
     "a reference with another vocabulary": (
-        (*PAIRED, "--model.reference", "Policy")
-        + (
+        (
+            *PAIRED,
+            *OTHER,
             "--model.reference.config",
-            "{model_type: llama, vocab_size: 200, num_hidden_layers: 1, hidden_size: 64}",
+            "{model_type: gpt2, vocab_size: 200, n_embd: 12}",
         ),
         r"The reference .* knows 200 tokens and the policy .* 192: they must share one vocabulary",
     ),
     "log-probs in advance of a reference that is not the policy": (
-        (*PAIRED, "--model.precompute", "true", "--model.reference", "Policy")
-        + ("--model.reference.path", "./nowhere"),
+        (*PAIRED, *OTHER, "--model.reference.path", "./nowhere", "--model.precompute", "true"),
         r"precompute scores with the policy as it is at the start: leave out reference",
+    ),
+    "one sample of a group method": (
+        ("fit", "--config", "grpo", "--config", "toy", "--model.num_samples", "1"),
+        r"GRPO compares the samples of a prompt: num_samples must be at least 2, found 1",
+    ),
+    "one sample of leave-one-out": (
+        ("fit", "--config", "rloo", "--config", "toy", "--model.num_samples", "1"),
+        r"RLOO compares the samples of a prompt: num_samples must be at least 2, found 1",
+    ),
+    "minibatches that do not divide a rollout": (
+        (*PPO, "--model.minibatch_size", "48"),
+        r"minibatch_size 48 does not divide the 64 rows of a rollout",
+    ),
+    "bounds that leave no room": (
+        ("fit", "--config", "grpovi", "--config", "toy", "--model.low", "1", "--model.high", "1"),
+        r"low must be below high, found 1.0 and 1.0",
+    ),
+    "a critic of another vocabulary": (
+        (*PPO, "--model.critic.config", SMALL),
+        r"The critic .* knows 200 tokens and the policy .* 192: they must share one vocabulary",
+    ),
+    "a DPO model of another vocabulary": (
+        (*RTO, "--model.dpo.config", SMALL),
+        r"The dpo .* knows 200 tokens and the policy .* 192: they must share one vocabulary",
+    ),
+    "two DPO models": (
+        (*RTO, "--model.dpo_adapter", "somewhere"),
+        r"RTO rewards tokens by one DPO model: give dpo_adapter .* or dpo",
+    ),
+    "a DPO adapter that is none": (
+        (*RTO, "--model.dpo", "null", "--model.dpo_adapter", "somewhere"),
+        r"somewhere: no adapter_config.json, so no adapter is saved there",
+    ),
+    "a base that judges and is none": (
+        (*PPO, "--reward.sources", "BaseReward"),
+        r"BaseReward asks the critic's frozen base, but .* trains whole: give the critic a reward",
+    ),
+    "a base that judges under an algorithm without one": (
+        (*ONLINE, "--reward.sources", "BaseReward"),
+        r"BaseReward needs PPO with an adapted critic, or HydraPPO: ReMax trains no reward",
+    ),
+    "an aim of the KL that is none": (
+        (*PPO, "--model.kl_target", "0"),
+        r"kl_target is in nats per response and above 0, found 0",
+    ),
+    "a clip that is none": (
+        (*PPO, "--model.score_clip", "0"),
+        r"score_clip is a bound above 0, found 0.0: leave it out",
     ),
     "a checkpoint that is not there": (
         (*OFFLINE, "--ckpt_path", "nowhere.ckpt"),
@@ -177,6 +233,38 @@ def test_a_mistake_is_answered_in_a_sentence(case, tmp_path, monkeypatch, capfd)
     assert len(said) <= 3
     assert len(text) < 400
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.fixture
+def foreign(tmp_path) -> str:
+    """A reward model of the toy's size whose tokenizer has two words the other way round."""
+    config = {**dict.fromkeys(("hidden_size", "intermediate_size"), 64), "num_hidden_layers": 1}
+    Scalar(config={"model_type": "llama", "vocab_size": 192, **config}).save(tmp_path / "critic")
+    tokenizer = load_tokenizer("toy")
+    tokenizer.save_pretrained(tmp_path / "critic")
+    file = tmp_path / "critic" / "tokenizer.json"
+    text = json.loads(file.read_text())
+    words = text["model"]["vocab"]
+    first, second = [word for word in words if word.isalpha()][:2]
+    words[first], words[second] = words[second], words[first]
+    file.write_text(json.dumps(text))
+    return str(tmp_path / "critic")
+
+
+def test_a_critic_with_another_tokenizer(foreign, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main([*PPO, "--model.critic.path", foreign]) == 2
+    said = capfd.readouterr().err
+    assert re.search(r"The critic .*critic has another tokenizer than the data \(2 tokens", said)
+
+
+def test_a_critic_without_its_head_for_hydra(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    config = {**dict.fromkeys(("hidden_size", "intermediate_size"), 64), "num_hidden_layers": 1}
+    Policy(config={"model_type": "llama", "vocab_size": 192, **config}).save(tmp_path / "language")
+    words = ["fit", "--config", "hydra_ppo", "--config", "toy", "--data.tokenizer", "toy"]
+    assert main([*words, "--model.policy.path", str(tmp_path / "language")]) == 2
+    assert re.search(r"lacks 1 weights, the first is 'score.weight'", capfd.readouterr().err)
 
 
 def test_a_config_that_is_not_yaml(tmp_path, capsys):
