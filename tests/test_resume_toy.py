@@ -63,6 +63,12 @@ def same(one: Any, other: Any) -> bool:
     [
         ("sft", 0, STOPS[1:]),
         ("sft", 1, STOPS[1:]),
+        (
+            "sft --config galore --model.optimizer.rank 16 --model.optimizer.update_gap 3",
+            0,
+            STOPS[1:],
+        ),
+        ("sft --config sltrain", 0, STOPS[1:]),
         ("reward_model", 0, STOPS[1:]),
         ("dpo", 0, STOPS[1:]),
         ("dpo --model.precompute true", 0, STOPS[1:]),

@@ -48,6 +48,7 @@ from lit_align.models.scalar import Scalar
 from lit_align.models.sltrain import SLTrain
 from lit_align.models.sparse_adapter import SparseLowRankAdapter
 from lit_align.models.two_headed import TwoHeaded
+from lit_align.optim.galore import GaLore
 from lit_align.rewards.base_reward import BaseReward
 
 
@@ -151,6 +152,12 @@ def sft(**settings):
     return SFT(policy=policy, microbatch_tokens=9, optimizer=adam)
 
 
+def galore():
+    policy = partial(tiny, dtype="float64")
+    optimizer = partial(GaLore, lr=1e-2, rank=3, update_gap=2)
+    return SFT(policy=policy, microbatch_tokens=9, optimizer=optimizer)
+
+
 def reward_model():
     return RewardModel(reward_model=scalar, microbatch_tokens=30, optimizer=adam)
 
@@ -190,6 +197,7 @@ CASES = {
     "ReMax, low-rank and sparse adapter": (
         partial(remax, partial(tiny, lora=SparseLowRankAdapter(rank=2, density=0.1)), adam),
         RandomPrompts, 1e-5),
+    "SFT, GaLore in float64": (galore, RandomTexts, 1e-9),
     "RewardModel, AdamW in float32": (reward_model, RandomPairs, 1e-5),
     "DPO, AdamW in float32": (partial(dpo, tiny, adam), RandomPairs, 1e-5),
     "DPO, SGD in float64": (partial(dpo, partial(tiny, dtype="float64"), sgd), RandomPairs, 1e-9),

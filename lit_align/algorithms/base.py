@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -18,8 +19,9 @@ from torch.optim import AdamW, Optimizer
 from lit_align.algorithms.measuring import Measuring
 from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
+from lit_align.models.fsdp2 import FSDP2
 from lit_align.models.roles import Role, whole
-from lit_align.models.sharding import synchronise
+from lit_align.models.sharding import Model, shard, synchronise
 
 
 class Algorithm(Measuring):
@@ -85,6 +87,14 @@ class Algorithm(Measuring):
         return [whole(role, network) for role, network in self.roles.items()]
 
     # What the base does -------------------------------------------------------------------------
+
+    def placed(self, network: Model) -> Model:
+        """A role's network as the strategy has it: split over the ranks, or as it is."""
+        if self.device_mesh is None:
+            return network
+        strategy = self.trainer.strategy
+        how = strategy.sharding if isinstance(strategy, FSDP2) else None
+        return shard(network, self.device_mesh, how)
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
         """One optimizer step on the summed loss over the count of all ranks and micro-batches.
@@ -162,16 +172,28 @@ class Algorithm(Measuring):
     # Lightning's hooks --------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuses what would clip gradients of a scaled loss."""
+        """Refuses what cannot serve a step of ours; tells DDP of weights that a loss leaves out."""
         if self.trainer.precision == "16-mixed":
             raise ValueError("16-mixed scales losses, and clipping would not: take bf16-mixed.")
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                "FSDPStrategy wraps the whole step and cannot serve one that generates: take "
+                "--trainer.strategy fsdp2, which shards the same way."
+            )
+        if self.several_losses and isinstance(strategy, DDPStrategy):
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer with a group per role."""
         groups = []
-        for role in self.roles:
+        for role, network in self.roles.items():
+            names = {weight: name for name, weight in network.named_parameters()}
+            weights = [(names[weight], weight) for weight in self.trained_in(role)]
             own = {"lr": self.own_lr[role]} if role in self.own_lr else {}
-            groups.append({"params": self.trained_in(role), "role": role, **own})
+            groups.append(
+                {"params": weights, "role": role, "max_grad_norm": self.max_grad_norm, **own}
+            )
         optimizer = self.build_optimizer(groups)
         self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
         return optimizer

@@ -76,6 +76,7 @@ class DPO(Referenced, OfflineAlgorithm):
             batch.ref_rejected = rejected.to(self.device, non_blocking=True)
         else:
             batch.ref_chosen, batch.ref_rejected = self.in_parts(batch, self.reference_sums)
+            self.sleep()
         return batch
 
     def rewards(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.backbone import Backbone
-from lit_align.models.sharding import shard
 from lit_align.models.two_headed import TwoHeaded
 
 
@@ -40,7 +39,7 @@ class HydraSFT(OfflineAlgorithm):
     def configure_model(self) -> None:
         """Builds the network, once."""
         if "policy" not in self._modules:
-            self.policy = shard(self.build_policy(), self.device_mesh)
+            self.policy = self.placed(self.build_policy())
 
     def prepare(self, batch: Pairs) -> Pairs:
         """Adds `token_weights`: what turns a sum over tokens of pairs into a mean over tokens."""

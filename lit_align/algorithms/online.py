@@ -41,6 +41,7 @@ class OnlineAlgorithm(Referenced):
         with torch.no_grad(), self.phase("prepare"):
             batch = self.prepare(batch)
             self.log_rollout(batch)
+            self.sleep()
         for epoch in range(self.epochs):
             for rows in self.minibatches(len(batch), epoch):
                 with self.phase("update"):

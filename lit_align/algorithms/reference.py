@@ -12,9 +12,9 @@ from torch import Tensor
 from lit_align.algorithms.base import Algorithm
 from lit_align.batches import Experience, Tokens
 from lit_align.models.backbone import Backbone
+from lit_align.models.parking import Sleeper
 from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, whole
-from lit_align.models.sharding import shard
 
 
 class Referenced(Algorithm):
@@ -24,6 +24,8 @@ class Referenced(Algorithm):
         policy: The model to align.
         reference: The frozen model to stay near; by default the policy as it was at the start,
             which for LoRA is its base with the adapter switched off.
+        park: Keep frozen models on the CPU between uses; without, they stay on the GPU, which
+            spares the copies where there is room.
     """
 
     policy: Policy
@@ -33,9 +35,12 @@ class Referenced(Algorithm):
         self,
         policy: Callable[[], Policy],
         reference: Callable[[], Policy] | None = None,
+        park: bool = True,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.parks = park
+        self.sleepers: list[Sleeper] = []  # of frozen networks
         self.build_policy, self.build_reference = policy, reference
         self.frozen_fingerprint = 0.0  # of all roles' frozen weights
 
@@ -50,7 +55,25 @@ class Referenced(Algorithm):
             networks = self.build()
             self.frozen_fingerprint = sum(network.fingerprint for network in networks.values())
             for role, network in networks.items():
-                setattr(self, role, shard(network, self.device_mesh))
+                setattr(self, role, self.placed(network))
+            frozen = [network for role, network in networks.items() if role not in self.roles]
+            for network in frozen if self.parks else []:
+                self.let_sleep(network)
+
+    def let_sleep(self, network: Backbone) -> None:
+        """Has a frozen network come to the device when it is called; `sleep` sends it back."""
+        sleeper = Sleeper(network.parameters, frozen=True)
+        network.register_forward_pre_hook(lambda network, inputs: sleeper.wake())
+        self.sleepers.append(sleeper)
+
+    def sleep(self) -> None:
+        """Frozen networks leave the device: the update does not need them."""
+        for sleeper in self.sleepers:
+            sleeper.park()
+
+    def on_train_start(self) -> None:
+        """Lightning has put all networks on the device."""
+        self.sleep()
 
     def build(self) -> dict[str, Backbone]:
         """The networks by role, whole: the policy and, where its base cannot serve, a reference."""

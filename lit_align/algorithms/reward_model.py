@@ -11,7 +11,6 @@ from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.backbone import Backbone
 from lit_align.models.scalar import Scalar
-from lit_align.models.sharding import shard
 
 
 class RewardModel(OfflineAlgorithm):
@@ -45,7 +44,7 @@ class RewardModel(OfflineAlgorithm):
     def configure_model(self) -> None:
         """Builds the network, once."""
         if "reward_model" not in self._modules:
-            self.reward_model = shard(self.build_reward_model(), self.device_mesh)
+            self.reward_model = self.placed(self.build_reward_model())
 
     def scores(self, batch: Pairs) -> tuple[Tensor, Tensor]:
         """([n], [n]): scores of the chosen and of the rejected texts."""

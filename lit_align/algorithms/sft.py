@@ -10,7 +10,6 @@ from lit_align.algorithms.offline import OfflineAlgorithm
 from lit_align.batches import Tokens
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
-from lit_align.models.sharding import shard
 
 
 class SFT(OfflineAlgorithm):
@@ -34,7 +33,7 @@ class SFT(OfflineAlgorithm):
     def configure_model(self) -> None:
         """Builds the policy, once: Lightning asks before every fit, validate and test."""
         if "policy" not in self._modules:
-            self.policy = shard(self.build_policy(), self.device_mesh)
+            self.policy = self.placed(self.build_policy())
 
     def losses(self, batch: Tokens) -> Iterator[Tensor]:
         """[n, T-1] nats."""

@@ -50,7 +50,7 @@ class SPR(OnlineAlgorithm):
         max_ratio: float | None = 2.0,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        super().__init__(park=False, **kwargs)  # its networks take turns, see `build`
         self.num_samples, self.kl_coef, self.step_coef = num_samples, kl_coef, step_coef
         self.first_stored, self.stored_decay = num_stored, stored_decay
         self.max_ratio = max_ratio

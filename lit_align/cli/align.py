@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.algorithms.online import OnlineAlgorithm
@@ -75,6 +76,7 @@ class AlignCLI(LightningCLI):
                 "--trainer.accumulate_grad_batches cannot be used here: set --data.batch_size to "
                 "what one step sees and --model.microbatch_tokens to what fits in memory."
             )
+        self.check_strategy(config)
         if config.data is not None and config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = self.model_path(config.model.init_args)
         path = config.get("ckpt_path")
@@ -82,6 +84,22 @@ class AlignCLI(LightningCLI):
             raise ValueError(f"--ckpt_path {path}: there is no such checkpoint.")
         if self.config.subcommand == "predict":
             config.return_predictions = False
+
+    def check_strategy(self, config: Namespace) -> None:
+        """FSDP's older words mean FSDP2; its older strategy is refused."""
+        strategy = config.trainer.get("strategy")
+        if strategy in ("fsdp", "fsdp_cpu_offload"):
+            config.trainer.strategy = strategy.replace("fsdp", "fsdp2")
+            rank_zero_only(print)(
+                f"--trainer.strategy {strategy} means {config.trainer.strategy} here: PyTorch's "
+                f"FSDP2, through lit_align.models.fsdp2.FSDP2."
+            )
+        name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
+        if name.endswith("FSDPStrategy"):
+            raise ValueError(
+                "--trainer.strategy FSDPStrategy wraps the whole step and cannot serve one that "
+                "generates: take --trainer.strategy fsdp2, which shards the same way."
+            )
 
     def model_path(self, model: Namespace) -> str | None:
         """Where the first network comes from that has a path: its tokenizer is there too."""
@@ -103,8 +121,6 @@ class AlignCLI(LightningCLI):
                 kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)
             ]
         self.check_sections(config)
-        if self.model.several_losses and config.trainer.strategy == "ddp":
-            kwargs["strategy"] = "ddp_find_unused_parameters_true"
         trainer = super().instantiate_trainer(**kwargs)
         given = {type(callback) for callback in trainer.callbacks}
         sections = [section for section in (config.rollout, config.reward) if section is not None]

@@ -88,7 +88,15 @@ def quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not chatter.search(record.getMessage()))
     warnings.filterwarnings("ignore", r"'set_vital' is deprecated", UserWarning)
-    for text in ("treespec", "Found .* module.*in eval mode", ".* does not have many workers"):
+    ours = (
+        r"It is recommended to use `self\.log\(.*sync_dist"  # such means are of all ranks already
+    )
+    for text in (
+        ours,
+        "treespec",
+        "Found .* module.*in eval mode",
+        ".* does not have many workers",
+    ):
         warnings.filterwarnings("ignore", f".*{text}")
 
 

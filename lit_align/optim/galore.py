@@ -30,10 +30,10 @@ def num_state(rows: int, columns: int, rank: int) -> int:
 def subspace(gradient: Tensor, rank: int, right: bool) -> Tensor:
     """[k, rank]: the leading singular vectors of the gradient, by size, first largest.
 
-    They are the eigenvectors of the Gram matrix of that side. Squaring costs half of the digits,
-    and float64 has them to spare; it is several times faster than a decomposition of the whole.
-    Of each vector the largest entry is positive, the first one among equals: the moments are
-    carried over to the next subspace, and a sign that hangs on rounding would decide the step.
+    They are the eigenvectors of the Gram matrix of that side, which are found faster. Squaring
+    costs half of the digits, and float64 has them to spare. Of each vector the largest entry is
+    positive, the first one among equals: moments are carried over to the next subspace, and a
+    sign that hangs on rounding would decide the step.
 
     Args:
         gradient: [out, in]; a sharded one is gathered, since a shard has other singular vectors.

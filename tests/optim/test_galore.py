@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, AdamW
 
 from lit_align.optim.galore import GaLoreAdamW, num_state, project, project_back, subspace
@@ -269,6 +270,18 @@ def test_a_step_per_micro_batch_would_be_another_one():
     for part in (4.0, -2.0, 1.0, 1.0):
         step(optimizer, param, torch.tensor(part / 4))
     assert float(param.detach()) == pytest.approx(-0.2003254, abs=1e-6)
+
+
+def test_steps_need_no_values():
+    """Shapes alone are enough: nothing waits for what a device computes."""
+    with FakeTensorMode():
+        param = weight(6, 4)
+        optimizer = galore(param, update_gap=2)
+        for _ in range(4):
+            step(optimizer, param, torch.ones(6, 4))
+        state = optimizer.state[param]
+        assert int(state["step"]) == 4
+        assert state["projector"].shape == (4, 1)
 
 
 # What is not projected --------------------------------------------------------------------------
