@@ -61,6 +61,10 @@ def choose(logprobs: Tensor, noise: Tensor, greedy: Tensor, sampling: Sampling) 
     return torch.where(greedy, logprobs.argmax(-1), sampled)
 
 
+LOOK_EVERY = 8  # tokens between two looks at who has stopped: each waits for the device
+CROWDED = 0.75  # share of rows that must still speak, or the others leave the batch
+
+
 def decode(
     network: PreTrainedModel,
     prompts: Experience,
@@ -73,9 +77,11 @@ def decode(
 ) -> Responses:
     """Answers of at most R tokens, with a key-value cache; ends when every row has stopped.
 
+    A prompt is read once, however many rows answer it, and rows that have stopped leave the batch.
+
     Args:
         network: A causal language model with whole weights.
-        prompts: N rows; only their prompts are read.
+        prompts: N rows; only their prompts are read, and `group` if rows share them.
         noise: [N, R] uniform in [0, 1).
         greedy: [N] bool, rows that take the likeliest token.
         stops: [S] token ids that end an answer.
@@ -83,49 +89,71 @@ def decode(
         temperature: Divides the logits.
         sampling: What may be chosen.
     """
-    context = Context(prompts, DynamicCache(config=network.config))
+    context = Context(network, prompts)
     layer = network.get_output_embeddings()
     head = head_factor(layer.weight)
     responses = prompts.prompts.new_full(noise.shape, pad)
     logprobs = noise.new_zeros(noise.shape)
+    rows = torch.arange(len(noise), device=noise.device)  # that still speak
     done = torch.zeros_like(greedy)
+    every = 1 if noise.device.type == "cpu" else LOOK_EVERY
     for step in range(noise.shape[1]):
-        hidden = context.hidden(network)
-        likely = head_logits(hidden, head, layer.bias, temperature).log_softmax(-1)
-        chosen = choose(likely, noise[:, step], greedy, sampling).where(~done, pad)
-        responses[:, step] = chosen
-        logprobs[:, step] = likely.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).where(~done, 0.0)
+        likely = head_logits(context.hidden, head, layer.bias, temperature).log_softmax(-1)
+        chosen = choose(likely, noise[rows, step], greedy[rows], sampling).where(~done, pad)
+        responses[rows, step] = chosen
+        said = likely.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        logprobs[rows, step] = said.where(~done, 0.0)
         done = done | torch.isin(chosen, stops)
-        if done.all():
-            break
-        context.append(chosen)
+        if (step + 1) % every == 0:
+            speaking = (~done).nonzero().squeeze(-1)
+            if len(speaking) == 0:
+                break
+            if len(speaking) <= CROWDED * len(done):
+                context.keep(speaking)
+                rows, done, chosen = rows[speaking], done[speaking], chosen[speaking]
+        if step + 1 < noise.shape[1]:
+            context.append(chosen)
     return Responses(responses, logprobs)
 
 
 class Context:
-    """What has been said so far: its last tokens, its mask, and keys and values of the rest.
+    """What has been said so far: mask, keys and values, and the hidden state of the last token.
 
     Args:
-        prompts: N rows; only their prompts are read.
-        cache: Empty.
+        network: A causal language model with whole weights.
+        prompts: N rows; rows of one `group` share a prompt, which is read once.
     """
 
-    def __init__(self, prompts: Experience, cache: DynamicCache):
-        self.tokens, self.mask, self.cache = prompts.prompts, prompts.prompt_mask.long(), cache
+    def __init__(self, network: PreTrainedModel, prompts: Experience):
+        self.network, self.cache = network, DynamicCache(config=network.config)
+        groups = prompts.group if "group" in prompts.fields() else list(range(len(prompts)))
+        place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        first = {group: row for row, group in reversed(list(enumerate(groups)))}
+        once = prompts.rows([first[group] for group in place])
+        self.mask = once.prompt_mask.long()
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.read(once.prompts)
+        if len(place) < len(groups):
+            self.keep(torch.tensor([place[group] for group in groups]).to(self.mask.device))
 
-    def hidden(self, network: PreTrainedModel) -> Tensor:
-        """[N, H] what the head sees before the next token."""
-        hidden: Tensor = network.base_model(
-            input_ids=self.tokens,
+    def read(self, tokens: Tensor) -> None:
+        """Takes in [N, t] token ids at `positions`; `hidden` [N, H] is what the head sees next."""
+        self.hidden: Tensor = self.network.base_model(
+            input_ids=tokens,
             attention_mask=self.mask,
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        return hidden
+
+    def keep(self, rows: Tensor) -> None:
+        """The rows at [n] places of the batch, each as often as it is named."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.hidden = self.hidden[rows]
 
     def append(self, tokens: Tensor) -> None:
         """Goes on with [N] token ids."""
-        self.tokens, self.positions = tokens.unsqueeze(-1), self.positions[:, -1:] + 1
+        self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        self.read(tokens.unsqueeze(-1))
