@@ -102,7 +102,7 @@ def closed(name: str, seed: int, shuffled: bool) -> float:
         enable_model_summary=False,
         callbacks=[Rollout(max_new_tokens=ROOM), Reward(reward)],
     )
-    run.fit(algorithm, RandomPrompts(60, batch_size=64 // algorithm.num_samples))  # 64 rows each
+    run.fit(algorithm, RandomPrompts(40, batch_size=64 // algorithm.num_samples))  # 64 rows each
     start, end = reward.seen[0], sum(reward.seen[-5:]) / 5
     return (end - start) / (1 - start)
 
