@@ -5,40 +5,13 @@
 Both files were written by `lit-align predict` (predictions.jsonl in the run folder).
 """
 
-import json
-import random
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-Answers = list[dict[str, object]]
-
-
-def read(file: Path) -> Answers:
-    """The answers that a `predict` wrote."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def mean(values: list[float]) -> float:
-    """Their arithmetic mean."""
-    return sum(values) / len(values)
-
-
-def distinct_2(answers: Answers) -> float:
-    """Share of different ones among all pairs of neighbouring words (arXiv:1510.03055)."""
-    words = [str(row["completion"]).split() for row in answers]
-    pairs = [pair for text in words for pair in pairwise(text)]
-    return len(set(pairs)) / len(pairs)
-
-
-def bootstrap(gains: list[float], rounds: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences."""
-    rng = random.Random(0)
-    means = sorted(mean(rng.choices(gains, k=len(gains))) for _ in range(rounds))
-    return means[rounds // 40], means[-rounds // 40]
+from lit_align.tools.figures import Answers, bootstrap, distinct_2, mean, read
+from lit_align.tools.tables import completions_table, figures_table
 
 
 def summarise(before: Answers, after: Answers) -> dict[str, float]:
@@ -59,27 +32,6 @@ def summarise(before: Answers, after: Answers) -> dict[str, float]:
         "distinct-2 before": distinct_2(before),
         "distinct-2 after": distinct_2(after),
     }
-
-
-def completions_table(before: Answers, after: Answers, rows: int = 6) -> Table:
-    """The first answers of both, side by side."""
-    table = Table(title="Held-out prompts, before and after", show_lines=True)
-    for name in ("prompt", "before", "reward", "after", "reward", "KL"):
-        table.add_column(name, justify="right" if name in ("reward", "KL") else "left")
-    for old, new in list(zip(before, after, strict=True))[:rows]:
-        table.add_row(old["prompt"], old["completion"], f"{old['score']:.2f}",
-                      new["completion"], f"{new['score']:.2f}", f"{new['kl']:.1f}")  # fmt: skip
-    return table
-
-
-def figures_table(figures: dict[str, float], title: str) -> Table:
-    """One figure a line."""
-    table = Table(title=title)
-    for name in ("figure", "value"):
-        table.add_column(name, justify="right" if name == "value" else "left")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.4g}")
-    return table
 
 
 def main(files: list[str]) -> int:

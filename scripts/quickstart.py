@@ -11,17 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from compare_predictions import (
-    Answers,
-    completions_table,
-    figures_table,
-    mean,
-    read,
-    summarise,
-)
+from compare_predictions import summarise
 from rich.console import Console
 
 from lit_align.data.toy import parses
+from lit_align.tools.figures import Answers, mean, read
+from lit_align.tools.tables import completions_table, figures_table
 
 RUNS = Path("runs/quickstart")
 SFT, REWARD, REMAX = RUNS / "1_sft", RUNS / "2_reward_model", RUNS / "3_remax"

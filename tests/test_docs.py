@@ -24,8 +24,14 @@ PAGES = [
     "hydra",
     "rto",
     "sltrain",
+    "scaling",
     "galore",
+    "memory",
     "spr",
+    "resume",
+    "report",
+    "evaluate",
+    "from_trl",
 ]
 TEXTS = {page: (ROOT / "docs" / f"{page}.md").read_text() for page in PAGES}
 FEW = [

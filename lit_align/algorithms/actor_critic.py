@@ -68,6 +68,15 @@ class ActorCritic(OnlineAlgorithm):
         super().__init__(**kwargs)
         if score_clip is not None and not score_clip > 0:
             raise ValueError(f"score_clip is a bound above 0, found {score_clip}: leave it out.")
+        if critic_lr is not None and not critic_lr > 0:
+            raise ValueError(f"critic_lr must be above 0, found {critic_lr}.")
+        if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+            raise ValueError(f"gamma and lam lie between 0 and 1, found {gamma} and {lam}.")
+        if min(clip_low, clip_high, value_clip) <= 0:
+            raise ValueError(
+                f"clip_low, clip_high and value_clip must be above 0, found {clip_low}, "
+                f"{clip_high} and {value_clip}."
+            )
         self.critic_warmup = critic_warmup
         self.own_lr = {} if critic_lr is None else {"critic": critic_lr}
         self.kl = KLController(kl_coef, kl_target, kl_horizon)
@@ -146,9 +155,9 @@ class ActorCritic(OnlineAlgorithm):
     def value_loss(self, batch: Experience, values: Tensor) -> Tensor:
         """[n, R]: half the larger of the plain and the clipped squared error."""
         loss = clipped_value(values, batch.values, batch.returns, self.value_clip)
-        moved = (values.detach() - batch.values).abs() > self.value_clip
+        plain = 0.5 * (values - batch.returns).square()
         self.note("loss/value_avg", loss, batch.response_mask)
-        self.note("val/clipfrac_avg", moved, batch.response_mask)
+        self.note("val/clipfrac_avg", loss > plain, batch.response_mask)
         return self.each_averaged(loss, batch) if self.per_response else loss
 
     def count(self, batch: Experience) -> Tensor:
@@ -158,7 +167,7 @@ class ActorCritic(OnlineAlgorithm):
     def log_credit(self, batch: Experience, rewards: Tensor) -> None:
         """Logs scores, prices and how well the critic knew, under PPO's old names."""
         mask, answered = batch.response_mask, batch.response_mask.any(-1)
-        price = -self.kl_price(batch).where(mask, 0.0).sum(-1)
+        price = -self.kl_price(batch).where(mask, 0.0).sum(-1) * float(not self.kl_in_loss)
         number, kl, _ = self.moments(self.sequence_kl(batch), answered)
         self.seen = (kl, number)
         means = {

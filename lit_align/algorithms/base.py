@@ -21,7 +21,7 @@ from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
 from lit_align.models.fsdp2 import FSDP2
 from lit_align.models.roles import Role, whole
-from lit_align.models.sharding import Model, shard, synchronise
+from lit_align.models.sharding import Model, reshard, shard, synchronise
 
 
 class Algorithm(Measuring):
@@ -56,6 +56,7 @@ class Algorithm(Measuring):
         self.build_optimizer = optimizer
         self.warmup, self.final_lr = warmup, final_lr
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
+        self.unverified: list[Backbone] = []  # networks whose weights came after they were built
         self.own_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
@@ -94,6 +95,8 @@ class Algorithm(Measuring):
             return network
         strategy = self.trainer.strategy
         how = strategy.sharding if isinstance(strategy, FSDP2) else None
+        if network.files is not None:
+            self.unverified.append(network)
         return shard(network, self.device_mesh, how)
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
@@ -105,13 +108,15 @@ class Algorithm(Measuring):
         world = self.trainer.world_size
         share = world / self.over_ranks(self.count(batch).float()).clamp(min=1.0)
         plan = self.plan(batch)
-        summed = share.new_zeros(())
+        summed, self.judged = share.new_zeros(()), []
         for number, rows in enumerate(plan, start=1):
             part = batch.rows(rows).trim()
             self.synchronise(number == len(plan))
             for loss in self.losses(part):
                 scored = part.scored if loss.ndim == part.scored.ndim else part.scored.any(-1)
-                total = torch.where(scored, loss, 0.0).sum() * share
+                each = torch.where(scored, loss, 0.0)
+                self.judge(part, rows, each)
+                total = each.sum() * share
                 self.manual_backward(total)
                 summed += total.detach()
         return {"loss": self.over_ranks(summed) / world, **self.step()}
@@ -128,7 +133,7 @@ class Algorithm(Measuring):
         """Clips each role, steps once; the gradient norms before clipping."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
-        norms = {}
+        self.norms = norms = {}
         for group in optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
             name = "grad_norm" if len(self.roles) == 1 else f"grad_norm/{group['role']}"
@@ -171,6 +176,16 @@ class Algorithm(Measuring):
 
     # Lightning's hooks --------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        """Verifies what had no weights when it was built."""
+        while self.unverified:
+            with self.trainer.precision_plugin.forward_context():
+                network = self.unverified.pop()
+                network.verify()
+            reshard(network)
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
     def setup(self, stage: str) -> None:
         """Refuses what cannot serve a step of ours; tells DDP of weights that a loss leaves out."""
         if self.trainer.precision == "16-mixed":
@@ -188,6 +203,7 @@ class Algorithm(Measuring):
         """One optimizer with a group per role."""
         groups = []
         for role, network in self.roles.items():
+            reshard(network)  # a validation before may have left weights whole
             names = {weight: name for name, weight in network.named_parameters()}
             weights = [(names[weight], weight) for weight in self.trained_in(role)]
             own = {"lr": self.own_lr[role]} if role in self.own_lr else {}
@@ -248,13 +264,22 @@ class Algorithm(Measuring):
                 f"The checkpoint is of a {checkpoint['algorithm']} run and cannot go on as {name}; "
                 f"to start from its weights, give the path of its exported `hf` folder."
             )
-        expected, found = self.state_dict(), checkpoint.get("state_dict", {})
+        if checkpoint.get("state_dict"):  # a sharded checkpoint's is elsewhere
+            self.check_fit(checkpoint["state_dict"])
+
+    def check_fit(self, found: Mapping[str, Tensor]) -> None:
+        """Refuses weights that are not exactly those that train here.
+
+        Args:
+            found: By name.
+        """
+        expected = self.state_dict()
         strange = sorted(
             key
             for key in {*expected, *found}
             if key not in expected or key not in found or expected[key].shape != found[key].shape
         )
-        if found and strange:
+        if strange:
             raise ValueError(
                 f"The checkpoint does not fit this model: {len(strange)} weights are unknown, "
                 f"missing or of another shape, such as '{strange[0]}'."

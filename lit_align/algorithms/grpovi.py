@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.running import RunningBounds
 from lit_align.batches import Experience
 from lit_align.functional.variance import increase_variance
 
@@ -30,8 +31,6 @@ class GRPOVI(GRPO):
             reference's log-probability of the whole response.
     """
 
-    bounds: Tensor  # [2] least and largest score
-
     def __init__(
         self,
         low: float = 0.0,
@@ -49,17 +48,17 @@ class GRPOVI(GRPO):
             )
         self.running_bounds, self.split_ties = running_bounds, split_ties
         self.weights = weights or reference_likelihood
-        start = [torch.inf, -torch.inf] if running_bounds else [low, high]
-        self.register_buffer("bounds", torch.tensor(start), persistent=running_bounds)
+        self.range = RunningBounds(low, high, running_bounds)
 
     def adjust(self, scores: Tensor, batch: Experience) -> Tensor:
         """[B, G] -> [B, G]: of the largest variance. Bounds stay on the device (no host read)."""
         if self.running_bounds:
-            extremes = torch.stack([-scores.amin(), scores.amax()])
-            extremes = self.trainer.strategy.reduce(extremes, reduce_op="max")
-            seen = torch.stack([-self.bounds[0], self.bounds[1]]).maximum(extremes)
-            self.bounds.copy_(torch.stack([-seen[0], seen[1]]))
-        low, high = self.bounds.unbind()
+            answered = batch.response_mask.any(-1).view_as(scores)
+            least = scores.where(answered, torch.inf).amin()
+            largest = scores.where(answered, -torch.inf).amax()
+            extremes = torch.stack([-least, largest])
+            self.range.widen(self.trainer.strategy.reduce(extremes, reduce_op="max"))
+        low, high = self.range.bounds.unbind()
         room = torch.where(high > low, high - low, 1.0)  # nothing to spread in the first rollout
         probs = self.weights(batch).double().view_as(scores).softmax(-1)
         share = increase_variance((scores - low) / room, probs, 0.0, 1.0, self.split_ties)

@@ -41,6 +41,21 @@ class HydraPPO(ActorCritic):
             policy=policy, kl_coef=kl_coef, score_clip=score_clip, whiten=whiten, **kwargs
         )
         self.value_coef = value_coef
+        if self.build_reference is not None:
+            raise ValueError(
+                "HydraPPO's reference is its own base with the adapters off: leave out reference."
+            )
+
+    def build(self) -> dict[str, Backbone]:
+        """The one network."""
+        networks = super().build()
+        joint = isinstance(networks["policy"], Hydra) and networks["policy"].joint
+        if joint and (self.own_lr or self.critic_warmup):
+            raise ValueError(
+                "JointHydra's one adapter is actor and critic at once: leave out critic_lr and "
+                "critic_warmup, or take Hydra."
+            )
+        return networks
 
     @property
     def roles(self) -> dict[str, Backbone]:

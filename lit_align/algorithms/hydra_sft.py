@@ -39,7 +39,8 @@ class HydraSFT(OfflineAlgorithm):
     def configure_model(self) -> None:
         """Builds the network, once."""
         if "policy" not in self._modules:
-            self.policy = self.placed(self.build_policy())
+            with self.phase("load"):
+                self.policy = self.placed(self.build_policy())
 
     def prepare(self, batch: Pairs) -> Pairs:
         """Adds `token_weights`: what turns a sum over tokens of pairs into a mean over tokens."""
@@ -62,7 +63,7 @@ class HydraSFT(OfflineAlgorithm):
     @torch.no_grad()
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Adds the batch's pairs to the language loss per token and to the accuracy."""
-        nll, chosen, rejected = self.in_parts(batch, self.judged)
+        nll, chosen, rejected = self.in_parts(batch, self.verdicts)
         tokens = batch.chosen_loss_mask[:, 1:].sum(-1)
         self.measure(
             batch,
@@ -71,7 +72,7 @@ class HydraSFT(OfflineAlgorithm):
             accuracy=(won(chosen, rejected), batch.scored),
         )
 
-    def judged(self, batch: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    def verdicts(self, batch: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """([n] nats, [n], [n]): surprise of the chosen answers, and both scores."""
         logprobs, scores = self.policy.judge(batch)
         return -logprobs.sum(-1), scores[:, 0], scores[:, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +24,20 @@ class Watcher(Protocol):
         """It is over, if nothing was raised."""
 
 
+class Judged(NamedTuple):
+    """Whether the losses of a micro-batch are finite.
+
+    Args:
+        rows: [n] their places in what the step is made on.
+        columns: The data set's own, if the batch has them.
+        finite: [n] on the device; to be read once per step.
+    """
+
+    rows: list[int]
+    columns: dict[str, list[Any]]
+    finite: Tensor
+
+
 class Measuring(LightningModule):
     """Collects numbers of micro-batches and ranks, and tells watchers which phase a run is in."""
 
@@ -32,6 +46,8 @@ class Measuring(LightningModule):
         self.notes: dict[str, Tensor] = {}  # sum and number of what `losses` noted, by name
         self.means: dict[str, MeanMetric] = {}  # of the evaluation under way, by name
         self.watchers: list[Watcher] = []
+        self.judged: list[Judged] = []  # micro-batches of the optimizer step under way
+        self.norms: dict[str, Tensor] = {}  # of its gradients before clipping, by role
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -59,6 +75,17 @@ class Measuring(LightningModule):
         """
         counted = torch.where(mask, values.detach().float(), 0.0)
         self.notes[name] = self.notes.get(name, 0.0) + torch.stack([counted.sum(), mask.sum()])
+
+    def judge(self, batch: AnyBatch, rows: list[int], losses: Tensor) -> None:
+        """Notes which rows have a finite loss, and reads nothing.
+
+        Args:
+            batch: A micro-batch.
+            rows: [n] places of its rows in what the step is made on.
+            losses: [n, r] or [n].
+        """
+        finite = losses.detach().isfinite().view(len(rows), -1).all(-1)
+        self.judged.append(Judged(rows, batch.columns, finite))
 
     def log_notes(self) -> None:
         """Logs what was noted since the last time."""

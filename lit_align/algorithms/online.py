@@ -31,6 +31,11 @@ class OnlineAlgorithm(Referenced):
 
     def __init__(self, epochs: int = 1, minibatch_size: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
+        if epochs < 1 or (minibatch_size is not None and minibatch_size < 1):
+            raise ValueError(
+                f"epochs and minibatch_size must be at least 1, found {epochs} and "
+                f"{minibatch_size}; leave out minibatch_size for whole rollouts."
+            )
         self.epochs, self.minibatch_size = epochs, minibatch_size
 
     def make_room(self) -> None:

@@ -51,11 +51,13 @@ class Referenced(Algorithm):
 
     def configure_model(self) -> None:
         """Builds the roles, once: Lightning asks before every fit and validate."""
-        if "policy" not in self._modules:
-            networks = self.build()
+        if "policy" in self._modules:
+            return
+        with self.phase("load"):
+            networks = {role: self.placed(network) for role, network in self.build().items()}
             self.frozen_fingerprint = sum(network.fingerprint for network in networks.values())
             for role, network in networks.items():
-                setattr(self, role, self.placed(network))
+                setattr(self, role, network)
             frozen = [network for role, network in networks.items() if role not in self.roles]
             for network in frozen if self.parks else []:
                 self.let_sleep(network)
@@ -82,6 +84,7 @@ class Referenced(Algorithm):
             return {"policy": policy}
         reference = self.build_reference() if self.build_reference else deepcopy(policy)
         same_vocabulary("reference", reference, policy)
+        reference.temperature = policy.temperature  # a KL of two distributions sharpened alike
         return {"policy": policy, "reference": reference.requires_grad_(False).eval()}
 
     @property
@@ -110,7 +113,8 @@ class Referenced(Algorithm):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with other frozen weights, such as random ones of another seed."""
         super().on_load_checkpoint(checkpoint)
-        expected, found = checkpoint["frozen_fingerprint"], self.frozen_fingerprint
+        found = self.frozen_fingerprint
+        expected = checkpoint.get("frozen_fingerprint", found)
         if self.trainer.training and not math.isclose(expected, found, abs_tol=1e-6):
             raise ValueError(
                 "The reference or another frozen base has other weights than when this run began: "

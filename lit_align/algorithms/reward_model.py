@@ -44,7 +44,8 @@ class RewardModel(OfflineAlgorithm):
     def configure_model(self) -> None:
         """Builds the network, once."""
         if "reward_model" not in self._modules:
-            self.reward_model = self.placed(self.build_reward_model())
+            with self.phase("load"):
+                self.reward_model = self.placed(self.build_reward_model())
 
     def scores(self, batch: Pairs) -> tuple[Tensor, Tensor]:
         """([n], [n]): scores of the chosen and of the rejected texts."""

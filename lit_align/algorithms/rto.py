@@ -54,7 +54,7 @@ class RTO(PPO):
         if dpo_coef and (dpo_adapter is None) == (dpo is None):
             raise ValueError(
                 "RTO rewards tokens by one DPO model: give dpo_adapter (an adapter on the policy's "
-                "base) or dpo (a model of its own), or dpo_coef 0 for plain PPO."
+                "base; then --model.dpo null) or dpo (a model of its own), or dpo_coef 0 for PPO."
             )
         if dpo_reference is not None and dpo is None:
             raise ValueError("dpo_reference belongs to dpo: an adapter's reference is its base.")
@@ -68,12 +68,15 @@ class RTO(PPO):
         networks = super().build()
         if not self.dpo_coef:
             return networks
+        policy = networks["policy"]
+        assert isinstance(policy, Policy)
         if self.dpo_adapter is not None:
-            networks.get("reference", networks["policy"]).lend(self.dpo_adapter, DPO)
+            networks.get("reference", policy).lend(self.dpo_adapter, DPO)
         for role, build in ((DPO, self.build_dpo), ("dpo_reference", self.build_dpo_reference)):
             if build is not None:
                 network = build().requires_grad_(False).eval()
-                same_vocabulary(role, network, networks["policy"])
+                same_vocabulary(role, network, policy)
+                network.temperature = policy.temperature
                 networks[role] = network
         return networks
 

@@ -44,7 +44,7 @@ class KLController(Running):
         """
         if self.target is not None:
             error = (kl / self.target - 1).clamp(-0.2, 0.2)
-            self.coef *= 1 + error * num_responses / self.horizon
+            self.coef *= 1 + error * (num_responses / self.horizon).clamp(max=1.0)
 
 
 class RunningScale(Running):
@@ -74,3 +74,29 @@ class RunningScale(Running):
         """Scores [N] less the mean, over the standard deviation."""
         number, mean, squares = self.moments.unbind()
         return (scores - mean) / (squares / (number - 1).clamp(min=1) + 1e-8).sqrt()
+
+
+class RunningBounds(Running):
+    """The least and the largest score: given, or seen so far.
+
+    Args:
+        low: Least possible score.
+        high: Largest possible score.
+        running: Start with none, and take those that are seen.
+    """
+
+    bounds: Tensor  # [2] least and largest
+
+    def __init__(self, low: float, high: float, running: bool):
+        super().__init__()
+        start = [torch.inf, -torch.inf] if running else [low, high]
+        self.register_buffer("bounds", torch.tensor(start), persistent=running)
+
+    def widen(self, extremes: Tensor) -> None:
+        """Takes in a rollout of all ranks.
+
+        Args:
+            extremes: [2] the least score with its sign changed, and the largest.
+        """
+        least, largest = extremes.float().unbind()
+        self.bounds = torch.stack([self.bounds[0].minimum(-least), self.bounds[1].maximum(largest)])

@@ -33,7 +33,8 @@ class SFT(OfflineAlgorithm):
     def configure_model(self) -> None:
         """Builds the policy, once: Lightning asks before every fit, validate and test."""
         if "policy" not in self._modules:
-            self.policy = self.placed(self.build_policy())
+            with self.phase("load"):
+                self.policy = self.placed(self.build_policy())
 
     def losses(self, batch: Tokens) -> Iterator[Tensor]:
         """[n, T-1] nats."""

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.algorithms.base import Algorithm
+from lit_align.data.loading import TextData
 from lit_align.models.backbone import Backbone
 
 
@@ -19,33 +20,50 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Saves every trained role, whole again if it was sharded."""
-        folder = Path(trainer.default_root_dir) / "hf"
-        networks = {network: role for role, network in reversed(algorithm.roles.items())}
-        for network, role in networks.items():  # roles on one network are saved with it
-            place = folder if len(networks) == 1 else folder / role
-            tokenizer = self.name_ends(trainer, network)
-            if trainer.is_global_zero:
+        folder, main = Path(trainer.default_root_dir) / "hf", trainer.is_global_zero
+        for network, place in places(algorithm.roles, folder).items():
+            tokenizer = name_ends(network, trainer.datamodule)
+            if main:
                 clear(place, network)
-            network.save(place, main=trainer.is_global_zero)
-            if trainer.is_global_zero:
+            network.save(place, main=main)
+            if main:
                 tokenizer.save_pretrained(place)
         trainer.strategy.barrier("export")
 
-    def name_ends(self, trainer: Trainer, network: Backbone) -> PreTrainedTokenizerBase:
-        """Writes into the model's own configuration where texts end; the tokenizer to go with it.
 
-        transformers' classifiers read the score at the last token that is not padding: there a
-        stop that is padding as well would be skipped.
-        """
-        data, model = trainer.datamodule, network.network
-        tokenizer, stops = data.tokenizer, sorted({*network.stop_ids, *data.stop_ids})
-        if model.can_generate():
-            model.generation_config.eos_token_id = stops
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-        elif tokenizer.pad_token_id in stops:
-            tokenizer = padded_apart(tokenizer, stops)
-        model.config.pad_token_id = tokenizer.pad_token_id
-        return tokenizer
+def places(roles: dict[str, Backbone], folder: Path) -> dict[Backbone, Path]:
+    """The folder of each network: `folder` of a single one, else one for each.
+
+    Args:
+        roles: Networks by role; several roles on one network are saved with it.
+        folder: Of all.
+    """
+    networks = {network: role for role, network in reversed(roles.items())}
+    return {
+        network: folder if len(networks) == 1 else folder / role
+        for network, role in networks.items()
+    }
+
+
+def name_ends(network: Backbone, data: TextData) -> PreTrainedTokenizerBase:
+    """Writes into the model's own configuration where texts end; the tokenizer to go with it.
+
+    transformers' classifiers read the score at the last token that is not padding: there a stop
+    that is padding as well would be skipped.
+
+    Args:
+        network: About to be saved.
+        data: Has the tokenizer.
+    """
+    model, tokenizer = network.network, data.tokenizer
+    stops = sorted({*network.stop_ids, *data.stop_ids})
+    if model.can_generate():
+        model.generation_config.eos_token_id = stops
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    elif tokenizer.pad_token_id in stops:
+        tokenizer = padded_apart(tokenizer, stops)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 def padded_apart(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> PreTrainedTokenizerBase:
@@ -68,7 +86,7 @@ def padded_apart(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> PreTra
     return apart
 
 
-def clear(place: Path, network: Backbone) -> None:
+def clear(place: Path, network: Backbone, whole: bool = False) -> None:
     """Removes what an earlier run left there and transformers would load along with the new.
 
     An adapter's folder names its base, unless it holds a whole model's configuration; a whole
@@ -77,8 +95,9 @@ def clear(place: Path, network: Backbone) -> None:
     Args:
         place: The folder to be written.
         network: What will be saved there.
+        whole: Whether all of its weights will be, with its adapter in them.
     """
-    if network.saved_whole:
+    if whole or network.saved_whole:
         for file in place.glob("adapter_*"):
             file.unlink()
     elif Path(network.name).resolve() != place.resolve():

@@ -7,7 +7,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-SHOWN = ("loss", "reward", "accuracy", "rewards/accuracies", "objective/kl", "entropy", "lr")
+SHOWN = (
+    *("loss", "reward", "accuracy", "rewards/accuracies", "objective/kl", "entropy", "lr"),
+    "memory/peak",
+)
 TRAINED = ("val/ratio", "val/clipfrac_avg")  # PPO's old names of what its updates measure
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.batches import Experience
@@ -45,7 +47,7 @@ class Reward(Callback):
     @torch.no_grad()
     def judge(self, trainer: Trainer, batch: Experience) -> list[bool]:
         """Writes the scores; [N] whether a row is scored, or skipped with its prompt."""
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), all_or_none(trainer):
             scored = self.panel(batch)
         if self.skip_failures:
             number = torch.tensor(float(sum(scored)), device=batch.responses.device)
@@ -137,6 +139,30 @@ class Reward(Callback):
         """Scores the answers; Lightning logs nothing here."""
         if answered(batch):
             self.judge(trainer, batch)
+
+
+@contextmanager
+def all_or_none(trainer: Trainer) -> Iterator[None]:
+    """Ends every rank where one fails inside; the others would wait in the next collective.
+
+    Raises:
+        RewardError: With the message of the first rank that failed, on those that did not.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if trainer.world_size > 1:
+        device = trainer.strategy.root_device
+        failed = torch.tensor(int(failure is not None), device=device)
+        if trainer.strategy.reduce(failed, reduce_op="sum") > 0:
+            messages: list[str] = [""] * trainer.world_size
+            distributed.all_gather_object(messages, str(failure or ""))
+            rank = next(rank for rank, message in enumerate(messages) if message)
+            failure = failure or RewardError(f"on rank {rank}: {messages[rank]}")
+    if failure is not None:
+        raise failure
 
 
 def answered(batch: Any) -> bool:

@@ -4,21 +4,29 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.fabric.plugins import CheckpointIO as AnyCheckpointIO
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.callbacks.checkpoint import Checkpoints
+from lit_align.callbacks.checkpoint_io import CheckpointIO
 from lit_align.callbacks.curves import Curves
 from lit_align.callbacks.export import Export
+from lit_align.callbacks.finite import Finite
+from lit_align.callbacks.memory import Memory
 from lit_align.callbacks.progress import Progress
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
+from lit_align.callbacks.run_log import RunLog
 from lit_align.callbacks.samples import Samples
 from lit_align.cli.batch_plan import BatchPlan
 from lit_align.cli.messages import Parser
+from lit_align.cli.resuming import RunConfig, found_checkpoint
 from lit_align.data.loading import TextData
 
 
@@ -40,7 +48,7 @@ class AlignCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "default_root_dir": "runs/last",
@@ -79,9 +87,7 @@ class AlignCLI(LightningCLI):
         self.check_strategy(config)
         if config.data is not None and config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = self.model_path(config.model.init_args)
-        path = config.get("ckpt_path")
-        if path not in (None, "best", "last", "hpc") and not Path(path).exists():
-            raise ValueError(f"--ckpt_path {path}: there is no such checkpoint.")
+        self.checkpoint = found_checkpoint(config, self.config.subcommand == "fit")
         if self.config.subcommand == "predict":
             config.return_predictions = False
 
@@ -117,17 +123,43 @@ class AlignCLI(LightningCLI):
         if not fitting:  # the records of a fit in the same folder stay as they are
             self.save_config_callback, kwargs["logger"] = None, False
         elif config.trainer.logger in (None, True):
-            kwargs["logger"] = [
-                kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)
-            ]
+            kwargs["logger"] = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
         self.check_sections(config)
+        kwargs |= self.saving(config)
         trainer = super().instantiate_trainer(**kwargs)
         given = {type(callback) for callback in trainer.callbacks}
         sections = [section for section in (config.rollout, config.reward) if section is not None]
-        writers = [BatchPlan(), Progress(), Curves(), Export(), *([Samples()] if sections else [])]
+        writers = [
+            BatchPlan(),
+            Finite(),
+            Progress(),
+            Curves(),
+            Export(),
+            *([Samples()] if sections else []),
+        ]
         writers = [writer for writer in writers if type(writer) not in given]
-        trainer.callbacks[:] = [*sections, *trainer.callbacks, *writers]
+        early = [each for each in trainer.callbacks if isinstance(each, Checkpoints | Memory)]
+        others = [each for each in trainer.callbacks if each not in early]
+        trainer.callbacks[:] = [*early, *sections, *others, *writers]  # saved before a rollout
         return trainer
+
+    def saving(self, config: Namespace) -> dict[str, Any]:
+        """Our checkpoints in the place of Lightning's, and the one that this command goes on from.
+
+        Returns:
+            What the trainer is told.
+        """
+        config.ckpt_path, config.weights_only = self.checkpoint, True
+        callbacks: list[Callback] = listed(config.trainer.callbacks)
+        plugins: list[Any] = listed(config.trainer.plugins)
+        if config.trainer.enable_checkpointing is not False:
+            given = any(isinstance(each, Checkpoint) for each in callbacks)
+            callbacks = callbacks if given else [*callbacks, Checkpoints()]
+        if not any(isinstance(each, AnyCheckpointIO) for each in plugins):
+            plugins = [*plugins, CheckpointIO()]
+        if self.checkpoint is not None:
+            self.save_config_kwargs["before"] = Path(self.checkpoint).parents[1] / "config.yaml"
+        return {"callbacks": callbacks, "plugins": plugins}
 
     def check_sections(self, config: Namespace) -> None:
         """Refuses an online algorithm that would wait for answers or scores in vain."""
@@ -139,3 +171,10 @@ class AlignCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's settings win over the command line; ours has none."""
+
+
+def listed(given: Any) -> list[Any]:
+    """What may be given alone or as a list, as a list."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]

@@ -1,10 +1,13 @@
 """The command `lit-align`."""
 
+import importlib
 import sys
 from pathlib import Path
 
 from lit_align.cli.packaged import configs
 from lit_align.version import __version__
+
+TOOLS = ("chat", "evaluate", "export", "report")  # modules of this room, each with a `main`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lit-align {__version__}")
         return 0
     try:
-        return configs(args[1:]) if args[:1] == ["configs"] else run(args)
+        if args[:1] == ["configs"]:
+            return configs(args[1:])
+        return tool(args) if args and args[0] in TOOLS else run(args)
     except Exception as error:
         from lit_align.cli.messages import explained  # imports torch: not for a version or a list
 
@@ -23,6 +28,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"lit-align: {text}", file=sys.stderr)
         return 2
+
+
+def tool(args: list[str]) -> int:
+    """What stands beside the Trainer; loaded when it is asked for."""
+    status: int = importlib.import_module(f"lit_align.cli.{args[0]}").main(args[1:])
+    return status
 
 
 def run(args: list[str]) -> int:

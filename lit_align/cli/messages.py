@@ -2,13 +2,14 @@
 
 import difflib
 import logging
+import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
@@ -25,11 +26,23 @@ NOISE = re.compile(
     r"|Expected a <class '(NoneType|list)'>|Given value|Expected a path but "
     r"|^$"
 )
+ABOUT_SETTINGS = re.compile(  # where libraries refuse what a config says
+    r"lightning/pytorch/trainer/(connectors|configuration_validator)"
+    r"|lightning/(fabric|pytorch)/accelerators/"
+    r"|transformers/models/auto/configuration_auto|huggingface_hub/dataclasses"
+)
 BASES = (Algorithm, Backbone, TextData, RewardFunction, Callback, Optimizer)
 
 
 class Parser(LightningArgumentParser):
     """Refuses unknown keys and wrong types in one or two lines, with the nearest valid name."""
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
+        """The file that data are read from is no config: its text would take its name's place."""
+        if isinstance(theclass, type) and issubclass(theclass, TextData):
+            kwargs["sub_configs"] = False
+        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the sentence and leaves with status 2; parsers inside of parsers raise."""
@@ -77,6 +90,8 @@ def nearest(message: str, text: str, options: Iterable[str]) -> str:
         wrong = next(filter(None, found.groups())) if found else ""
         for names in known:
             near = difflib.get_close_matches(wrong, list(names), n=1)
+            if near and near[0] == wrong:
+                return f" '{wrong}' exists, but not for this argument."
             if near:
                 return f" Did you mean '{near[0]}'?"
     return ""
@@ -88,6 +103,7 @@ def quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not chatter.search(record.getMessage()))
     warnings.filterwarnings("ignore", r"'set_vital' is deprecated", UserWarning)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints that it starts
     ours = (
         r"It is recommended to use `self\.log\(.*sync_dist"  # such means are of all ranks already
     )
@@ -110,4 +126,7 @@ def explained(error: Exception) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     ours = bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
     said = ours and (frames[-1].line or "").startswith("raise ")
+    if frames and ABOUT_SETTINGS.search(Path(frames[-1].filename).as_posix()):
+        text = " ".join(str(error).split())
+        return text if len(text) < 300 else f"{text[:300]}..."
     return str(error) if said else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -189,6 +190,7 @@ class TextData(LightningDataModule):
                 batch_size=batch_size,
                 sampler=order,
                 num_workers=self.num_workers,
+                worker_init_fn=deaf,
                 collate_fn=partial(collated, self.collate(), training),
                 pin_memory=torch.cuda.is_available(),
             )
@@ -253,6 +255,11 @@ class TextData(LightningDataModule):
         if not examples:
             raise ValueError(f"no row of '{source.path}' is left: dropped {listed(dropped)}")
         return examples
+
+
+def deaf(worker: int) -> None:
+    """Ctrl-C is for the trainer, which finishes its iteration with this worker's batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def listed(reasons: Counter[str]) -> str:

@@ -90,7 +90,7 @@ def file_rows(path: Path, separator: str, header: list[str] | None) -> Iterator[
         raise ValueError(f"'{path}' is none of {', '.join(sorted(SUFFIXES))}")
     if path.suffix == ".parquet":
         return parquet_rows(path)
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     if path.suffix == ".jsonl":
         return json_lines(path, text)
     if path.suffix == ".json":
@@ -99,6 +99,19 @@ def file_rows(path: Path, separator: str, header: list[str] | None) -> Iterator[
         return table_rows(path, text, header)
     texts = (part.strip() for part in re.split(separator, text))
     return ({"text": part} for part in texts if part)
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8, or one sentence about where it is not; a table's line ends stay."""
+    whole = path.read_bytes()
+    try:
+        text = whole.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = whole[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line} of '{path}' is not UTF-8: {error.reason}") from None
+    if path.suffix in (".csv", ".tsv"):  # a cell may hold line ends of any kind
+        return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def table_rows(path: Path, text: str, header: list[str] | None) -> Iterator[Row]:

@@ -70,11 +70,14 @@ class _ChosenLogprobs(torch.autograd.Function):
         head = weight.to(_factor_dtype(hidden))
         for rows in _chunks(len(tokens)):
             logits = _logits(hidden[rows], head, bias, temperature)
-            normaliser[rows] = logits.exp().sum(-1).log()
-            logits -= normaliser[rows].unsqueeze(-1)
-            logprobs[rows] = logits.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
-            entropy[rows] = torch.special.entr(logits.exp_()).sum(-1)
-            del logits  # before the next chunk's are made
+            odds = logits.exp()
+            total = odds.sum(-1)
+            normaliser[rows] = total.log()
+            chosen = logits.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
+            logprobs[rows] = chosen - normaliser[rows]
+            odds *= logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0 times -inf would be nan
+            entropy[rows] = normaliser[rows] - odds.sum(-1) / total
+            del logits, odds  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)

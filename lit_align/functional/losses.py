@@ -23,7 +23,7 @@ def clipped_surrogate(
         clip_low: How far below 1 the ratio still earns.
         clip_high: How far above 1 the ratio still earns; larger than clip_low in DAPO.
     """
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = (logprobs - old_logprobs).clamp(max=80.0).exp()  # an infinite ratio has no gradient
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.min(ratio * advantages, clipped * advantages)
 

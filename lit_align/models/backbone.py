@@ -7,17 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lit_align.batches import Experience, Tokens
+from lit_align.models.layout import is_trimmed, reading
 from lit_align.models.loading import check_base, data_type, load_network, quiet_transformers
 from lit_align.models.lora import LoRA
+from lit_align.models.quantised import Quantisation
 from lit_align.models.sltrain import SLTrain, with_dense_weights
 from lit_align.models.sparse_adapter import is_merged_when_saved, with_update_merged
+from lit_align.models.streaming import LATER, WeightFiles, light
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -40,6 +46,7 @@ class Backbone(nn.Module):
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the weights.
         sltrain: Trains the blocks' weights as low-rank plus sparse ones; with a config alone.
+        quantisation: Codes the frozen weights of the blocks in 8 or 4 bits; with adapters alone.
     """
 
     auto: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the wanted head
@@ -47,9 +54,13 @@ class Backbone(nn.Module):
     reads: ClassVar[str]  # the head's name for people: language or score
     new_weights: ClassVar[tuple[str, ...]] = ()  # what a checkpoint may lack
     overrides: ClassVar[dict[str, Any]] = {}  # what the head asks of the configuration
+    adapts: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
 
     network: PreTrainedModel
     missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
+    gathers: bool | None = True  # whether answering gathers whole weights; None: not yet known
+    gathered_size: int = 0  # bytes of whole weights, where ranks share them
+    files: WeightFiles | None = None  # where weights are that come when the network is sharded
 
     def __init__(
         self,
@@ -62,34 +73,57 @@ class Backbone(nn.Module):
         revision: str | None = None,
         trust_remote_code: bool = False,
         sltrain: SLTrain | None = None,
+        quantisation: Quantisation | None = None,
     ):
         super().__init__()
         if path is None and config is None:
             raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
         if sltrain is not None:
             sltrain.refuse(path)
+        if quantisation is not None:
+            quantisation.refuse(self.adapts or lora is not None, lora, sltrain)
+        self.path = path
         self.name = path or f"{(config or {}).get('model_type')} from random weights"
-        options = {
-            "dtype": data_type(dtype),
+        self.reading: dict[str, Any] = {
+            "attention": attention,
+            "revision": revision,
             "trust_remote_code": trust_remote_code,
-            **({"attn_implementation": attention} if attention else {}),
         }
-        if path is None:
-            settings = self.configure(AutoConfig.for_model(**(config or {})))
-            self.network = self.auto.from_config(settings, **options)
-        else:
-            options["revision"] = revision
-            self.network, self.missing = load_network(
-                self.auto, path, self.configure, self.new_weights, options
-            )
+        self.later = LATER.get() and quantisation is None
+        self.network, self.missing = self.load(config, data_type(dtype))
         self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
         if checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        if quantisation is not None:
+            quantisation.replace(self.blocks)
         self.trained_adapters = ["default"] if lora else []
-        self.adapted = self.adapt(lora)
+        with light(self.network):
+            self.adapted = self.adapt(lora)
         self.sltrain = sltrain
         if sltrain is not None:
             sltrain.replace(self.blocks)
+
+    def load(
+        self, config: dict[str, Any] | None, dtype: torch.dtype
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """The network, and what its path lacked; random weights where there is no path.
+
+        Args:
+            config: As given.
+            dtype: Of the weights.
+        """
+        attention, revision, trust = self.reading.values()
+        options = {"dtype": dtype, "trust_remote_code": trust}
+        if attention:
+            options["attn_implementation"] = attention
+        if self.path is None:
+            settings = self.configure(AutoConfig.for_model(**(config or {})))
+            return self.auto.from_config(settings, **options), []
+        options["revision"] = revision
+        network, missing, self.files = load_network(
+            self.auto, self.path, self.configure, self.new_weights, options, self.later
+        )
+        return network, missing
 
     def adapt(self, lora: LoRA | None) -> PeftModel | None:
         """Puts the adapter into the network; peft's view of it."""
@@ -125,9 +159,12 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> float:
-        """A number that other frozen weights are very unlikely to have; of whole weights."""
-        frozen = [weight for weight in self.parameters() if not weight.requires_grad]
-        return sum(float(weight.double().sum()) for weight in frozen)
+        """A number that other frozen weights are very unlikely to have, however they are split."""
+        sums = [w.detach().double().sum() for w in self.parameters() if not w.requires_grad]
+        return sum(float(s.full_tensor() if isinstance(s, DTensor) else s) for s in sums)
+
+    def verify(self) -> None:
+        """Refuses weights that this kind of network could not serve with; all do by default."""
 
     @property
     def stop_ids(self) -> list[int]:
@@ -138,13 +175,27 @@ class Backbone(nn.Module):
 
     def hidden(self, batch: Experience | Tokens) -> Tensor:
         """[N, T, H]: the trunk's last hidden state. Positions count from the first real token."""
+        if not is_trimmed(batch):
+            return self.masked_hidden(batch)
+        sharded = any(isinstance(module, FSDPModule) for module in self.network.modules())
+        passes, back = reading(batch, at_once=sharded)
+        hidden = [self.trunk(input_ids=tokens) for tokens in passes]
+        if back is None:
+            return hidden[0]
+        whole = torch.cat([part.flatten(0, 1) for part in hidden])
+        return whole.index_select(0, back).view(*batch.tokens.shape, -1)
+
+    def masked_hidden(self, batch: Experience | Tokens) -> Tensor:
+        """[N, T, H]: the same, wherever padding is."""
         mask = batch.token_mask
-        hidden: Tensor = self.network.base_model(
-            input_ids=batch.tokens,
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return self.trunk(
+            input_ids=batch.tokens, attention_mask=mask.long(), position_ids=positions
+        )
+
+    def trunk(self, **inputs: Tensor) -> Tensor:
+        """[n, t, H]: the last hidden state of token ids [n, t]."""
+        hidden: Tensor = self.network.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden
 
     @contextmanager
@@ -166,10 +217,11 @@ class Backbone(nn.Module):
             adapter: Its name from now on.
         """
         check_base(folder, self.name)
-        if self.adapted is None:
-            self.adapted = PeftModel.from_pretrained(self.network, folder, adapter_name=adapter)
-        else:
-            self.adapted.load_adapter(folder, adapter_name=adapter)
+        with light(self.network):
+            if self.adapted is None:
+                self.adapted = PeftModel.from_pretrained(self.network, folder, adapter_name=adapter)
+            else:
+                self.adapted.load_adapter(folder, adapter_name=adapter)
         self.thaw()
 
     def wear(self, adapter: str) -> None:
@@ -216,5 +268,6 @@ class Backbone(nn.Module):
         state = get_model_state_dict(model, options=options)
         if main:
             weights = with_update_merged(model, with_dense_weights(model, state))
+            own = {"selected_adapters": self.trained_adapters} if adapter else {}
             with quiet_transformers():
-                model.save_pretrained(folder, state_dict=weights)
+                model.save_pretrained(folder, state_dict=weights, **own)

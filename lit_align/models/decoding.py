@@ -1,5 +1,6 @@
 """From prompts to responses: a decode loop that a reader can follow."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,7 @@ def decode(
     pad: int,
     temperature: float,
     sampling: Sampling,
+    over: Callable[[bool], bool] = bool,
 ) -> Responses:
     """Answers of at most R tokens, with a key-value cache; ends when every row has stopped.
 
@@ -88,32 +90,64 @@ def decode(
         pad: Token id that stands behind the end.
         temperature: Divides the logits.
         sampling: What may be chosen.
+        over: Whether to end, given whether all rows have stopped: shards need all ranks' steps.
     """
     context = Context(network, prompts)
-    layer = network.get_output_embeddings()
-    head = head_factor(layer.weight)
-    responses = prompts.prompts.new_full(noise.shape, pad)
-    logprobs = noise.new_zeros(noise.shape)
-    rows = torch.arange(len(noise), device=noise.device)  # that still speak
-    done = torch.zeros_like(greedy)
+    answers = Answers(prompts, noise, greedy, pad)
     every = 1 if noise.device.type == "cpu" else LOOK_EVERY
     for step in range(noise.shape[1]):
-        likely = head_logits(context.hidden, head, layer.bias, temperature).log_softmax(-1)
-        chosen = choose(likely, noise[rows, step], greedy[rows], sampling).where(~done, pad)
-        responses[rows, step] = chosen
-        said = likely.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        logprobs[rows, step] = said.where(~done, 0.0)
-        done = done | torch.isin(chosen, stops)
+        chosen = answers.say(step, context.likely(temperature), stops, sampling)
         if (step + 1) % every == 0:
-            speaking = (~done).nonzero().squeeze(-1)
-            if len(speaking) == 0:
+            speaking = (~answers.done).nonzero().squeeze(-1)
+            if over(len(speaking) == 0):
                 break
-            if len(speaking) <= CROWDED * len(done):
+            if 0 < len(speaking) <= CROWDED * len(chosen):
                 context.keep(speaking)
-                rows, done, chosen = rows[speaking], done[speaking], chosen[speaking]
+                chosen = answers.keep(speaking, chosen)
         if step + 1 < noise.shape[1]:
             context.append(chosen)
-    return Responses(responses, logprobs)
+    return Responses(answers.tokens, answers.logprobs)
+
+
+class Answers:
+    """What has been answered so far, and by which rows that are still in the batch.
+
+    Args:
+        prompts: N rows.
+        noise: [N, R] uniform in [0, 1).
+        greedy: [N] bool, rows that take the likeliest token.
+        pad: Token id that stands behind the end.
+    """
+
+    def __init__(self, prompts: Experience, noise: Tensor, greedy: Tensor, pad: int):
+        self.noise, self.greedy, self.pad = noise, greedy, pad
+        self.tokens = prompts.prompts.new_full(noise.shape, pad)
+        self.logprobs = noise.new_zeros(noise.shape)
+        self.rows = torch.arange(len(noise), device=noise.device)
+        self.done = torch.zeros_like(greedy)  # of the rows in the batch
+
+    def say(self, step: int, likely: Tensor, stops: Tensor, sampling: Sampling) -> Tensor:
+        """Writes the next token of each row in the batch; [n] token ids.
+
+        Args:
+            step: Place of the token.
+            likely: [n, V] nats.
+            stops: [S] token ids that end an answer.
+            sampling: What may be chosen.
+        """
+        rows = self.rows
+        chosen = choose(likely, self.noise[rows, step], self.greedy[rows], sampling)
+        chosen = chosen.where(~self.done, self.pad)
+        self.tokens[rows, step] = chosen
+        said = likely.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        self.logprobs[rows, step] = said.where(~self.done, 0.0).to(self.logprobs.dtype)
+        self.done = self.done | torch.isin(chosen, stops)
+        return chosen
+
+    def keep(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """Only the rows at [n] places stay in the batch; what they have just said, [n]."""
+        self.rows, self.done = self.rows[rows], self.done[rows]
+        return chosen[rows]
 
 
 class Context:
@@ -126,6 +160,8 @@ class Context:
 
     def __init__(self, network: PreTrainedModel, prompts: Experience):
         self.network, self.cache = network, DynamicCache(config=network.config)
+        layer = network.get_output_embeddings()
+        self.head, self.bias = head_factor(layer.weight), layer.bias
         groups = prompts.group if "group" in prompts.fields() else list(range(len(prompts)))
         place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
         first = {group: row for row, group in reversed(list(enumerate(groups)))}
@@ -145,6 +181,10 @@ class Context:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
+
+    def likely(self, temperature: float) -> Tensor:
+        """[N, V] nats of the next token, of softmax(logits / temperature)."""
+        return head_logits(self.hidden, self.head, self.bias, temperature).log_softmax(-1)
 
     def keep(self, rows: Tensor) -> None:
         """The rows at [n] places of the batch, each as often as it is named."""

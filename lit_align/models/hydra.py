@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_align.batches import Experience, Tokens
 from lit_align.models.decoding import Responses
-from lit_align.models.lora import LoRA
+from lit_align.models.lora import LoRA, with_float_heads
 from lit_align.models.roles import Role
 from lit_align.models.scalar import at_last_token, before_each_token
 from lit_align.models.two_headed import TwoHeaded
@@ -32,12 +32,18 @@ class Hydra(TwoHeaded):
     """
 
     new_weights: ClassVar[tuple[str, ...]] = ()  # the reward head must have been trained
+    adapts: ClassVar[bool] = True
     joint: ClassVar[bool] = False  # actor and critic share one adapter
     critic: ClassVar[str] = CRITIC  # the adapter that the value head belongs to
 
     def adapt(self, lora: LoRA | None) -> PeftModel:
         """Puts two adapters into the network, and a value head beside the reward head."""
         lora, heads = lora or LoRA(rank=128, alpha=128), ["score"]
+        if lora.train_fully:
+            raise ValueError(
+                f"Hydra's base serves four roles and stays as it is: leave out lora.train_fully "
+                f"{lora.train_fully}."
+            )
         actor = lora.settings(self.task, heads if self.joint else None, exclude=heads)
         adapted = get_peft_model(self.network, actor, adapter_name=ACTOR)
         if not self.joint:
@@ -46,7 +52,7 @@ class Hydra(TwoHeaded):
         for adapter, settings in adapted.peft_config.items():
             adapted.set_requires_grad(adapter, True)
             settings.exclude_modules = None  # peft has listed the layers: where it loads is no head
-        return adapted
+        return with_float_heads(adapted)
 
     def adapter_weights(self, adapter: str) -> list[nn.Parameter]:
         """What trains with an adapter: its low-rank factors, and its copy of the head."""

@@ -13,6 +13,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging as transformers_logging
 
+from lit_align.models.streaming import WeightFiles, empty_network
+
 Configure = Callable[[PretrainedConfig], PretrainedConfig]
 
 
@@ -22,11 +24,13 @@ def load_network(
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-) -> tuple[PreTrainedModel, list[str]]:
+    later: bool = False,
+) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
     """The network with all of its weights, or one sentence about what is missing.
 
     Returns:
-        The network, and those of `new_weights` that the path lacks: they are random.
+        The network, those of `new_weights` that the path lacks: they are random; and the files
+        that are still to be read, if there are any.
 
     Args:
         auto: transformers' class with the wanted head.
@@ -34,6 +38,7 @@ def load_network(
         configure: Changes the configuration before the network is built.
         new_weights: What the weights may lack.
         options: For `from_pretrained`.
+        later: Whether weights may stay in their files; an adapter's base is read at once.
     """
     folder = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not folder.is_dir():
@@ -41,21 +46,36 @@ def load_network(
     place = str(folder) if folder.is_dir() else path
     if (folder / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(place).base_model_name_or_path
-        network, missing = load_network(auto, base, configure, ("score.weight",), options)
-        return merged(network, missing, place, new_weights)
-    known = {key: options[key] for key in ("revision", "trust_remote_code")}
+        network, missing, _ = load_network(auto, base, configure, ("score.weight",), options)
+        return *merged(network, missing, place, new_weights), None
     try:
-        settings = configure(AutoConfig.from_pretrained(place, **known))
         with quiet_transformers():
-            network, report = auto.from_pretrained(
-                place, config=settings, output_loading_info=True, **options
-            )
+            network, missing, files = read(auto, place, configure, new_weights, options, later)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} could not be loaded: {reason}") from error
-    missing = sorted(report["missing_keys"])
     check_missing(path, missing, new_weights)
-    return network, missing
+    return network, missing, files
+
+
+def read(
+    auto: type[_BaseAutoModelClass],
+    place: str,
+    configure: Configure,
+    new_weights: tuple[str, ...],
+    options: dict[str, Any],
+    later: bool,
+) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
+    """What transformers makes of a place, with its weights or still without; see `load_network`."""
+    known = {key: options[key] for key in ("revision", "trust_remote_code")}
+    settings = configure(AutoConfig.from_pretrained(place, **known))
+    empty = empty_network(auto, place, settings, new_weights, options) if later else None
+    if empty is not None:
+        return empty
+    network, report = auto.from_pretrained(
+        place, config=settings, output_loading_info=True, **options
+    )
+    return network, sorted(report["missing_keys"]), None
 
 
 def merged(

@@ -1,5 +1,6 @@
 """Low-rank adapters, through peft."""
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -33,7 +34,7 @@ class LoRA:
             network: The base; frozen from now on.
             task: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
         """
-        return get_peft_model(network, self.settings(task, self.train_fully))
+        return with_float_heads(get_peft_model(network, self.settings(task, self.train_fully)))
 
     def settings(
         self, task: str, train_fully: list[str] | None, exclude: list[str] | None = None
@@ -54,3 +55,11 @@ class LoRA:
             modules_to_save=train_fully,
             task_type=task,
         )
+
+
+def with_float_heads(adapted: PeftModel) -> PeftModel:
+    """Layers that train whole in float32, as peft keeps adapters: bf16 loses small steps."""
+    for name, weight in adapted.named_parameters():
+        if ".modules_to_save." in name and weight.dtype in (torch.bfloat16, torch.float16):
+            weight.data = weight.data.float()
+    return adapted

@@ -11,6 +11,8 @@ from lit_align.batches import Experience, Tokens
 from lit_align.functional.logprobs import chosen_logprobs
 from lit_align.models.backbone import Backbone
 from lit_align.models.decoding import Responses, Sampling, decode
+from lit_align.models.layout import real_places
+from lit_align.models.sharding import on_all_ranks
 
 
 class Policy(Backbone):
@@ -30,7 +32,8 @@ class Policy(Backbone):
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {temperature}.")
         self.temperature = temperature
-        self.verify()
+        if self.files is None:  # otherwise there is nothing to verify yet
+            self.verify()
 
     @property
     def head(self) -> nn.Linear:
@@ -61,9 +64,9 @@ class Policy(Backbone):
         device = prompts.prompts.device
         rows = torch.tensor(list(greedy), device=device)
         ends = torch.tensor(list(stops), dtype=torch.long, device=device)
-        responses: Responses = self(
-            decode, self.network, prompts, noise, rows, ends, pad, self.temperature, sampling
-        )
+        given = (prompts, noise, rows, ends, pad, self.temperature, sampling)
+        over = bool if self.gathers else on_all_ranks
+        responses: Responses = self(decode, self.network, *given, over)
         return responses
 
     def logprobs(self, batch: Experience | Tokens) -> Tensor:
@@ -88,14 +91,27 @@ class Policy(Backbone):
             hidden: [N, T, H], of the whole texts.
             batch: The N texts.
         """
-        logprobs, entropy = chosen_logprobs(
-            hidden[:, batch.num_context - 1 : -1],
-            self.head.weight,
-            batch.responses,
-            bias=self.head.bias,
-            temperature=self.temperature,
+        before, tokens = (
+            hidden[:, batch.num_context - 1 : -1].flatten(0, 1),
+            batch.responses.flatten(),
         )
+        real = real_places(batch)
+        if real is None:
+            logprobs, entropy = self.read_head(before, tokens)
+        else:
+            at = torch.tensor(real, dtype=torch.long).to(tokens.device, non_blocking=True)
+            scored = self.read_head(before.index_select(0, at), tokens.index_select(0, at))
+            logprobs, entropy = (
+                value.new_zeros(tokens.shape).index_copy(0, at, value) for value in scored
+            )
+        logprobs, entropy = logprobs.view_as(batch.scored), entropy.view_as(batch.scored)
         return logprobs.where(batch.scored, 0.0), entropy.where(batch.scored, 0.0)
+
+    def read_head(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """([n], [n]) nats: log-prob and entropy of tokens [n] after hidden states [n, H]."""
+        return chosen_logprobs(
+            hidden, self.head.weight, tokens, bias=self.head.bias, temperature=self.temperature
+        )
 
     @torch.no_grad()
     def hits(self, batch: Experience | Tokens) -> Tensor:
@@ -115,18 +131,25 @@ class Policy(Backbone):
 
         Soft caps and logit scales come after the head, and scoring would not see them.
         """
-        tokens = torch.arange(min(8, self.vocabulary), device=self.head.weight.device)[None]
-        ones = torch.ones_like(tokens, dtype=torch.bool)
-        batch = Tokens(tokens=tokens, token_mask=ones, loss_mask=ones, lengths=[tokens.shape[1]])
-        logits = self.network(input_ids=tokens).logits[:, :-1].float() / self.temperature
-        own = logits.log_softmax(-1).gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
-        difference = float((own - self.logprobs(batch)).abs().max())
-        tolerance = 1e-3 if self.head.weight.dtype in (torch.float32, torch.float64) else 0.25
-        if not difference <= tolerance or not self.head_is_last(tokens):
+        difference, tolerance, is_last = self(self._faithful)
+        if not difference <= tolerance or not is_last:
             raise ValueError(
                 f"{self.name} changes its logits after the output head (log-probs differ by "
                 f"{difference:.2g} nats): soft-capped or scaled logits are not supported."
             )
+
+    def _faithful(self) -> tuple[float, float, bool]:
+        """Nats that log-probs differ by, nats that they may, and whether the head comes last."""
+        weight = self.head.weight
+        tokens = torch.arange(min(8, self.vocabulary), device=weight.device)[None]
+        ones = torch.ones_like(tokens, dtype=torch.bool)
+        batch = Tokens(tokens=tokens, token_mask=ones, loss_mask=ones, lengths=[tokens.shape[1]])
+        logits = self.network(input_ids=tokens).logits[:, :-1].float() / self.temperature
+        own = logits.log_softmax(-1).gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
+        difference = float((own - self._score(batch)[0]).abs().max())
+        whole = weight.dtype in (torch.float32, torch.float64)
+        exact = whole and not torch.is_autocast_enabled(weight.device.type)
+        return difference, 1e-3 if exact else 0.25, self.head_is_last(tokens)
 
     def head_is_last(self, tokens: Tensor) -> bool:
         """Whether logits of size 30 still are what the head says: a soft cap bends such ones."""

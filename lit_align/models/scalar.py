@@ -46,9 +46,18 @@ class Scalar(Backbone):
             )
         trunk = model.network.base_model
         dtype = str(next(trunk.parameters()).dtype).removeprefix("torch.")
-        copy = cls(config=model.network.config.to_dict(), dtype=dtype, sltrain=model.sltrain)
+        if model.path is not None:  # from there again, so that no rank needs whole weights
+            copy = cls(model.path, dtype=dtype, **model.reading)
+        else:
+            copy = cls(
+                config=model.network.config.to_dict(),
+                dtype=dtype,
+                attention=model.network.config._attn_implementation,
+                checkpointing=model.network.is_gradient_checkpointing,
+                sltrain=model.sltrain,
+            )
+            copy.network.base_model.load_state_dict(trunk.state_dict())
         copy.name = f"{model.name}'s trunk"
-        copy.network.base_model.load_state_dict(trunk.state_dict())
         return copy
 
     def values(self, batch: Experience | Tokens) -> Tensor:
@@ -57,7 +66,8 @@ class Scalar(Backbone):
         return values
 
     def _values(self, batch: Experience | Tokens) -> Tensor:
-        values: Tensor = self.network.score(self.hidden(batch)).squeeze(-1)
+        head = self.network.score
+        values: Tensor = head(self.hidden(batch).to(head.weight.dtype)).squeeze(-1)
         return values.float()
 
     def state_values(self, batch: Experience) -> Tensor:

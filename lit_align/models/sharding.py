@@ -1,24 +1,87 @@
-"""FSDP2 in two verbs: shard a model once, gather it while it generates."""
+"""FSDP2 in three verbs: shard a model once, synchronise its gradients, gather it to generate."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from torch import nn
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
 
 from lit_align.models.backbone import Backbone
+from lit_align.models.streaming import fill
 
 Model = TypeVar("Model", bound=Backbone)
 
 
-def shard(model: Model, mesh: DeviceMesh | None) -> Model:
-    """Splits the weights over the ranks of `mesh`, block by block; None leaves them whole."""
-    if mesh is not None:
-        parts: list[nn.Module] = [*model.blocks, model]
-        for module in parts:
-            fully_shard(module, mesh=mesh["data_parallel"])
+class Sharding(NamedTuple):
+    """How networks are split over ranks.
+
+    Args:
+        compute: Type that a block's weights are gathered in, where it is not their own. Embedding,
+            last norm and heads always are gathered as they are: under autocast the unsharded
+            residual stream and logits are fp32, too.
+        reduce: Type in which gradients are summed over ranks, where it is not their own.
+        offload: Shards sleep in host memory.
+        checkpointing: Blocks keep their inputs alone.
+        gather: Whether whole weights are gathered to generate; None asks an estimate.
+    """
+
+    compute: torch.dtype | None = None
+    reduce: torch.dtype | None = None
+    offload: bool = False
+    checkpointing: bool = False
+    gather: bool | None = None
+
+
+def shard(model: Model, mesh: DeviceMesh | None, how: Sharding | None = None) -> Model:
+    """Splits the weights over the ranks of `mesh`, block by block; None leaves them whole.
+
+    Args:
+        model: Built, not yet sharded.
+        mesh: Lightning's, of which tensor parallelism is 1; or of copies x shares.
+        how: By default plainly.
+    """
+    if mesh is None:
+        return model
+    how = how or Sharding()
+    model.gathers, model.gathered_size = how.gather, whole_size(model, how.compute)
+    names = mesh.mesh_dim_names or ()
+    line = mesh["data_parallel"] if "data_parallel" in names else mesh
+    offload = (
+        CPUOffloadPolicy(pin_memory=line.device_type != "cpu") if how.offload else OffloadPolicy()
+    )
+    blocks = MixedPrecisionPolicy(how.compute, how.reduce, cast_forward_inputs=False)
+    root = MixedPrecisionPolicy(None, how.reduce, cast_forward_inputs=False)
+    if how.checkpointing:
+        model.network.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.blocks:
+        fully_shard(block, mesh=line, mp_policy=blocks, offload_policy=offload)
+    # what trains keeps its embedding and heads for the backward pass, which ends in resharding
+    keeps = any(weight.requires_grad for weight in model.parameters())
+    fully_shard(
+        model,
+        mesh=line,
+        reshard_after_forward=not keeps,
+        mp_policy=root,
+        offload_policy=offload,
+    )
+    if model.files is not None:
+        kind = "cpu" if how.offload else line.device_type  # the current one, as for fully_shard
+        fill(model.network, model.files, torch.device(kind))
+        model.files = None
     return model
 
 
@@ -27,16 +90,85 @@ def shards(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Leaves shards alone registered: after a pass without backward the root still is whole."""
+    for module in shards(model):
+        module.reshard()
+
+
 def synchronise(model: nn.Module, wanted: bool) -> None:
     """Whether the next backward averages gradients over the ranks, or only adds them up here."""
     for module in shards(model):
         module.set_requires_gradient_sync(wanted, recurse=False)
 
 
+def whole_size(model: Backbone, compute: torch.dtype | None) -> int:
+    """Bytes of gathered weights.
+
+    Args:
+        model: Not yet sharded.
+        compute: Type of gathered blocks, where it is not their own.
+    """
+    blocks = {weight for block in model.blocks for weight in block.parameters()}
+    return sum(
+        weight.numel() * (compute if compute and weight in blocks else weight.dtype).itemsize
+        for weight in model.parameters()
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take; on a CPU, its part of what the machine has free."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return (
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // distributed.get_world_size()
+    )
+
+
+def fits(model: Backbone) -> bool:
+    """Whether whole weights take at most half of the memory that training leaves, on every rank.
+
+    Gradients and AdamW's moments, three times the trained shards, may still be to come; the other
+    half is for keys, values and activations.
+    """
+    weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
+    local = [weight.to_local() for weight in weights if weight.requires_grad]
+    device = torch.device(weights[0].device_mesh.device_type)
+    free = free_memory(device) - 3 * sum(weight.nbytes for weight in local)
+    room = torch.tensor(free / 2 - model.gathered_size, dtype=torch.float64, device=device)
+    distributed.all_reduce(room, op=distributed.ReduceOp.MIN)
+    return bool(room >= 0)
+
+
+def on_all_ranks(fact: bool) -> bool:
+    """Whether something is so on every rank; each of them has to ask."""
+    accelerator = torch.accelerator.current_accelerator()
+    facts = torch.tensor(int(fact), device=accelerator or "cpu")
+    distributed.all_reduce(facts, op=distributed.ReduceOp.MIN)
+    return bool(facts)
+
+
+def decide(model: Backbone) -> bool:
+    """Whether to gather whole weights: as told, or by an estimate at the first time, kept since."""
+    if model.gathers is None:
+        model.gathers = fits(model)
+        if not model.gathers:
+            rank_zero_warn(
+                f"Whole weights of {model.name} ({model.gathered_size / 2**30:.1f} GiB) would take "
+                f"more than half of the free memory: answers are generated from shards. Each token "
+                f"then gathers every block, and all ranks go on until the longest answer of any "
+                f"has ended: several times slower. `gather: true` of FSDP2 gathers all the same."
+            )
+    return model.gathers
+
+
 @contextmanager
 def gathered(model: Model) -> Iterator[Model]:
-    """Whole weights, eval mode: a generated token then costs no collective."""
-    parts, modes, root = shards(model), [m.training for m in model.modules()], id(model)
+    """Whole weights if they fit, eval mode: a generated token then costs no collective."""
+    split, modes = shards(model), [module.training for module in model.modules()]
+    parts = split if split and decide(model) else []
+    keeps = any(weight.requires_grad for weight in model.parameters())
     model.eval()
     for module in parts:
         module.set_reshard_after_forward(False, recurse=False)
@@ -45,7 +177,7 @@ def gathered(model: Model) -> Iterator[Model]:
         yield model
     finally:
         for module in parts:
-            module.set_reshard_after_forward(id(module) != root, recurse=False)
-            module.reshard()
+            module.set_reshard_after_forward(not keeps or id(module) != id(model), recurse=False)
+        reshard(model)
         for part, training in zip(model.modules(), modes, strict=True):
             part.training = training

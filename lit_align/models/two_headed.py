@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lit_align.batches import Pairs, Tokens
+from lit_align.models.lora import LoRA, with_float_heads
 from lit_align.models.policy import Policy
 from lit_align.models.scalar import at_last_token
 
@@ -60,6 +62,16 @@ class TwoHeaded(Policy):
     new_weights: ClassVar[tuple[str, ...]] = ("score.weight",)
     overrides: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
+    def adapt(self, lora: LoRA | None) -> PeftModel | None:
+        """Puts the adapter into the trunk; the reward head trains whole and is saved with it."""
+        if lora is None:
+            return None
+        heads = ["score"]
+        settings = lora.settings(self.task, [*(lora.train_fully or []), *heads], exclude=heads)
+        adapted = get_peft_model(self.network, settings)
+        settings.exclude_modules = None  # peft has listed the layers: where it loads is no head
+        return with_float_heads(adapted)
+
     def judge(self, batch: Pairs) -> tuple[Tensor, Tensor]:
         """([n, T-1] nats, [n, 2]): chosen answers' log-probs, and both scores; one pass.
 
@@ -76,5 +88,5 @@ class TwoHeaded(Policy):
 
     def numbers(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, T, H] -> [N, T], by the score head that is switched on."""
-        numbers: Tensor = self.network.score(hidden).squeeze(-1)
+        numbers: Tensor = self.network.score(hidden.to(self.network.score.weight.dtype)).squeeze(-1)
         return numbers.float()

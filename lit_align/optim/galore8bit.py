@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
@@ -20,8 +20,9 @@ AT_ONCE = 2**22  # numbers of a moment that are float32 at a time
 class GaLore8bit(GaLore):
     """GaLore whose moments are 8-bit codes in blocks of 256 numbers, arXiv:2110.02861.
 
-    A moment takes 1.016 bytes per number. Moments of fewer than 4,096 numbers, and those whose
-    shards do not divide into blocks, keep the type of the weights. `exp_avg` and `exp_avg_sq` hold
+    A moment of n numbers takes n + 4 ceil(n / 256) bytes. Moments of fewer than 4,096 numbers, and
+    those whose shards do not divide into blocks, keep the type of the weights. With `rank` None it
+    is AdamW with 8-bit moments, also for the flat parts of SLTrain. `exp_avg` and `exp_avg_sq` hold
     codes, `exp_avg_scale` and `exp_avg_sq_scale` a scale per block: plain tensors, so that a
     checkpoint is read without torchao.
 
@@ -39,8 +40,9 @@ class GaLore8bit(GaLore):
 
     def start(self, low: Tensor, state: dict[str, Tensor]) -> None:
         """Adds the moments, zeros, to the state of a parameter."""
-        part = local(low)
-        uneven = part.numel() % BLOCK or part.numel() * num_shards(low) != low.numel()
+        part, shards = local(low), num_shards(low)
+        # a block that ends with a shard would lie elsewhere for another number of ranks
+        uneven = shards > 1 and (part.numel() % BLOCK or part.numel() * shards != low.numel())
         if low.numel() < SMALLEST or uneven:
             super().start(low, state)
             return
@@ -48,7 +50,7 @@ class GaLore8bit(GaLore):
             state[name] = torch.zeros_like(
                 low, dtype=torch.uint8, memory_format=torch.contiguous_format
             )
-            scale = part.new_zeros(part.numel() // BLOCK, dtype=torch.float32)
+            scale = part.new_zeros(math.ceil(part.numel() / BLOCK), dtype=torch.float32)
             if isinstance(low, DTensor):
                 scale = DTensor.from_local(scale, low.device_mesh, low.placements, run_check=False)
             state[f"{name}_scale"] = scale
@@ -74,14 +76,16 @@ class GaLore8bit(GaLore):
         return change
 
     def decode(self, codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-        """[n] float32: what codes [n] in blocks of a scale [n / 256] stand for."""
-        values: Tensor = self.torchao.dequant_with_qmap(codes, self.map(signed, codes), scale)
-        return values
+        """[n] float32: what codes [n] in blocks of a scale [ceil(n / 256)] stand for."""
+        table, blocks = self.map(signed, codes), in_blocks(codes)
+        values: Tensor = self.torchao.dequant_with_qmap(blocks, table, scale)
+        return values[: len(codes)]
 
     def encode(self, values: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
-        """Writes values [n] into codes [n] and a scale per block [n / 256]."""
-        scaled, largest = self.torchao.scale_tensor(values, BLOCK)
-        codes.copy_(self.torchao.quantize_8bit_with_qmap(scaled, self.map(signed, codes)))
+        """Writes values [n] into codes [n] and a scale per block [ceil(n / 256)]."""
+        scaled, largest = self.torchao.scale_tensor(in_blocks(values), BLOCK)
+        coded = self.torchao.quantize_8bit_with_qmap(scaled, self.map(signed, codes))
+        codes.copy_(coded[: len(codes)])
         scale.copy_(largest)
 
     def map(self, signed: bool, like: Tensor) -> Tensor:
@@ -100,6 +104,12 @@ class GaLore8bit(GaLore):
         for name, param in zip(names, params, strict=True):  # torch casts to the weights' type
             for key, value in state_dict["state"].get(name, {}).items():
                 self.state[param][key] = value.to(self.state[param][key].device)
+
+
+def in_blocks(tensor: Tensor) -> Tensor:
+    """[n] with zeros at the end, so that it divides into blocks."""
+    missing = -len(tensor) % BLOCK
+    return nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_align.batches import Experience
 from lit_align.models.roles import Role
-from lit_align.rewards.base import RewardFunction
+from lit_align.rewards.base import RewardError, RewardFunction
 
 
 @runtime_checkable
@@ -45,5 +45,8 @@ class BaseReward(RewardFunction):
         return [self.algorithm.reward_role()]
 
     def __call__(self, batch: Experience) -> Tensor:
-        """[N] scores."""
-        return self.algorithm.base_scores(batch)
+        """[N] scores; an error ends the run at once, since ranks compute them together."""
+        try:
+            return self.algorithm.base_scores(batch)
+        except ValueError as error:
+            raise RewardError(str(error)) from error

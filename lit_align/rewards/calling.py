@@ -105,6 +105,8 @@ class Caller:
             return checked(answer(), rows)
         except RewardError as error:
             raise RewardError(f"reward '{name}' {error}") from error.__cause__
+        except torch.OutOfMemoryError:
+            raise  # the phase says what to change; row by row there would be no more room
         except TimeoutError as error:
             if self.time_limit is None or str(error):
                 return Failure(raised(error), error)

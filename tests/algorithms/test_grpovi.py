@@ -75,7 +75,7 @@ def test_running_bounds_are_the_extremes_so_far():
     first = adjusted(algorithm, group([0.25] * 4, [3.0, 2.0, 1.0, 0.0]))
     assert first == pytest.approx([3, 3, 0, 0])
     second = adjusted(algorithm, group([0.25] * 4, [2.0, 2.0, 1.0, 1.0]))
-    assert algorithm.bounds.tolist() == [0.0, 3.0]
+    assert algorithm.range.bounds.tolist() == [0.0, 3.0]
     assert second == pytest.approx([3, 3, 0, 0])
     assert adjusted(Alone(policy=tiny, running_bounds=True), group([0.5, 0.5], [2.0, 2.0])) == [
         2,
@@ -90,11 +90,11 @@ def test_bounds_are_saved_if_they_run(tmp_path, running):
     run.fit(algorithm, RandomPrompts(2))
     run.save_checkpoint(tmp_path / "x.ckpt")
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    assert ("bounds" in state) == running
+    assert ("range.bounds" in state) == running
     if running:
         again = GRPOVI(policy=tiny, num_samples=2, running_bounds=True)
         trainer(tmp_path, max_epochs=2).fit(again, RandomPrompts(1), ckpt_path=tmp_path / "x.ckpt")
-        assert again.bounds[1] >= algorithm.bounds[1]
+        assert again.range.bounds[1] >= algorithm.range.bounds[1]
 
 
 def test_raw_scores_are_what_is_logged(run):

@@ -219,11 +219,178 @@ CASES = {
     ),
 }
 
+FAST = ("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0")
+OWN = (*ONLINE, *FAST, "--data.batch_size", "4", "--data.eval_split", "null", "--data.path")
+JUDGED = (*OWN, "good.jsonl", "--reward.sources", "PythonReward", "--reward.sources.function")
+FILES = {  # what the cases below find in their folder
+    "empty.jsonl": "",
+    "columns.jsonl": '{"question": "a film", "text2": "y"}',
+    "blank.jsonl": '{"prompt": "a film"}\n{"prompt": "  "}',
+    "long.jsonl": json.dumps({"prompt": "film " * 100}),
+    "talk.jsonl": '{"prompt": [{"role": "user", "content": "film"}]}',
+    "no_role.jsonl": '{"prompt": [{"content": "film"}]}',
+    "half.jsonl": '{"prompt": "a film"}\n{"prompt": "a',
+    "list.jsonl": "[1, 2]",
+    "latin.jsonl": b'{"prompt": "a film"}\n{"prompt": "\xe9t\xe9"}',
+    "ragged.csv": "prompt,answer\na,b\nc,d,e\n",
+    "answers.pkl": "",
+    "folder/readme": "",
+    "one_answer.jsonl": '{"prompt": "a film", "chosen": "b"}',
+    "good.jsonl": "\n".join(json.dumps({"prompt": f"a film {i}"}) for i in range(8)),
+    "mine.py": "def short(completions): return [0.0]\n"
+    "def silent(completions): return [None] * len(completions)\n"
+    "def nan(completions): return [float('nan')] * len(completions)\n"
+    "def words(completions): return 'good'\n"
+    "def broken(completions): return [1 / 0]\n"
+    "def needs(completions, answer): return [0.0] * len(completions)\n"
+    "number = 3\n",
+    "typo.py": "def f(:\n",
+}
+CASES |= {
+    "an empty data set": ((*OWN, "empty.jsonl"), r"'empty.jsonl' has no rows"),
+    "wrong columns": (
+        (*OWN, "columns.jsonl"),
+        r"row 0 of 'columns.jsonl': it has the columns question, text2; wanted: prompt, messages",
+    ),
+    "a row with an empty prompt": (
+        (*OWN, "blank.jsonl"),
+        r"row 1 of 'blank.jsonl': the prompt is empty",
+    ),
+    "only prompts that are longer than the limit": (
+        (*OWN, "long.jsonl"),
+        r"no row of 'long.jsonl' is left: dropped 1 prompts of more than max_prompt_tokens 32",
+    ),
+    "a conversation for a tokenizer without a chat template": (
+        (*OWN, "talk.jsonl"),
+        r"row 0 of 'talk.jsonl': .* no chat template: set data.chat_template",
+    ),
+    "a chat template that is not there": (
+        (*OWN, "talk.jsonl", "--data.chat_template", "nowhere.jinja"),
+        r"chat_template 'nowhere.jinja' is neither jinja text nor a file",
+    ),
+    "a chat template that refuses": (
+        (*OWN, "talk.jsonl", "--data.chat_template", "{{ raise_exception('no film') }}"),
+        r"the chat template refuses the messages: no film",
+    ),
+    "a message without a role": (
+        (*OWN, "no_role.jsonl"),
+        r"row 0 of 'no_role.jsonl': a message needs role and content",
+    ),
+    "half a line of JSON": ((*OWN, "half.jsonl"), r"line 2 of 'half.jsonl' is not valid JSON"),
+    "a line that is no object": ((*OWN, "list.jsonl"), r"line 1 of 'list.jsonl' is no JSON object"),
+    "a file in another encoding": ((*OWN, "latin.jsonl"), r"line 2 of 'latin.jsonl' is not UTF-8"),
+    "a table with a row too long": (
+        (*OWN, "ragged.csv"),
+        r"line 3 of 'ragged.csv' does not have the 2 columns prompt, answer",
+    ),
+    "a pickle": ((*OWN, "answers.pkl"), r"'answers.pkl' is none of .csv, .json"),
+    "a folder without data": ((*OWN, "folder"), r"'folder' holds no .csv, .json"),
+    "a split of a single file": (
+        (*OWN, "good.jsonl", "--data.split", "test"),
+        r"'good.jsonl' is one file and has no split 'test': use data.eval_path",
+    ),
+    "a column to rename that is not there": (
+        (*OWN, "good.jsonl", "--data.columns", "{question: prompt}"),
+        r"row 0 of 'good.jsonl': there is no column 'question' to rename, only prompt",
+    ),
+    "a batch larger than the data": (
+        (*OWN, "good.jsonl", "--data.batch_size", "100"),
+        r"8 rows do not fill one batch of 100 rows .*: lower data.batch_size",
+    ),
+    "a pair without its rejected answer": (
+        (*PAIRED, *FAST, "--data.path", "one_answer.jsonl", "--data.eval_split", "null"),
+        r"row 0 of 'one_answer.jsonl': it has the columns prompt, chosen; wanted: chosen and",
+    ),
+    "an eos that is no token": (
+        (*OWN, "good.jsonl", "--data.eos_token", "<end>"),
+        r"the tokenizer of 'toy' has no token '<end>' to be its eos",
+    ),
+    "a reward of the wrong length": (
+        (*JUDGED, "mine.py:short"),
+        r"reward 'short' returned 1 scores instead of 8",
+    ),
+    "a reward that never applies": (
+        (*JUDGED, "mine.py:silent"),
+        r"no reward source applies to this row",
+    ),
+    "a reward that is no number": ((*JUDGED, "mine.py:nan"), r"reward 'nan' returned nan"),
+    "a reward that is a text": (
+        (*JUDGED, "mine.py:words"),
+        r"reward 'words' returned str instead of a list of numbers",
+    ),
+    "a reward that raises": (
+        (*JUDGED, "mine.py:broken"),
+        r"reward 'broken' raised ZeroDivisionError: division by zero \(.*mine.py:5\)",
+    ),
+    "a reward that asks for a column that is not there": (
+        (*JUDGED, "mine.py:needs"),
+        r"reward 'needs' needs the argument 'answer', but there are only: prompts, completions",
+    ),
+    "a reward that is not in its file": (
+        (*JUDGED, "mine.py:f"),
+        r"reward function 'mine.py:f': mine.py has no 'f'",
+    ),
+    "a reward that is no function": (
+        (*JUDGED, "mine.py:number"),
+        r"reward function 'mine.py:number': 'number' is a int, not a function",
+    ),
+    "a reward in a file with a mistake": (
+        (*JUDGED, "typo.py:f"),
+        r"reward function 'typo.py:f': cannot import typo.py: SyntaxError",
+    ),
+    "a device that is not there": (
+        (*ONLINE, "--trainer.accelerator", "tpu"),
+        r"Requirement 'torch_xla>=.*' not met",
+    ),
+    "an accelerator that is none": (
+        (*ONLINE, "--trainer.accelerator", "gpuu"),
+        r"invalid accelerator name: `accelerator='gpuu'`. Available names are: auto",
+    ),
+    "no device": ((*ONLINE, "--trainer.devices", "0"), r"`Trainer\(devices='?0'?\)` value is not"),
+    "a strategy that is none": (
+        (*ONLINE, "--trainer.strategy", "dpp"),
+        r"invalid strategy name: `strategy='dpp'`",
+    ),
+    "an architecture that is none": (
+        (*ONLINE, "--model.policy.config.model_type", "lama"),
+        r"Unrecognized model identifier: lama",
+    ),
+    "an architecture that cannot be": (
+        (*ONLINE, "--model.policy.config.hidden_size", "65"),
+        r"hidden size \(65\) is not a multiple of the number of attention heads",
+    ),
+    "a folder without a model": (
+        (*ONLINE, "--model.policy.path", "./folder"),
+        r"\./folder could not be loaded: ",
+    ),
+    "a run folder that is not there": (("report", "nowhere"), r"nowhere: no such run folder"),
+    "a report of another folder": (
+        ("report", "folder"),
+        r"folder: no metrics.csv, .*Found: readme",
+    ),
+    "a report of nothing": (("report",), r"required: RUN"),
+    "a comparison without a reward": (
+        ("evaluate", "folder", "--data.path", "good.jsonl"),
+        r"evaluate compares by rewards: add --reward.sources",
+    ),
+    "a comparison of a folder without a model": (
+        ("evaluate", "folder", "--config", "remax", "--config", "toy"),
+        r"folder: no config.json and no adapter_config.json",
+    ),
+    "a conversation with a folder without a model": (
+        ("chat", "folder"),
+        r"folder: no config.json and no adapter_config.json, .* Found: readme",
+    ),
+}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_answered_in_a_sentence(case, tmp_path, monkeypatch, capfd):
     argv, expected = CASES[case]
     monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit) as left:
         raise SystemExit(main(list(argv)))
     assert left.value.code == 2

@@ -190,3 +190,13 @@ def test_an_error_of_pythons_own_keeps_its_traceback(tmp_path, monkeypatch):
     )
     with pytest.raises(IndexError, match="out of bounds"):
         main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model", "broken.Broken"])
+
+
+def test_a_file_of_data_is_read_as_such_and_not_as_a_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text("prompt,answer\na film,b\nthe film,c\n")
+    start = ("predict", "--config", "remax", "--config", "toy", "--data.eval_split", "null")
+    assert main([*start, "--data.path", "toy", "--data.eval_path", "mine.csv"]) == 0
+    found = (tmp_path / "runs" / "remax" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in found] == ["b", "c"]
+    assert main([*start, "--data.path", "mine.csv", "--data.eval_fraction", "0.5"]) == 0

@@ -1,7 +1,10 @@
 """What all data modules share: splits, mixtures, evaluation, resuming, messages."""
 
 import json
+import multiprocessing
+import os
 import pathlib
+import signal
 from itertools import chain
 from types import SimpleNamespace
 
@@ -283,3 +286,11 @@ def test_nothing_to_evaluate(numbers):
         data(numbers(5)).val_dataloader()
     with pytest.raises(ValueError, match="is one file and has no split 'test'"):
         data(numbers(5), eval_split="test").val_dataloader()
+
+
+def test_a_worker_goes_on_after_ctrl_c(numbers):
+    batches = iter(data(numbers(24), batch_size=1, num_workers=1).train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 23

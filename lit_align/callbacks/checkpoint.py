@@ -1,0 +1,227 @@
+"""When a run is saved, and that it goes on from there as if it had never stopped."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.callbacks import checkpoint_files as files
+from lit_align.callbacks import generators
+from lit_align.callbacks.optimizer_names import with_names
+from lit_align.callbacks.run_log import RunLog
+from lit_align.callbacks.signals import StopSignals
+
+
+class Checkpoints(Checkpoint):
+    """Saves the run into `checkpoints/` between two iterations, and when it ends or is told to.
+
+    A checkpoint is written before the next iteration begins, when all of the last one is done,
+    validated and logged. It appears whole or not at all. What lies in the folder and is not of this
+    run's past is moved to `checkpoints/superseded/`, so that `--ckpt_path last` never means it.
+
+    Args:
+        every_n_iterations: Iterations (rollouts, or optimizer steps of offline algorithms) between
+            two saves; 0 saves at the end alone.
+        keep: How many of the newest checkpoints are kept.
+        monitor: Metric of the validation, such as val/reward, by which the best one is kept, too;
+            by default none is.
+        higher_is_better: Whether `monitor` shall be large.
+    """
+
+    def __init__(
+        self,
+        every_n_iterations: int = 50,
+        keep: int = 2,
+        monitor: str | None = None,
+        higher_is_better: bool = True,
+    ):
+        if every_n_iterations < 0 or keep < 1:
+            raise ValueError(
+                f"Checkpoints needs every_n_iterations >= 0 and keep >= 1, found "
+                f"{every_n_iterations} and {keep}."
+            )
+        self.every_n_iterations, self.keep = every_n_iterations, keep
+        self.monitor, self.higher_is_better = monitor, higher_is_better
+        self.signals = StopSignals()
+        self.border: dict[str, Any] | None = None  # the loops' state after the last iteration
+        self.saving = False
+        self.last_saved: Path | None = None
+        self.best: float | None = None  # value of `monitor`
+        self.is_best = False  # the weights as they are now
+        self.generators: list[generators.State] = []  # by rank, to be restored
+
+    # When -----------------------------------------------------------------------------------------
+
+    def on_sanity_check_start(self, trainer: Trainer, algorithm: LightningModule) -> None:
+        """Takes the signals over as soon as Lightning has set its own handlers."""
+        self.signals.listen()
+
+    def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Clears what is not of this run's past: half a save, later checkpoints, later metrics."""
+        self.signals.listen()
+        self.border, folder = None, files.folder_of(trainer.default_root_dir)
+        source = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        here = source is not None and source.parent == folder.resolve()
+        past = algorithm.iteration if here else 0
+        self.last_saved = source
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            tidy(folder, past)
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLog):
+                    logger.rewind(past)
+        if source is not None:
+            say_if_finished(trainer, algorithm)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, algorithm: Algorithm, batch: Any, batch_idx: int
+    ) -> None:
+        """The border between two iterations; a resumed run gets its random numbers back."""
+        if self.border is not None:
+            self.at_border(trainer, algorithm)
+        elif len(self.generators) == trainer.world_size:
+            generators.restore(self.generators[trainer.global_rank])
+        self.generators = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, algorithm: Algorithm, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes where data and loops are: at the border the next batch is fetched already."""
+        self.border, self.is_best = deepcopy(trainer.fit_loop.state_dict()), False
+
+    def on_validation_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Compares the monitored metric with its best value so far."""
+        if self.monitor is None or self.border is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            names = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"Checkpoints monitors {self.monitor}, but there are only {names}.")
+        value = float(trainer.callback_metrics[self.monitor])
+        sign = 1 if self.higher_is_better else -1
+        if self.best is None or sign * value > sign * self.best:
+            self.best, self.is_best = value, True
+
+    def at_border(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Saves if it is time; leaves if a rank was told to."""
+        every = self.every_n_iterations
+        told = self.signals.received is not None
+        stop = trainer.strategy.reduce_boolean_decision(told, all=False)
+        if stop or self.is_best or (every and algorithm.iteration % every == 0):
+            self.save(trainer, algorithm)
+        if stop:
+            received = self.signals.received
+            why = f" by {received.name}" if received is not None else ""
+            rank_zero_only(print)(
+                f"stopped{why} after iteration {algorithm.iteration}, saved as {self.last_saved}; "
+                f"to go on, run the same command with --ckpt_path last"
+            )
+            self.signals.requeue(trainer)
+            raise SystemExit(0)
+
+    def on_train_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Saves the end of the run, unless there was nothing left to do."""
+        if self.border is not None:
+            self.save(trainer, algorithm)
+        self.signals.let_go()
+
+    def on_exception(
+        self, trainer: Trainer, algorithm: LightningModule, exception: BaseException
+    ) -> None:
+        """Gives the signals back."""
+        self.signals.let_go()
+
+    # How ------------------------------------------------------------------------------------------
+
+    def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Writes the checkpoint of this iteration; every rank takes part."""
+        if trainer.fast_dev_run:
+            return
+        folder = files.folder_of(trainer.default_root_dir)
+        path = folder / files.name_of(algorithm.iteration)
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.sweep(folder)
+        trainer.strategy.barrier("checkpoint folder")
+        self.saving = True
+        trainer.save_checkpoint(files.part_of(path), weights_only=False)
+        self.saving = False
+        if trainer.is_global_zero:
+            files.publish(files.part_of(path), path)
+            if self.is_best:
+                files.write_best(folder, path)
+            self.prune(folder)
+        trainer.strategy.barrier("checkpoint")
+        self.last_saved, self.is_best = path, False
+
+    def prune(self, folder: Path) -> None:
+        """Deletes all but the newest checkpoints and the best one."""
+        best = files.read_best(folder)
+        for path in files.saved(folder)[: -self.keep]:
+            if path != best:
+                files.remove(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on comparing with it."""
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, algorithm: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds what Lightning leaves out; every rank takes part."""
+        if self.saving:
+            checkpoint["loops"]["fit_loop"] = self.border
+        checkpoint["num_ranks"] = trainer.world_size
+        checkpoint["generators"] = generators.of_all_ranks()
+        checkpoint["optimizer_states"] = with_names(trainer, checkpoint["optimizer_states"])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, algorithm: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Says what another number of ranks cannot keep."""
+        self.generators, ranks = checkpoint.get("generators", []), checkpoint.get("num_ranks", 0)
+        if trainer.training and ranks not in (0, trainer.world_size):
+            rank_zero_only(print)(
+                f"saved on {ranks} rank(s), resumed on {trainer.world_size}: weights, optimizer "
+                f"and the place in the data are kept; python's, numpy's and torch's random numbers "
+                f"of each rank are not, and a batch of all ranks is data.batch_size times the "
+                f"number of ranks, so that steps have another size unless you change it"
+            )
+
+
+def tidy(folder: Path, past: int) -> None:
+    """Deletes half a save, and sets aside what is not of a run's past.
+
+    Args:
+        folder: Of the checkpoints.
+        past: Iterations that the run has behind it.
+    """
+    files.sweep(folder)
+    strange = [path for path in files.saved(folder) if files.iteration_of(path) > past]
+    if strange:
+        files.set_aside(strange, folder)
+        print(
+            f"{len(strange)} checkpoint(s) of an earlier run, such as {strange[-1].name}, are now "
+            f"in {folder / files.SUPERSEDED}"
+        )
+
+
+def say_if_finished(trainer: Trainer, algorithm: Algorithm) -> None:
+    """A run that is at its end does nothing more, and how it can be made longer."""
+    epochs, steps = trainer.fit_loop.epoch_progress.current.processed, trainer.global_step
+    by_epochs = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs
+    by_steps = 0 <= trainer.max_steps <= steps
+    if by_epochs or by_steps:
+        name = "max_epochs" if by_epochs else "max_steps"
+        rank_zero_only(print)(
+            f"this run is finished: {algorithm.iteration} iterations, {name} "
+            f"{getattr(trainer, name)}; to extend it, raise --trainer.{name}"
+        )

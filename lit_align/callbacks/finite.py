@@ -1,0 +1,56 @@
+"""A loss that is no number stops the run before it reaches the weights."""
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import distributed
+from torch.optim import Optimizer
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.callbacks.checkpoint import Checkpoints
+
+
+class Finite(Callback):
+    """Looks at losses and gradients once per optimizer step, on all ranks together.
+
+    NaN and infinity are answered with the step, the rows and the last checkpoint; the step is not
+    taken.
+    """
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, algorithm: Algorithm, optimizer: Optimizer
+    ) -> None:
+        """Reads one number from the device."""
+        facts = [norm.isfinite() for norm in algorithm.norms.values()]
+        facts += [part.finite.all() for part in algorithm.judged]
+        if trainer.strategy.reduce_boolean_decision(bool(torch.stack(facts).all())):
+            return
+        saved = [each for each in trainer.checkpoint_callbacks if isinstance(each, Checkpoints)]
+        last = next((each.last_saved for each in saved if each.last_saved), "none yet")
+        where = "; ".join(filter(None, of_all_ranks(strange_rows(trainer, algorithm))))
+        what = f"The loss is not finite: {where}" if where else "The gradient is not finite"
+        raise ValueError(
+            f"{what}. Stopped in iteration {algorithm.iteration + 1}, before optimizer step "
+            f"{trainer.global_step + 1}, so that the weights are as they were. Last checkpoint: "
+            f"{last}. Lower the learning rate or max_grad_norm, or look at these rows."
+        )
+
+
+def strange_rows(trainer: Trainer, algorithm: Algorithm) -> str:
+    """Names this rank's rows whose loss is not finite, with their prompts where they have any."""
+    named = []
+    for part in algorithm.judged:
+        prompts = part.columns.get("prompt", [""] * len(part.rows))
+        for row, prompt, finite in zip(part.rows, prompts, part.finite.tolist(), strict=True):
+            if not finite:
+                named.append(f"{row} ({str(prompt)[:60]!r})" if prompt else str(row))
+    listed = ", ".join(named[:5]) + (" ..." if len(named) > 5 else "")
+    return f"rows {listed} of rank {trainer.global_rank}" if named else ""
+
+
+def of_all_ranks(text: str) -> list[str]:
+    """What each rank says."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [text]
+    texts = [text] * distributed.get_world_size()
+    distributed.all_gather_object(texts, text)
+    return texts

@@ -1,0 +1,58 @@
+"""Random number generators of every rank, for rewards and callbacks of the user's that draw."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+State = dict[str, Any]  # tensors and numbers, as checkpoints load them
+
+
+def state() -> State:
+    """Where python, numpy, torch and this rank's devices are."""
+    version, words, spare = random.getstate()
+    legacy: Any = np.random.get_state(legacy=False)
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": {"version": version, "words": torch.tensor(words), "spare": spare},
+        "numpy": {
+            "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
+            "position": int(legacy["state"]["pos"]),
+            "has_spare": int(legacy["has_gauss"]),
+            "spare": float(legacy["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "devices": devices,
+    }
+
+
+def restore(found: State) -> None:
+    """Goes on where the generators were."""
+    python, legacy = found["python"], found["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["spare"]))
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {
+                "key": legacy["key"].numpy().astype(np.uint32),
+                "pos": legacy["position"],
+            },
+            "has_gauss": legacy["has_spare"],
+            "gauss": legacy["spare"],
+        }
+    )
+    torch.set_rng_state(found["torch"].cpu())
+    if torch.cuda.is_available() and len(found["devices"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(found["devices"])
+
+
+def of_all_ranks() -> list[State]:
+    """`state` of each rank, by rank; every rank must ask."""
+    own = state()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    states: list[State] = [own] * distributed.get_world_size()
+    distributed.all_gather_object(states, own)
+    return states

@@ -1,0 +1,167 @@
+"""Where the memory goes: the most bytes in each phase, and what they are for."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.callbacks.allocations import (
+    AcceleratorAllocations,
+    Allocations,
+    CPUAllocations,
+    bytes_of,
+)
+from lit_align.callbacks.reward import Reward
+from lit_align.models.parking import state_of
+
+MIB = 2**20  # bytes
+
+
+class Peak(NamedTuple):
+    """The largest memory of a phase, in bytes on this rank's device.
+
+    Args:
+        peak: Most bytes in use at once.
+        parameters: Weights of all networks, frozen ones too, when the phase ends.
+        gradients: Of the weights that train, when the optimizer steps.
+        optimizer_state: When the phase ends.
+        other: What the peak has beyond these: activations, temporaries, caches, the batch.
+    """
+
+    peak: int
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    other: int
+
+
+class Memory(Callback):
+    """Measures each phase: load, rollout, score, prepare, update.
+
+    The bytes are the allocator's, not the process's. They are in the log (`memory/<phase>` and
+    their largest, `memory/peak`, in MiB, the most of all ranks), in the progress line, and in the
+    run folder's `memory.csv`: the largest peak of each phase by category, in bytes. On a GPU this
+    costs nothing. On a CPU torch's profiler listens from the start of a fit to its end, except
+    during evaluation. A reward model is seen as it is loaded if this stands before `Reward`.
+    """
+
+    allocations: Allocations
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, Peak] = {}  # the largest of the run, by phase
+        self.latest: dict[str, int] = {}  # bytes since the last log, by phase
+        self.gradients = 0  # bytes when the optimizer stepped
+
+    # When -----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
+        """Begins to listen, before a network is there."""
+        if stage != "fit":
+            return
+        self.peaks, self.latest = {}, {}
+        self.trainer, self.algorithm = trainer, algorithm
+        self.device = trainer.strategy.root_device
+        on_cpu = self.device.type == "cpu"
+        self.allocations = CPUAllocations() if on_cpu else AcceleratorAllocations(self.device)
+        self.allocations.resume()
+        algorithm.watchers.append(self)
+
+    def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """All networks are there; some may have been built before anyone listened."""
+        self.allocations.at_least(bytes_of(self.weights(), self.device))
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(self.look)
+
+    def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """What an algorithm computes in advance belongs to no phase."""
+        self.allocations.pause()
+
+    def on_train_epoch_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Listens while the data are loaded, too."""
+        self.allocations.resume()
+
+    def on_validation_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Evaluation is no phase of training."""
+        if self in algorithm.watchers:
+            self.allocations.pause()
+
+    def on_validation_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Goes on."""
+        if self in algorithm.watchers:
+            self.allocations.resume()
+
+    def teardown(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
+        """Stops listening."""
+        if self in algorithm.watchers:
+            algorithm.watchers.remove(self)
+            self.allocations.pause()
+
+    def on_exception(
+        self, trainer: Trainer, algorithm: Algorithm, exception: BaseException
+    ) -> None:
+        """Stops listening; the profiler would stay on."""
+        self.teardown(trainer, algorithm, "fit")
+
+    # What -----------------------------------------------------------------------------------------
+
+    def begin(self, phase: str) -> None:
+        """A phase starts."""
+        self.gradients = 0
+        self.allocations.begin()
+
+    def look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """All gradients are there: the optimizer is about to step."""
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        self.gradients = bytes_of(gradients, self.device)
+
+    def end(self, phase: str) -> None:
+        """Keeps the phase's peak, if it is the largest."""
+        heard = self.allocations.end()
+        parameters = bytes_of(self.weights(), self.device)
+        state = [kept for optimizer in self.trainer.optimizers for kept in state_of(optimizer)]
+        static = (parameters, self.gradients, bytes_of(state, self.device))
+        peak = max(heard, sum(static))  # of weights that were there before, nobody heard
+        self.latest[phase] = max(peak, self.latest.get(phase, 0))
+        if phase not in self.peaks or peak > self.peaks[phase].peak:
+            self.peaks[phase] = Peak(peak, *static, peak - sum(static))
+
+    def weights(self) -> Iterator[Tensor]:
+        """Those of all roles, and of the reward models."""
+        yield from self.algorithm.parameters()
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Reward):
+                for source in callback.panel.sources.values():
+                    for role in source.cast():
+                        yield from role.network.parameters()
+
+    # Where to -------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, algorithm: Algorithm, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the iteration's peaks, and writes those of the run."""
+        most = {**self.latest, "peak": max(self.latest.values())}
+        for phase, size in most.items():
+            value = torch.tensor(size / MIB, device=self.device)
+            algorithm.log(f"memory/{phase}", value, sync_dist=True, reduce_fx="max")
+        self.latest = {}
+        self.write(trainer)
+
+    def write(self, trainer: Trainer) -> None:
+        """One row per phase, in bytes; each rank has a file."""
+        rank = "" if trainer.world_size == 1 else f".rank{trainer.global_rank}"
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"memory{rank}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["phase", *Peak._fields])
+            writer.writerows([phase, *peak] for phase, peak in self.peaks.items())

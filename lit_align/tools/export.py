@@ -1,0 +1,78 @@
+"""A checkpoint as folders that transformers loads without us."""
+
+import math
+from pathlib import Path
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.reference import Referenced
+from lit_align.callbacks.checkpoint_files import head
+from lit_align.callbacks.checkpoint_io import trained_weights
+from lit_align.callbacks.export import clear, name_ends, places
+from lit_align.data.loading import TextData
+from lit_align.models.backbone import Backbone
+from lit_align.models.loading import quiet_transformers
+from lit_align.models.merging import merged
+
+
+def export(
+    algorithm: Algorithm, data: TextData, checkpoint: Path, out: Path, merge: bool = False
+) -> list[Path]:
+    """Writes each trained network with its tokenizer, as the end of a run does; the folders.
+
+    Args:
+        algorithm: As the run had it, with its networks built.
+        data: Has the tokenizer.
+        checkpoint: Of one file, or sharded.
+        out: Folder for all.
+        merge: Write adapters into their base's weights; each adapter becomes a model of its own.
+    """
+    load(algorithm, checkpoint)
+    written = []
+    for network, place in places(algorithm.roles, out).items():
+        tokenizer = name_ends(network, data)
+        if merge and not network.saved_whole:
+            folders = save_merged(network, place)
+        else:
+            clear(place, network)
+            network.save(place)
+            folders = [place]
+        for folder in folders:
+            tokenizer.save_pretrained(folder)
+        written += folders
+    return written
+
+
+def load(algorithm: Algorithm, checkpoint: Path) -> None:
+    """Puts a checkpoint's weights into the networks, after a look at what they were trained on."""
+    found, name = head(checkpoint), type(algorithm).__name__
+    if found["algorithm"] != name:
+        raise ValueError(
+            f"{checkpoint} is of a {found['algorithm']} run, and the config of {name}."
+        )
+    if isinstance(algorithm, Referenced):
+        expected, frozen = found["frozen_fingerprint"], algorithm.frozen_fingerprint
+        if not math.isclose(expected, frozen, abs_tol=1e-6):
+            raise ValueError(
+                f"The frozen weights are others than those that {checkpoint} was trained on: give "
+                f"the config of that run, whose paths must hold the same weights."
+            )
+    weights = trained_weights(checkpoint)
+    algorithm.check_fit(weights)
+    algorithm.load_state_dict(weights, strict=False)
+
+
+def save_merged(network: Backbone, place: Path) -> list[Path]:
+    """Writes a whole model for each adapter that trained; their folders.
+
+    Args:
+        network: Adapted.
+        place: Folder of a single one; several get one each in it.
+    """
+    folders = []
+    for adapter in network.trained_adapters:
+        folder = place if len(network.trained_adapters) == 1 else place / adapter
+        clear(folder, network, whole=True)
+        with quiet_transformers():
+            merged(network, adapter).save_pretrained(folder)
+        folders.append(folder)
+    return folders

@@ -1,0 +1,95 @@
+"""What is measured: an algorithm, a model, a shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ONLINE = ("grpo", "rloo")
+OFFLINE = ("dpo", "sft", "reward_model")
+SMALL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+MEDIUM = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+LARGE = {
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+}
+HUGE = {
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+MODELS = {"1M": SMALL, "7M": MEDIUM, "0.5B": LARGE, "1.5B": HUGE}
+
+
+class Shape(NamedTuple):
+    """How many tokens a step has, and how they are spread.
+
+    Args:
+        name: For the table.
+        num_rows: Answers, texts or pairs per optimizer step.
+        num_samples: Answers to one prompt.
+        prompt: Tokens of the longest prompt.
+        answer: Tokens of the longest answer.
+        mean: Tokens of the mean answer, geometric lengths cut at `answer`; 0: all full.
+        part: Rows of full length in one micro-batch.
+    """
+
+    name: str
+    num_rows: int
+    num_samples: int
+    prompt: int
+    answer: int
+    mean: int
+    part: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.prompt + self.answer
+
+
+class Case(NamedTuple):
+    """One line of the table.
+
+    Args:
+        algorithm: One of ONLINE or OFFLINE.
+        model: One of MODELS.
+        shape: Of a step.
+        device: cpu, or cuda in bf16.
+    """
+
+    algorithm: str
+    model: str
+    shape: Shape
+    device: str = "cpu"
+
+    @property
+    def online(self) -> bool:
+        """Whether answers are sampled."""
+        return self.algorithm in ONLINE
+
+    @property
+    def bf16(self) -> bool:
+        """Whether weights are bfloat16."""
+        return self.device != "cpu"
+
+
+def shapes(algorithm: str, device: str) -> list[Shape]:
+    """All answers of full length, and geometric lengths as a real stop gives them."""
+    if device != "cpu":
+        mean, rows, part = (128, 64, 16) if algorithm in ONLINE else (256, 64, 16)
+        return [
+            Shape("full", rows, 8, 128, 512, 0, part),
+            Shape("ragged", rows, 8, 128, 1024, mean, part),
+        ]
+    if algorithm in ONLINE:
+        return [Shape("full", 32, 8, 32, 64, 0, 8), Shape("ragged", 32, 8, 32, 128, 32, 8)]
+    part = 8 if algorithm == "sft" else 4  # a pair has two texts
+    return [
+        Shape("full", 4 * part, 1, 32, 96, 0, part),
+        Shape("ragged", 4 * part, 1, 32, 224, 48, part),
+    ]

@@ -1,0 +1,117 @@
+"""How seconds and bytes of a GRPO step grow, one axis at a time."""
+
+from __future__ import annotations
+
+import csv
+import math
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from bench import material, ours
+from bench.case import MODELS, Case, Shape
+from bench.memory import apart, peak
+from bench.turns import seconds
+
+AXES = {
+    "prompts": [2, 4, 8, 16],
+    "samples of a prompt": [2, 4, 8, 16],
+    "tokens of a response": [32, 64, 128, 256],
+    "parameters": [64, 128, 256, 512],  # by the hidden size
+}
+
+
+class Point(NamedTuple):
+    """One measurement.
+
+    Args:
+        axis: One of AXES.
+        size: Where on it.
+        seconds: Of a step, on the processor.
+        bytes: At most, above what the process began with.
+    """
+
+    axis: str
+    size: int
+    seconds: float
+    bytes: int
+
+
+def case(axis: str, size: int) -> Case:
+    """4 prompts, 8 samples, 32 tokens, 1 M parameters, but for one."""
+    prompts = size if axis == "prompts" else 4
+    samples = size if axis == "samples of a prompt" else 8
+    answer = size if axis == "tokens of a response" else 32
+    model = "1M"
+    if axis == "parameters":
+        model = f"hidden {size}"
+        MODELS[model] = {
+            **MODELS["1M"],
+            "hidden_size": size,
+            "intermediate_size": 3 * size,
+        }
+    return Case("grpo", model, Shape("full", prompts * samples, samples, 32, answer, 0, 8))
+
+
+def parameters(case: Case) -> int:
+    """Weights of a Llama without biases and with two embeddings."""
+    size = MODELS[case.model]
+    hidden, layers = size["hidden_size"], size["num_hidden_layers"]
+    block = 4 * hidden**2 + 3 * hidden * size["intermediate_size"] + 2 * hidden
+    return layers * block + 2 * size["vocab_size"] * hidden + hidden
+
+
+def timed(case: Case, folder: Path) -> float:
+    """Seconds of a step."""
+    (steps,) = seconds([partial(ours.run, case, folder)], 3)
+    return median(work for _, work in steps)
+
+
+def weighed(case: Case, folder: Path) -> int:
+    """Peak bytes of two steps."""
+    return peak(lambda: ours.run(case, folder, 2, lambda: None), case.device)
+
+
+def measure() -> list[Point]:
+    """All points."""
+    points = []
+    for axis, sizes in AXES.items():
+        for size in sizes:
+            what = case(axis, size)
+            at = parameters(what) if axis == "parameters" else size
+            with tempfile.TemporaryDirectory() as path:
+                apart(material.make, what, Path(path), 5)
+                costs = (apart(work, what, Path(path)) for work in (timed, weighed))
+                points.append(Point(axis, at, *costs))
+            print(*points[-1], sep=",", flush=True)
+    return points
+
+
+def slope(points: list[Point], of: str) -> float:
+    """How many times seconds or bytes double when the size does, between the two largest sizes."""
+    first, last = points[-2:]
+    return math.log(getattr(last, of) / getattr(first, of)) / math.log(last.size / first.size)
+
+
+def save(points: list[Point], picture: Path) -> None:
+    """The picture, and its numbers beside it."""
+    with picture.with_suffix(".csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(Point._fields)
+        rows.writerows(points)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, len(AXES), figsize=(14, 6), layout="constrained")
+    for column, axis in enumerate(AXES):
+        there = [point for point in points if point.axis == axis]
+        for panel, of in zip(panels[:, column], ("seconds", "bytes"), strict=True):
+            panel.loglog([point.size for point in there], [getattr(p, of) for p in there], "o-")
+            panel.set_title(f"slope {slope(there, of):.2f}")
+            panel.set(xlabel=axis, ylabel=of)
+            panel.grid(True, which="both", alpha=0.3)
+    figure.savefig(picture, dpi=90)

@@ -1,0 +1,95 @@
+"""What both libraries read: a random Llama, its tokenizer, and rows of known lengths."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bench.case import MODELS, Case
+
+PAD, EOS = 0, 1
+FIRST_WORD = 3
+
+
+def reward(completions: list[str], **columns: object) -> list[float]:
+    """A reward that costs nothing and differs between answers."""
+    return [float(sum(map(ord, text[:8])) % 7) for text in completions]
+
+
+def make(case: Case, folder: Path, steps: int) -> None:
+    """Writes `model`, with its tokenizer, and `rows.jsonl` for so many optimizer steps."""
+    size = MODELS[case.model]
+    save_tokenizer(size["vocab_size"], folder / "model")
+    save_model(case, folder / "model")
+    source = random.Random(0)
+    rows = steps * case.shape.num_rows // (case.shape.num_samples if case.online else 1)
+    with (folder / "rows.jsonl").open("w") as file:
+        for _ in range(rows):
+            file.write(json.dumps(row(case, source)) + "\n")
+
+
+def save_tokenizer(vocabulary: int, folder: Path) -> None:
+    """One word per token id."""
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(FIRST_WORD, vocabulary))]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+
+
+def save_model(case: Case, folder: Path) -> None:
+    """Random weights; answers end never, or after `mean` tokens on average.
+
+    A hidden channel that no layer can turn around makes the stop impossible; a share of the
+    vocabulary that stops makes lengths geometric.
+    """
+    size, shape = {"num_attention_heads": 4, **MODELS[case.model]}, case.shape
+    config = LlamaConfig(
+        **size,
+        max_position_embeddings=max(512, shape.longest),
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        if case.online and not shape.mean:
+            model.model.embed_tokens.weight[:, 0] = 8.0
+            model.lm_head.weight[EOS] = 0.0
+            model.lm_head.weight[EOS, 0] = -1000.0
+    stops = [EOS]
+    if shape.mean and case.online:
+        stops += range(FIRST_WORD, FIRST_WORD + round(config.vocab_size / shape.mean))
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=PAD)
+    model.to(torch.bfloat16 if case.bf16 else torch.float32).save_pretrained(folder)
+
+
+def row(case: Case, source: random.Random) -> dict[str, str]:
+    """A prompt, and one or two answers."""
+    shape, vocabulary = case.shape, MODELS[case.model]["vocab_size"]
+    stops = round(vocabulary / shape.mean) if shape.mean else 0
+
+    def words(number: int) -> str:
+        ids = [source.randrange(FIRST_WORD + stops, vocabulary) for _ in range(number)]
+        return " ".join(f"w{i}" for i in ids)
+
+    def answer() -> str:
+        length = shape.answer - 1  # and the stop
+        if shape.mean:
+            length = min(length, 1 + int(source.expovariate(1 / (shape.mean - 1))))
+        return " " + words(length)
+
+    prompt = words(source.randint(shape.prompt // 4, shape.prompt) if shape.mean else shape.prompt)
+    if case.online:
+        return {"prompt": prompt}
+    if case.algorithm == "sft":
+        return {"prompt": prompt, "completion": answer()}
+    return {"prompt": prompt, "chosen": answer(), "rejected": answer()}

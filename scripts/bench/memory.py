@@ -1,0 +1,52 @@
+"""Peak memory of a process of its own, above what it began with."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def apart(work: Callable[..., Result], *args: Any) -> Result:
+    """What `work` says in a fork of this process, whose imports it finds done."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def live() -> None:
+        torch.set_num_threads(1)
+        there.send(work(*args))
+
+    child = context.Process(target=live)
+    child.start()
+    there.close()
+    try:
+        result: Result = here.recv()
+    except EOFError:
+        raise RuntimeError(f"{work.__name__} of {args} died") from None
+    child.join()
+    return result
+
+
+def peak(work: Callable[[], None], device: str) -> int:
+    """Bytes that `work` needs at most, above what the process has when it starts."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark comes down to now
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def status(name: str) -> int:
+    """Bytes, from what Linux says of this process."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

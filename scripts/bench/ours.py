@@ -1,0 +1,105 @@
+"""lit_align's side: what `lit-align fit` builds, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+
+from bench.case import Case
+from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.dpo import DPO
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.reward_model import RewardModel
+from lit_align.algorithms.rloo import RLOO
+from lit_align.algorithms.sft import SFT
+from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
+from lit_align.data.instructions import InstructionData
+from lit_align.data.loading import TextData
+from lit_align.data.preferences import PreferenceData
+from lit_align.data.prompts import PromptData
+from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
+from lit_align.rewards.python import PythonReward
+
+
+class Pause(Callback):
+    """Says when a step is over.
+
+    Args:
+        stepped: Is called then.
+    """
+
+    def __init__(self, stepped: Callable[[], None]):
+        self.stepped = stepped
+
+    def on_train_batch_end(self, *args: object) -> None:
+        """A step is over."""
+        self.stepped()
+
+
+def algorithm(case: Case, folder: Path) -> Algorithm:
+    """The algorithm with the settings of the case."""
+    shape, model = case.shape, str(folder / "model")
+    tokens = shape.part * shape.longest * (1 if case.algorithm in ("sft", "grpo", "rloo") else 2)
+    parts = {"microbatch_tokens": tokens}
+    if case.algorithm == "reward_model":
+        return RewardModel(reward_model=partial(Scalar, model), **parts)
+    policy = partial(Policy, model)
+    if case.online:
+        kind = {"grpo": GRPO, "rloo": RLOO}[case.algorithm]
+        return kind(policy=policy, num_samples=shape.num_samples, **parts)
+    return {"sft": SFT, "dpo": DPO}[case.algorithm](policy=policy, **parts)
+
+
+def data(case: Case, folder: Path) -> TextData:
+    """The rows, in batches of one optimizer step."""
+    shape, files = case.shape, {"path": f"{folder}/rows.jsonl", "tokenizer": f"{folder}/model"}
+    if case.online:
+        return PromptData(**files, batch_size=shape.num_rows // shape.num_samples)
+    kind = InstructionData if case.algorithm == "sft" else PreferenceData
+    return kind(**files, batch_size=shape.num_rows)
+
+
+def callbacks(case: Case) -> list[Callback]:
+    """What answers and scores the prompts, where there are any."""
+    if not case.online:
+        return []
+    return [
+        Rollout(max_new_tokens=case.shape.answer),
+        Reward(PythonReward("bench.material.reward")),
+    ]
+
+
+def run(case: Case, folder: Path, steps: int, stepped: Callable[[], None]) -> None:
+    """So many optimizer steps; `stepped` is called after each."""
+    fit(case, folder, steps, stepped, algorithm(case, folder), callbacks(case))
+
+
+def fit(
+    case: Case,
+    folder: Path,
+    steps: int,
+    stepped: Callable[[], None],
+    algorithm: Algorithm,
+    callbacks: list[Callback],
+) -> None:
+    """So many optimizer steps of an algorithm on the rows of a case."""
+    trainer = Trainer(
+        accelerator="gpu" if case.bf16 else "cpu",
+        devices=1,
+        precision="bf16-true" if case.bf16 else "32-true",
+        max_epochs=1,
+        limit_train_batches=steps,
+        callbacks=[*callbacks, Pause(stepped)],
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(algorithm, data(case, folder))

@@ -1,0 +1,238 @@
+"""Short runs of every algorithm, for the table of `bench_memory.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+from bench.formulas import ADAPTER, DENSITY, RANK, Size, Static, head_state, state
+from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.grpovi import GRPOVI
+from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.ppo import PPO
+from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.rto import RTO
+from lit_align.algorithms.sft import SFT
+from lit_align.algorithms.spr import SPR
+from lit_align.batches import Batch, Experience, Tokens
+from lit_align.callbacks.allocations import bytes_of
+from lit_align.callbacks.memory import Memory, Peak
+from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
+from lit_align.data.text import load_tokenizer
+from lit_align.models.hydra import Hydra, JointHydra
+from lit_align.models.lora import LoRA
+from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
+from lit_align.models.sltrain import SLTrain
+from lit_align.optim.galore import GaLore
+from lit_align.rewards.base import RewardFunction
+from lit_align.rewards.base_reward import BaseReward
+from lit_align.rewards.learned import LearnedReward
+
+PROMPTS, SAMPLES, BEFORE = 4, 4, 16  # rows are prompts x samples; tokens of a prompt
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    Args:
+        algorithm: And its layout.
+        method: AdamW, GaLore or SLTrain.
+        peaks: Of each phase.
+        asleep: Bytes of networks that are parked in the update.
+        expected: By formula.
+    """
+
+    algorithm: str
+    method: str
+    peaks: dict[str, Peak]
+    asleep: int
+    expected: Static
+
+    @property
+    def static(self) -> tuple[int, int, int]:
+        """Measured bytes of weights, gradients and optimizer state in the update."""
+        update = self.peaks["update"]
+        return update.parameters, update.gradients, update.optimizer_state
+
+    @property
+    def update(self) -> int:
+        """The update's peak where parked networks are elsewhere."""
+        return self.peaks["update"].peak - self.asleep
+
+
+class Words(LightningDataModule):
+    """Random prompts of one length, or texts that are as long as prompts with their answers.
+
+    Args:
+        rows: Per batch.
+        answer: Tokens of an answer, 0 for prompts alone.
+    """
+
+    def __init__(self, rows: int, answer: int):
+        super().__init__()
+        self.rows, self.width = rows, BEFORE + answer
+        self.tokenizer, self.stop_ids = load_tokenizer("toy"), list[int]()
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens."""
+        return str(self.tokenizer.decode(ids))
+
+    def batch(self, numbers: list[int]) -> Batch:
+        """The batch of that number."""
+        generator = torch.Generator().manual_seed(numbers[0])
+        ids = torch.randint(4, 190, (self.rows, self.width), generator=generator)
+        real, lengths = torch.ones_like(ids, dtype=torch.bool), [self.width] * self.rows
+        if self.width > BEFORE:
+            learnt = real & (torch.arange(self.width) >= BEFORE)
+            return Tokens(
+                tokens=ids,
+                token_mask=real,
+                loss_mask=learnt,
+                lengths=lengths,
+                counted=[True] * self.rows,
+            )
+        return Experience(
+            columns={"prompt": [self.decode(row) for row in ids.tolist()]},
+            prompts=ids,
+            prompt_mask=real,
+            prompt_lengths=lengths,
+            counted=[True] * self.rows,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Two batches: the first one makes the optimizer's state."""
+        return DataLoader(range(2), batch_size=1, collate_fn=self.batch)
+
+
+class Case(NamedTuple):
+    """What is measured.
+
+    Args:
+        algorithm: And its layout.
+        method: AdamW, GaLore or SLTrain.
+        build: Makes the algorithm.
+        reward: Makes the judge, if there is one.
+        prompts: Per batch.
+        expected: By formula.
+    """
+
+    algorithm: str
+    method: str
+    build: Callable[[], Algorithm]
+    reward: Callable[[], RewardFunction] | None
+    prompts: int
+    expected: Static
+
+
+def algorithms(size: Size, base: str, method: str) -> Iterator[Case]:
+    """Every algorithm with models of its own, by one method.
+
+    Args:
+        size: Of all models.
+        base: Folder of a two-headed one.
+        method: AdamW, GaLore or SLTrain.
+    """
+    half, sltrain = {"dtype": "bfloat16"}, SLTrain(RANK, alpha=4, density=DENSITY)
+    own = {"config": size.config, "sltrain": sltrain} if method == "SLTrain" else {"path": base}
+    policy, critic = partial(Policy, **own), partial(Scalar, **own)
+    optimizer = partial(GaLore, rank=RANK) if method == "GaLore" else AdamW
+    common = {"policy": policy, "optimizer": partial(optimizer, lr=1e-3)}
+    online = {**common, "reference": partial(Policy, **own, **half)}
+    judge, judged = partial(LearnedReward, base, **half), sum(size.dense) + size.hidden
+    group, rows = {**online, "num_samples": SAMPLES}, PROMPTS * SAMPLES
+    acting = {**online, "critic": critic}
+    trunk = size.slim if method == "SLTrain" else size.dense
+    sign = {"AdamW": "16 N", "GaLore": "8 N + S", "SLTrain": "16 N'"}[method]
+    small = "N'" if method == "SLTrain" else "N"
+    ranked = RANK if method == "GaLore" else None
+
+    def expected(networks: int, frozen: int, words: str) -> Static:
+        trained = [*trunk, *([*trunk, size.hidden] if networks == 2 else [])]
+        return Static(
+            trained,
+            frozen,
+            networks * state(size, trunk, ranked) + (networks - 1) * head_state(size, ranked),
+            words,
+        )
+
+    one, two = expected(1, sum(trunk) + judged, f"{sign} + 2 {small} + 2 N"), f"2 ({sign})"
+    yield Case("SFT", method, partial(SFT, **common), None, rows, expected(1, 0, sign))
+    both = expected(2, sum(trunk) + judged, f"{two} + 2 {small} + 2 N")
+    yield Case("PPO", method, partial(PPO, **acting), judge, rows, both)
+    for kind in (ReMax, GRPO, GRPOVI, SPR):
+        build = partial(kind, **group)
+        yield Case(kind.__name__, method, build, judge, PROMPTS, one)
+    rto = partial(RTO, **acting, dpo=partial(Policy, base, **half))
+    more = sum(trunk) + judged + sum(size.dense)
+    words = f"{two} + 2 {small} + 4 N"
+    yield Case("RTO", method, rto, judge, rows, expected(2, more, words))
+
+
+def layouts(size: Size, base: str) -> Iterator[Case]:
+    """The layouts of the Hydra paper that have adapters."""
+    half = {"dtype": "bfloat16", "lora": LoRA(ADAPTER, alpha=8)}
+    n, head, one = sum(size.dense), size.hidden, size.adapter
+
+    def static(adapters: int, frozen: int, words: str) -> Static:
+        trained = [*one * adapters, head]
+        return Static(trained, frozen, sum(8 * number + 4 for number in trained), words)
+
+    optimizer = partial(AdamW, lr=1e-3)
+    models = {"policy": partial(Policy, base, **half), "critic": partial(Scalar, base, **half)}
+    alone = {"reference": partial(Policy, base, dtype="bfloat16")}
+    judge, rows = partial(LearnedReward, base, dtype="bfloat16"), PROMPTS * SAMPLES
+    ppo = partial(PPO, **models, optimizer=optimizer)
+    lora = static(2, 4 * n + 2 * head, "8 N + 32 L")
+    yield Case("LoRA-PPO", "AdamW", partial(ppo, **alone), judge, rows, lora)
+    dynamic = static(2, 2 * n + head, "4 N + 32 L")
+    yield Case("DL-PPO", "AdamW", ppo, BaseReward, rows, dynamic)
+    for name, kind, adapters in (("J-Hydra-PPO", JointHydra, 1), ("Hydra-PPO", Hydra, 2)):
+        build = partial(HydraPPO, partial(kind, base, **half), optimizer=optimizer)
+        expected = static(adapters, n + head, f"2 N + {16 * adapters} L")
+        yield Case(name, "AdamW", build, BaseReward, rows, expected)
+
+
+def measured(case: Case, folder: str, answer: int) -> Row:
+    """One run.
+
+    Args:
+        case: What is run.
+        folder: For what it writes.
+        answer: Tokens of an answer.
+    """
+    torch.manual_seed(0)
+    algorithm, memory = case.build(), Memory()
+    reward = case.reward() if case.reward else None
+    judges = [Rollout(max_new_tokens=answer), Reward(reward)] if reward else []
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[memory, *judges],
+    )
+    online = isinstance(algorithm, OnlineAlgorithm)
+    trainer.fit(algorithm, Words(case.prompts, 0 if online else answer))
+    networks = dict(algorithm.named_children())
+    frozen = [each for name, each in networks.items() if name not in algorithm.roles]
+    others = [role.network for role in reward.cast()] if reward else []
+    frozen += [each for each in others if each not in networks.values()]
+    asleep = bytes_of(
+        (weight for each in frozen for weight in each.parameters()), torch.device("cpu")
+    )
+    return Row(case.algorithm, case.method, memory.peaks, asleep, case.expected)

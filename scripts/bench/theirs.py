@@ -1,0 +1,101 @@
+"""TRL's side: the same model, rows, lengths and rows per micro-batch; its defaults otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from bench.case import Case
+from bench.material import reward
+
+KINDS = {
+    "grpo": (GRPOTrainer, GRPOConfig),
+    "rloo": (RLOOTrainer, RLOOConfig),
+    "dpo": (DPOTrainer, DPOConfig),
+    "sft": (SFTTrainer, SFTConfig),
+    "reward_model": (RewardTrainer, RewardConfig),
+}
+
+
+class Pause(TrainerCallback):
+    """Says when a step is over.
+
+    Args:
+        stepped: Is called then.
+    """
+
+    def __init__(self, stepped: Callable[[], None]):
+        self.stepped = stepped
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        """A step is over."""
+        self.stepped()
+
+
+def settings(case: Case, folder: Path, steps: int) -> dict[str, Any]:
+    """Of the configuration class."""
+    shape = case.shape
+    own: dict[str, Any] = {"max_length": shape.longest}
+    if case.online:
+        own = {
+            "num_generations": shape.num_samples,
+            "max_completion_length": shape.answer,
+            "beta": 0.04 if case.algorithm == "grpo" else 0.05,
+            "temperature": 1.0,
+            "top_k": 0,
+        }
+        own |= {"loss_type": "grpo"} if case.algorithm == "grpo" else {}
+    return own | {
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": shape.part,
+        "gradient_accumulation_steps": shape.num_rows // shape.part,
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not case.bf16,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "disable_tqdm": True,
+    }
+
+
+def run(case: Case, folder: Path, steps: int, stepped: Callable[[], None]) -> None:
+    """So many optimizer steps; `stepped` is called after each."""
+    kind, config = KINDS[case.algorithm]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    auto, options = AutoModelForCausalLM, {}
+    if case.algorithm == "reward_model":
+        auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
+    trainer = kind(
+        model=auto.from_pretrained(folder / "model", dtype="auto", **options),
+        args=config(**settings(case, folder, steps)),
+        train_dataset=Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder)),
+        processing_class=tokenizer,
+        callbacks=[Pause(stepped)],
+        **({"reward_funcs": reward} if case.online else {}),
+    )
+    trainer.train()

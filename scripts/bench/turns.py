@@ -1,0 +1,68 @@
+"""Runs that take turns, a step each, so that a busy moment of the machine strikes all of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Seconds = tuple[float, float]  # on the clock, and of this process on a processor
+Stepped = Callable[[], None]
+Run = Callable[[int, Stepped], None]  # makes so many steps and calls after each
+
+
+class Turn:
+    """A run in a thread of its own that makes one step whenever it is told to.
+
+    Args:
+        run: What makes the steps.
+        steps: How many.
+    """
+
+    def __init__(self, run: Run, steps: int):
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self.work, args=(run, steps), daemon=True)
+        self.thread.start()
+
+    def work(self, run: Run, steps: int) -> None:
+        """The thread's life."""
+        torch.set_num_threads(1)
+        self.go.acquire()
+        try:
+            run(steps, self.stepped)
+        except BaseException as error:  # the main thread raises it
+            self.error = error
+        self.done.release()
+
+    def stepped(self) -> None:
+        """The run calls it after each step, and waits here for its next turn."""
+        self.done.release()
+        self.go.acquire()
+
+    def step(self) -> Seconds:
+        """Seconds of the next step: on the clock, and of this process on the processor."""
+        start = time.perf_counter(), time.process_time()
+        self.go.release()
+        self.done.acquire()
+        if self.error is not None:
+            raise self.error
+        return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def seconds(runs: Sequence[Run], rounds: int) -> list[list[Seconds]]:
+    """Seconds of each step of each run; the first step of each, with all loading, is left out."""
+    turns = [Turn(run, rounds + 1) for run in runs]
+    spent: list[list[Seconds]] = [[] for _ in runs]
+    for turn in turns:
+        turn.step()
+    for number in range(rounds):
+        order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
+        for which in order:
+            spent[which].append(turns[which].step())
+    for turn in turns:
+        turn.step()  # lets it end
+        turn.thread.join()
+    return spent

@@ -1,0 +1,144 @@
+"""When checkpoints are written, which are kept, and that half a save harms nothing."""
+
+import signal
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import RandomPrompts, tiny, trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.remax import ReMax
+from lit_align.callbacks import checkpoint_files as files
+from lit_align.callbacks.checkpoint import Checkpoints
+from lit_align.callbacks.signals import StopSignals
+
+
+class Scores(Callback):
+    """Gives each validation a value."""
+
+    def __init__(self, *values: float):
+        self.values = list(values)
+
+    def on_validation_epoch_end(self, trainer, module):
+        module.log("val/score", self.values.pop(0))
+
+
+def fit(folder, checkpoints, num_batches=6, callbacks=(), **settings):
+    settings = {"limit_val_batches": 0, "enable_checkpointing": True, **settings}
+    torch.manual_seed(0)
+    run = trainer(folder, callbacks=[checkpoints, *callbacks], **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(ReMax(policy=tiny), RandomPrompts(num_batches))
+    return [files.iteration_of(path) for path in files.saved(files.folder_of(folder))]
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "kept"),
+    [(0, 2, [7]), (2, 1, [7]), (2, 2, [6, 7]), (2, 9, [2, 4, 6, 7]), (7, 9, [7]), (50, 2, [7])],
+)
+def test_every_so_many_iterations_and_the_end(tmp_path, every, keep, kept):
+    assert fit(tmp_path, Checkpoints(every, keep), num_batches=7) == kept
+
+
+def test_an_iteration_is_no_optimizer_step(tmp_path):
+    run = trainer(
+        tmp_path, callbacks=[Checkpoints(1, 9)], enable_checkpointing=True, limit_val_batches=0
+    )
+    run.fit(GRPO(policy=tiny, num_samples=2, epochs=2), RandomPrompts(3))
+    assert run.global_step == 6
+    found = files.saved(files.folder_of(tmp_path))
+    assert [files.iteration_of(path) for path in found] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("higher", "best"), [(True, 4), (False, 2)])
+def test_the_best_by_a_metric_is_kept_too(tmp_path, higher, best):
+    values = Scores(0.5, 0.1, 0.9, 0.3, 0.4)  # of the sanity check, then at 2, 4, 6 and 8
+    kept = fit(
+        tmp_path,
+        Checkpoints(0, 1, "val/score", higher),
+        num_batches=8,
+        callbacks=[values],
+        limit_val_batches=1,
+        val_check_interval=2,
+    )
+    assert kept == [best, 8]
+    found = files.read_best(files.folder_of(tmp_path))
+    assert found is not None
+    assert files.iteration_of(found) == best
+
+
+def test_a_metric_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"monitors val/scor, but there are only .*val/score"):
+        fit(
+            tmp_path,
+            Checkpoints(monitor="val/scor"),
+            callbacks=[Scores(0.0, 1.0)],
+            limit_val_batches=1,
+        )
+
+
+def test_what_a_killed_save_left_is_swept_away(tmp_path):
+    folder = files.folder_of(tmp_path)
+    (folder / ".iteration_000003.ckpt.part").mkdir(parents=True)
+    (folder / ".iteration_000003.ckpt.part" / "__0_0.distcp").write_text("half")
+    (folder / ".iteration_000005.ckpt.part").write_text("half")
+    assert files.newest(folder) == (None, [])
+    assert fit(tmp_path, Checkpoints()) == [6]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_checkpoint_gives_way_to_one_of_the_same_iteration(tmp_path):
+    for make in (lambda path: path.mkdir(), lambda path: path.write_text("")):
+        old, part = tmp_path / "iteration_000001.ckpt", tmp_path / ".iteration_000001.ckpt.part"
+        make(old)
+        part.mkdir() if old.is_dir() else part.write_text("")
+        (part / "new").write_text("x") if part.is_dir() else part.write_text("new")
+        files.publish(part, old)
+        assert (old / "new").exists() if old.is_dir() else old.read_text() == "new"
+        files.remove(old)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_fast_dev_run_saves_nothing(tmp_path):
+    assert fit(tmp_path, Checkpoints(1), fast_dev_run=2) == []
+
+
+def test_numbers_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="keep >= 1, found 5 and 0"):
+        Checkpoints(5, 0)
+
+
+def test_handlers_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    signals = StopSignals()
+    signals.listen()
+    signal.raise_signal(signal.SIGUSR1)
+    assert signals.received is signal.SIGUSR1
+    signals.let_go()
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize(
+    ("number", "asked"), [(signal.SIGUSR1, "requeue 12\n"), (signal.SIGTERM, "")]
+)
+def test_a_slurm_job_goes_back_into_the_queue_after_its_warning(
+    tmp_path, monkeypatch, number, asked
+):
+    told = tmp_path / "told"
+    told.write_text("")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    strategy = DDPStrategy(cluster_environment=SLURMEnvironment(requeue_signal=signal.SIGUSR1))
+    signals = StopSignals()
+    signals.received = number
+    signals.requeue(SimpleNamespace(strategy=strategy, is_global_zero=True))
+    assert told.read_text() == asked

@@ -1,0 +1,353 @@
+"""Memory: bytes to the byte, by phase and category, on a CPU from the allocator's own events."""
+
+import csv
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from harness import Count, RandomPrompts, RandomTexts, tiny, trainer
+from lightning.pytorch import Callback
+from ranks import Ranks
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.testing._internal.two_tensor import TwoTensor
+
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.ppo import PPO
+from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.sft import SFT
+from lit_align.callbacks.allocations import AcceleratorAllocations, CPUAllocations, bytes_of
+from lit_align.callbacks.memory import MIB, Memory
+from lit_align.callbacks.progress import Progress
+from lit_align.callbacks.reward import Reward
+from lit_align.models.roles import whole
+
+CPU = torch.device("cpu")
+PHASES = ["load", "rollout", "score", "prepare", "update"]
+
+
+def adam(params):
+    return AdamW(params, lr=1e-2)
+
+
+def size(*networks: nn.Module) -> int:
+    """Bytes of their weights, in fp32."""
+    return 4 * sum(weight.numel() for network in networks for weight in network.parameters())
+
+
+def table(folder) -> dict[str, dict[str, int]]:
+    """memory.csv, by phase."""
+    with (folder / "memory.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {row.pop("phase"): {name: int(value) for name, value in row.items()} for row in rows}
+
+
+@pytest.fixture
+def heard() -> Iterator[CPUAllocations]:
+    allocations = CPUAllocations()
+    allocations.resume()
+    yield allocations
+    allocations.pause()
+
+
+# The allocator -----------------------------------------------------------------------------------
+
+
+def test_the_peak_counts_what_was_there_at_once(heard):
+    heard.begin()
+    first = torch.empty(1000)
+    second = torch.empty(500)
+    del second
+    third = torch.empty(250)
+    assert heard.end() == 6000
+    heard.begin()
+    assert heard.end() == 5000
+    del first, third
+    heard.begin()
+    assert heard.end() == 0
+
+
+def test_a_view_costs_nothing_and_keeps_all_of_its_storage(heard):
+    whole_one = torch.empty(1000)
+    part = whole_one[:10]
+    del whole_one
+    heard.begin()
+    assert heard.end() == 4000
+    del part
+    heard.begin()
+    assert heard.end() == 0
+
+
+def test_what_autograd_saves_counts_until_backward(heard):
+    weight = torch.ones(1000, requires_grad=True)
+    heard.begin()
+    loss = weight.exp().sum()
+    assert heard.end() == 4000 + 4000 + 4  # the weight, what exp saves, and the loss
+    loss.backward()
+    heard.begin()
+    assert heard.end() == 4000 + 4000 + 4  # the weight, its gradient, and the loss
+    del loss
+
+
+def test_a_temporary_inside_of_an_operator_counts(heard):
+    tokens = torch.zeros(100, dtype=torch.int64)  # 800 bytes
+    heard.begin()
+    same = torch.isin(tokens, tokens)
+    peak = heard.end()
+    assert same.nbytes == 100
+    assert peak >= 800 + 100 + 800  # it sorts a copy
+
+
+def test_nothing_is_heard_in_a_pause(heard):
+    heard.pause()
+    unheard = torch.empty(1000)
+    heard.resume()
+    heard.begin()
+    kept = torch.empty(10)
+    del unheard
+    assert heard.end() == 40
+    assert kept.nbytes == 40
+
+
+def test_what_is_known_to_be_there_is_not_counted_twice(heard):
+    kept = torch.empty(1000)
+    heard.at_least(5000)
+    heard.begin()
+    assert heard.end() == 5000
+    heard.at_least(4000)
+    heard.begin()
+    assert heard.end() == 5000
+    del kept
+
+
+def test_an_accelerators_own_counters_are_set_back_and_read(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", said.append)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 7)
+    device = torch.device("cuda", 0)
+    allocations = AcceleratorAllocations(device)
+    allocations.resume()
+    allocations.begin()
+    assert allocations.end() == 7
+    assert said == [device]
+
+
+def test_a_storage_counts_once_and_on_its_own_device_alone():
+    tensor = torch.empty(100)
+    assert bytes_of([tensor, tensor[:3], tensor.view(10, 10)], CPU) == 400
+    assert bytes_of([tensor, torch.empty(100, device="meta")], CPU) == 400
+    assert bytes_of([tensor], torch.device("cuda", 0)) == 0
+
+
+def test_the_inside_of_a_wrapper_counts():
+    assert bytes_of([TwoTensor(torch.empty(10), torch.empty(10))], CPU) == 80
+
+
+# A run -------------------------------------------------------------------------------------------
+
+
+def test_static_bytes_are_those_of_the_formula(run, tmp_path):
+    """fp32 and AdamW: 4 bytes a weight, 4 its gradient, 8 its moments, 4 a tensor's step."""
+    ppo = PPO(policy=tiny, optimizer=adam)
+    run(ppo, callbacks=[Memory()])
+    trained, frozen = size(ppo.policy, ppo.critic), size(ppo.reference)
+    steps = 4 * sum(1 for role in ppo.roles.values() for _ in role.parameters())
+    rows = table(tmp_path)
+    assert list(rows) == PHASES
+    assert [row["parameters"] for row in rows.values()] == [trained + frozen] * 5
+    assert [row["gradients"] for row in rows.values()] == [0, 0, 0, 0, trained]
+    assert rows["load"]["optimizer_state"] == 0
+    assert [rows[phase]["optimizer_state"] for phase in PHASES[1:]] == [2 * trained + steps] * 4
+    for row in rows.values():
+        assert row["other"] == row["peak"] - sum(
+            row[name] for name in ("parameters", "gradients", "optimizer_state")
+        )
+        assert row["other"] > 0
+
+
+def test_without_momentum_there_is_no_state(run, tmp_path):
+    remax = ReMax(policy=tiny, optimizer=lambda params: SGD(params, lr=0.1))
+    run(remax, callbacks=[Memory()])
+    update = table(tmp_path)["update"]
+    assert update["gradients"] == size(remax.policy)
+    assert update["optimizer_state"] == 0
+
+
+class Wasteful(ReMax):
+    """Holds a block of so many bytes for a moment in one phase."""
+
+    waste = 0
+
+    def prepare(self, batch):
+        torch.empty(self.waste, dtype=torch.uint8)
+        return super().prepare(batch)
+
+
+def test_a_block_raises_the_peak_of_its_own_phase_by_its_size(tmp_path):
+    peaks = []
+    for waste in (1_000_000, 1_234_567):
+        wasteful = Wasteful(policy=tiny)
+        wasteful.waste = waste
+        torch.manual_seed(0)
+        trainer(tmp_path, limit_val_batches=0, callbacks=[Memory()]).fit(wasteful, RandomPrompts(2))
+        peaks.append({phase: row["peak"] for phase, row in table(tmp_path).items()})
+    differences = {phase: peaks[1][phase] - peaks[0][phase] for phase in PHASES[1:]}
+    assert differences == {"rollout": 0, "score": 0, "prepare": 234_567, "update": 0}
+
+
+def test_an_offline_algorithm_has_three_phases(tmp_path):
+    sft = SFT(policy=tiny, optimizer=adam)
+    done = trainer(tmp_path, limit_val_batches=0)
+    done.callbacks[:] = [Memory()]
+    done.fit(sft, RandomTexts(2))
+    rows = table(tmp_path)
+    assert list(rows) == ["load", "prepare", "update"]
+    assert rows["update"]["parameters"] == size(sft.policy)
+
+
+class Judge(Count):
+    """Has a network of its own, which was built before anyone listened."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = tiny().requires_grad_(False)
+
+    def cast(self):
+        return [whole("reward", self.network)]
+
+
+def test_a_reward_model_is_among_the_parameters(tmp_path):
+    judge = Judge()
+    run = trainer(tmp_path, limit_val_batches=0)
+    run.callbacks[:] = [Memory(), run.callbacks[0], Reward(judge)]
+    remax = ReMax(policy=tiny)
+    run.fit(remax, RandomPrompts(2))
+    weights = size(remax.policy, remax.reference, judge.network)
+    for row in table(tmp_path).values():
+        assert row["parameters"] == weights
+        assert row["other"] >= 0
+
+
+class Greed(Callback):
+    """Takes ten megabytes in evaluation."""
+
+    def on_validation_batch_start(self, *hook):
+        torch.empty(10_000_000, dtype=torch.uint8)
+
+
+def test_evaluation_is_not_measured(run, tmp_path):
+    run(ReMax(policy=tiny), val_check_interval=1, callbacks=[Memory(), Greed()])
+    assert all(row["peak"] < 10_000_000 for row in table(tmp_path).values())
+
+
+def test_a_long_run_does_not_creep(tmp_path):
+    """What is in use between two iterations stays the same, evaluations aside."""
+    memory, found = Memory(), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *hook):
+            memory.allocations.begin()
+            found.append(memory.allocations.used)
+
+    grpo = GRPO(policy=tiny, num_samples=2, epochs=2, minibatch_size=4)
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[memory, Look()])
+    run.fit(grpo, RandomPrompts(12))
+    assert len(set(found[2:])) == 1
+
+
+def test_the_largest_peak_of_the_run_stays_in_the_file(tmp_path):
+    wasteful = Wasteful(policy=tiny)
+
+    class Less(Callback):
+        def on_train_batch_start(self, trainer, algorithm, batch, batch_idx):
+            algorithm.waste = [100_000, 3_000_000, 200_000][batch_idx]
+
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Memory(), Less()])
+    run.fit(wasteful, RandomPrompts(3))
+    assert table(tmp_path)["prepare"]["peak"] > 3_000_000
+    last = run.callback_metrics["memory/prepare"] * MIB
+    assert 200_000 < last < 3_000_000
+
+
+def test_metrics_and_the_progress_line_have_the_peaks(run, capsys, tmp_path):
+    done = run(ReMax(policy=tiny), num_batches=1, callbacks=[Memory(), Progress()])
+    rows, logged = table(tmp_path), done.callback_metrics
+    for phase in PHASES:
+        assert logged[f"memory/{phase}"] * MIB == pytest.approx(rows[phase]["peak"], rel=1e-6)
+    most = max(row["peak"] for row in rows.values())
+    assert logged["memory/peak"] * MIB == pytest.approx(most, rel=1e-6)
+    assert f"memory/peak {most / MIB:.4g}" in capsys.readouterr().out
+
+
+class Failing(ReMax):
+    def prepare(self, batch):
+        raise RuntimeError("stop")
+
+
+def test_a_run_that_fails_leaves_no_profiler_behind(tmp_path):
+    failing = Failing(policy=tiny)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, callbacks=[Memory()]).fit(failing, RandomPrompts(1))
+    assert not torch.autograd._profiler_enabled()
+    assert failing.watchers == []
+
+
+def test_a_second_fit_counts_the_networks_that_are_there(tmp_path):
+    remax, memory = ReMax(policy=tiny), Memory()
+    for phases in (PHASES, PHASES[1:]):
+        trainer(tmp_path, limit_val_batches=0, callbacks=[memory]).fit(remax, RandomPrompts(1))
+        rows = table(tmp_path)
+        assert list(rows) == phases
+        assert all(row["other"] >= 0 for row in rows.values())
+    assert remax.watchers == []
+
+
+def test_the_command_line_takes_it_and_the_profiler_is_quiet(tmp_path):
+    line = ["fit", "--config", "remax", "--config", "toy", "--trainer.callbacks+", "Memory"]
+    line += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
+    line += ["--data.batch_size", "4", "--data.max_rows", "8", "--rollout.max_new_tokens", "4"]
+    command = [sys.executable, "-m", "lit_align.cli.main", *line]
+    command += ["--trainer.default_root_dir", str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "memory/peak " in done.stdout
+    assert "profiler_start" not in done.stdout + done.stderr
+    assert list(table(tmp_path)) == PHASES
+
+
+# Two ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = Ranks(2, port)
+    yield ranks
+    ranks.close()
+
+
+def sharded(folder):
+    """Of this rank: the rows of its file, and its metrics."""
+    remax = ReMax(policy=tiny, optimizer=adam)
+    run = trainer(folder, limit_val_batches=0, devices=2, strategy="fsdp2", callbacks=[Memory()])
+    run.fit(remax, RandomPrompts(2, 2))
+    own = folder / f"rank{run.global_rank}"
+    own.mkdir()
+    (folder / f"memory.rank{run.global_rank}.csv").rename(own / "memory.csv")
+    return table(own), {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def test_each_rank_counts_its_shards_and_the_log_has_the_most_of_all(two_ranks, tmp_path):
+    (first, logged), (second, same) = two_ranks(sharded, tmp_path)
+    weights, tensors = size(tiny()), sum(1 for _ in tiny().parameters())
+    update = [rows["update"] for rows in (first, second)]
+    assert sum(row["parameters"] for row in update) == 2 * weights  # policy and reference
+    assert sum(row["gradients"] for row in update) == weights
+    assert sum(row["optimizer_state"] for row in update) == 2 * weights + 2 * 4 * tensors
+    assert logged["memory/peak"] == same["memory/peak"]
+    most = max(row["peak"] for rows in (first, second) for row in rows.values())
+    assert max(logged[f"memory/{phase}"] for phase in PHASES) * MIB <= most

@@ -1,0 +1,170 @@
+"""`lit-align export`: what a fresh process computes from the folder is what was trained."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import adapted, tiny
+from runs import TWO_RANKS, last, saves, succeed, words
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lit_align.cli.main import main
+from lit_align.models.lora import LoRA
+from lit_align.models.merging import merged
+from lit_align.models.policy import Policy
+
+FRESH = """
+import sys, torch, transformers
+from peft import PeftModel
+kind, folder, out = sys.argv[1:4]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+assert len(tokenizer) > 100
+if kind == "PeftModel":
+    base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[4])
+    model = PeftModel.from_pretrained(base, folder)
+else:
+    model = getattr(transformers, kind).from_pretrained(folder)
+assert "lit_align" not in sys.modules
+with torch.no_grad():
+    torch.save(model.eval()(torch.arange(5, 17)[None]).logits, out)
+"""
+
+
+def fresh(kind: str, folder, out, *more) -> torch.Tensor:
+    """Logits of twelve tokens, from a process that has never heard of us."""
+    given = [str(part) for part in (folder, out, *more)]
+    subprocess.run([sys.executable, "-c", FRESH, kind, *given], check=True, cwd=out.parent)
+    return torch.load(out)
+
+
+def export(folder, out, log, *more) -> str:
+    return succeed(["export", "--ckpt_path", str(folder), "--out", str(out), *more], log)
+
+
+@torch.no_grad()
+def logits_of(folder, role: str, kind=AutoModelForCausalLM) -> torch.Tensor:
+    """The same logits, from the newest checkpoint itself."""
+    from transformers import LlamaConfig
+
+    from lit_align.cli.overlays import read
+
+    config = read("toy")["model"]["init_args"]["policy"]["init_args"]["config"]
+    model = kind.from_config(LlamaConfig(**config, num_labels=1)).eval()
+    prefix = f"{role}.network."
+    state = {k.removeprefix(prefix): v for k, v in last(folder)["state_dict"].items()}
+    own = {k: v for k, v in state.items() if k in model.state_dict()}
+    assert not model.load_state_dict(own, strict=False).missing_keys
+    return model(torch.arange(5, 17)[None]).logits
+
+
+def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    succeed(words(run, "remax", *saves(3, 9), epochs=1), log)
+    middle = run / "checkpoints" / "iteration_000003.ckpt"
+    assert "wrote" in export(middle, tmp_path / "out", log)
+    export(run, tmp_path / "end", log)
+    found = fresh("AutoModelForCausalLM", tmp_path / "out", tmp_path / "logits")
+    (run / "checkpoints" / "iteration_000004.ckpt").unlink()
+    torch.testing.assert_close(found, logits_of(run, "policy"), rtol=0, atol=0)
+    end = (tmp_path / "end" / "model.safetensors").read_bytes()
+    assert end == (run / "hf" / "model.safetensors").read_bytes()
+    assert end != (tmp_path / "out" / "model.safetensors").read_bytes()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= names
+
+
+def test_policy_and_critic_of_a_sharded_checkpoint(tmp_path):
+    run, log, out = tmp_path / "run", tmp_path / "log", tmp_path / "out"
+    succeed(words(run, "ppo", *TWO_RANKS, epochs=1), log, 2)
+    assert (run / "checkpoints" / "iteration_000004.ckpt").is_dir()
+    export(run, out, log)
+    found = fresh("AutoModelForCausalLM", out / "policy", tmp_path / "logits")
+    torch.testing.assert_close(found, logits_of(run, "policy"), rtol=0, atol=0)
+    found = fresh("AutoModelForSequenceClassification", out / "critic", tmp_path / "scores")
+    expected = logits_of(run, "critic", AutoModelForSequenceClassification)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_adapter_and_the_same_adapter_merged(tmp_path):
+    run, log, base = tmp_path / "run", tmp_path / "log", tmp_path / "base"
+    succeed(words(base, "sft", epochs=1), log)
+    lora = ("--config", "lora", f"--model.policy.path={base / 'hf'}", "--model.policy.lora.rank=4")
+    succeed(words(run, "remax", *lora, "--model.optimizer.lr=0.01", epochs=1), log)
+    assert all(".lora_" in name for name in last(run)["state_dict"])
+    export(run, tmp_path / "adapter", log)
+    export(run, tmp_path / "merged", log, "--merge")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    assert not list((tmp_path / "merged").glob("adapter_*"))
+    plain = fresh("AutoModelForCausalLM", base / "hf", tmp_path / "a")
+    worn = fresh("PeftModel", tmp_path / "adapter", tmp_path / "b", base / "hf")
+    whole = fresh("AutoModelForCausalLM", tmp_path / "merged", tmp_path / "c")
+    assert float((worn - plain).abs().max()) > 1e-2
+    torch.testing.assert_close(whole, worn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+def test_two_adapters_become_two_models(tmp_path):
+    run, log, out = tmp_path / "run", tmp_path / "log", tmp_path / "out"
+    more = ("--rollout.max_new_tokens=4", "--model.optimizer.lr=0.01")
+    succeed(words(run, "hydra_ppo", *more, epochs=1), log)
+    export(run, out, log, "--merge")
+    actor = fresh("AutoModelForCausalLM", out / "actor", tmp_path / "a")
+    other = fresh("AutoModelForCausalLM", out / "critic", tmp_path / "b")
+    assert not torch.equal(actor, other)
+    scores = fresh("AutoModelForSequenceClassification", out / "critic", tmp_path / "c")
+    reward = fresh("AutoModelForSequenceClassification", out / "actor", tmp_path / "d")
+    assert scores.shape == reward.shape == (1, 1)
+    assert not torch.equal(scores, reward)
+
+
+def test_other_frozen_weights_are_refused(tmp_path, capsys):
+    run, log = tmp_path / "run", tmp_path / "log"
+    lora = ("--config", "lora", "--model.policy.lora.rank=4")
+    succeed(words(run, "remax", *lora, epochs=1), log)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("seed_everything: 0", "seed_everything: 1"))
+    words_ = ["export", "--ckpt_path", str(run), "--out", str(tmp_path / "out")]
+    assert main(words_) == 2
+    assert "frozen weights are others than those" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (("--out", "x"), "export needs --ckpt_path"),
+        (("--ckpt_path", "nowhere", "--out", "x"), "nowhere: there is no such checkpoint"),
+    ],
+)
+def test_what_is_missing_is_named(argv, reason, capsys):
+    assert main(["export", *argv]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_merging_is_computed_in_float32():
+    torch.manual_seed(0)
+    policy = adapted(Policy, dtype="bfloat16")
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            weight.add_(0.01 * torch.randn_like(weight) if ".lora_" in name else 0)
+    layer = policy.network.model.layers[0].mlp.up_proj
+    low_rank = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+    exact = (layer.base_layer.weight.float() + 2 * low_rank).to(torch.bfloat16)
+    plain = merged(policy, "default")
+    assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, exact)
+    assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert policy.adapted is not None  # the original stays
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+
+
+def test_only_adapters_that_train_are_saved(tmp_path):
+    tiny().save(tmp_path / "base")
+    lent = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
+    lent.save(tmp_path / "lent")
+    policy = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
+    policy.lend(str(tmp_path / "lent"), "dpo")
+    policy.save(tmp_path / "own")
+    files = sorted(path.name for path in (tmp_path / "own").rglob("*") if path.is_file())
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert not (tmp_path / "own" / "dpo").exists()

@@ -1,0 +1,119 @@
+"""The speed benchmark runs: every algorithm of both sides at a size of nothing."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from harness import distance, weights
+
+SCRIPTS = str(Path(__file__).parents[1] / "scripts")
+ALGORITHMS = ["grpo", "rloo", "dpo", "sft", "reward_model"]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of the benchmark, and a size that takes no time."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from bench import case
+
+    tiny = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
+    monkeypatch.setitem(case.MODELS, "tiny", tiny)
+    return case
+
+
+def written(bench, algorithm: str, folder: Path, mean: int = 3):
+    """A case of four prompts or rows, and its files."""
+    from bench import material
+
+    shape = bench.Shape("ragged" if mean else "full", 4, 2, 8, 6, mean, 2)
+    case = bench.Case(algorithm, "tiny", shape)
+    material.make(case, folder, 4)
+    return case
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_our_side_steps(bench, algorithm, tmp_path):
+    from bench import ours
+    from bench.turns import seconds
+
+    case = written(bench, algorithm, tmp_path)
+    (steps,) = seconds([lambda *args: ours.run(case, tmp_path, *args)], rounds=2)
+    assert len(steps) == 2
+    assert all(clock > 0 for clock, _ in steps)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL: the extra `bench`")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_their_side_steps(bench, algorithm, tmp_path):
+    from bench import theirs
+    from bench.turns import seconds
+
+    case = written(bench, algorithm, tmp_path)
+    (steps,) = seconds([lambda *args: theirs.run(case, tmp_path, *args)], rounds=2)
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize(("mean", "ragged"), [(0, False), (3, True)])
+def test_answers_are_as_long_as_the_shape_says(bench, mean, ragged, tmp_path):
+    """Of the full shape none ends before its sixth token; of the other one most do."""
+    from bench import ours
+
+    case = written(bench, "grpo", tmp_path, mean)
+    lengths = []
+
+    class Look(ours.Callback):
+        def on_train_batch_end(self, trainer, algorithm, outputs, batch, batch_idx):
+            lengths.extend(batch.response_lengths)
+
+    callbacks = [*ours.callbacks(case), Look()]
+    ours.fit(case, tmp_path, 2, lambda: None, ours.algorithm(case, tmp_path), callbacks)
+    assert len(lengths) == 8
+    assert any(length < 6 for length in lengths) == ragged
+
+
+@pytest.mark.parametrize("mean", [0, 3])
+def test_the_bare_loop_is_the_same_maths(bench, mean, tmp_path):
+    """Weights after two steps of SFT; they move by about 2e-6 each."""
+    from bench import loop, ours
+
+    case = written(bench, "sft", tmp_path, mean)
+    algorithm = ours.algorithm(case, tmp_path)
+    ours.fit(case, tmp_path, 2, lambda: None, algorithm, [])
+    bare = loop.run(case, tmp_path, 2, lambda: None)
+    assert distance(weights(bare), weights(algorithm.policy)) < 1e-7
+
+
+def test_the_bare_loop_of_grpo_steps(bench, tmp_path):
+    from bench import loop
+
+    case, steps = written(bench, "grpo", tmp_path), []
+    loop.run(case, tmp_path, 2, lambda: steps.append(1))
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("name", ["remax", "ppo", "lora_ppo", "hydra_ppo"])
+def test_the_papers_algorithms_step(bench, name, tmp_path):
+    from bench import papers
+
+    case, steps = written(bench, "grpo", tmp_path), []
+    papers.prepare(tmp_path)
+    papers.run(name, case, tmp_path, 1, lambda: steps.append(1))
+    assert len(steps) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_grows_by_what_was_touched(bench):
+    """200 million bytes more, in processes that have imported everything."""
+    import torch
+    from bench.memory import apart, peak
+
+    def touch(number: int) -> int:
+        return peak(lambda: torch.ones(number, dtype=torch.uint8), "cpu")
+
+    assert apart(touch, 300_000_000) - apart(touch, 100_000_000) == pytest.approx(200e6, rel=0.02)
