@@ -16,6 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     if args in (["--version"], ["-V"]):
         print(f"lit-align {__version__}")
         return 0
+    if args in ([], ["--help"], ["-h"]):
+        print(
+            f"beside the Trainer's: lit-align {' | '.join(['configs', *TOOLS])}, each with --help\n"
+        )
     try:
         if args[:1] == ["configs"]:
             return configs(args[1:])

@@ -31,6 +31,9 @@ ABOUT_SETTINGS = re.compile(  # where libraries refuse what a config says
     r"|lightning/(fabric|pytorch)/accelerators/"
     r"|transformers/models/auto/configuration_auto|huggingface_hub/dataclasses"
 )
+WRITERS = re.compile(  # who writes into the run folder
+    r"/fsspec/|/tensorboard/|lightning/(fabric|pytorch)/loggers/|lit_align/(callbacks|cli)/"
+)
 BASES = (Algorithm, Backbone, TextData, RewardFunction, Callback, Optimizer)
 
 
@@ -129,4 +132,20 @@ def explained(error: Exception) -> str | None:
     if frames and ABOUT_SETTINGS.search(Path(frames[-1].filename).as_posix()):
         text = " ".join(str(error).split())
         return text if len(text) < 300 else f"{text[:300]}..."
+    if isinstance(error, OSError) and error.filename and written(frames):
+        return (
+            f"{error.filename}: {error.strerror}. The run folder, --trainer.default_root_dir, must "
+            f"be one that can be written."
+        )
     return str(error) if said else None
+
+
+def written(frames: Iterable[traceback.FrameSummary]) -> bool:
+    """Whether what failed was a file of the run, and not one that a user's code opened."""
+    library = str(Path(os.__file__).parent)
+    own = [
+        frame.filename
+        for frame in frames
+        if "site-packages" in frame.filename or not frame.filename.startswith(("<frozen", library))
+    ]
+    return bool(own) and WRITERS.search(Path(own[-1]).as_posix()) is not None

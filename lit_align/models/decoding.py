@@ -89,7 +89,6 @@ def decode(
         stops: [S] token ids that end an answer.
         pad: Token id that stands behind the end.
         temperature: Divides the logits.
-        sampling: What may be chosen.
         over: Whether to end, given whether all rows have stopped: shards need all ranks' steps.
     """
     context = Context(network, prompts)

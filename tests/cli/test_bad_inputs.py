@@ -363,6 +363,14 @@ CASES |= {
         (*ONLINE, "--model.policy.path", "./folder"),
         r"\./folder could not be loaded: ",
     ),
+    "a run folder that is a file": (
+        (*OFFLINE, *FAST, "--trainer.default_root_dir", "good.jsonl"),
+        r"good.jsonl: File exists. The run folder, --trainer.default_root_dir, must be one that",
+    ),
+    "a run folder that nobody can make": (
+        (*OFFLINE, *FAST, "--trainer.default_root_dir", "good.jsonl/run"),
+        r"good.jsonl/run: Not a directory. The run folder, --trainer.default_root_dir",
+    ),
     "a run folder that is not there": (("report", "nowhere"), r"nowhere: no such run folder"),
     "a report of another folder": (
         ("report", "folder"),

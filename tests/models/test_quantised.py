@@ -365,7 +365,7 @@ def test_blocks_of_64_must_fit():
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_without_torchao_it_says_what_to_install(scheme, monkeypatch):
     monkeypatch.setattr(torchao_weights, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install 'torchao>=0.18'"):
+    with pytest.raises(ValueError, match=r"pip install 'torchao>=0.18'"):
         scheme()
 
 
