@@ -18,6 +18,7 @@ from lit_align.algorithms.dpo import DPO, IPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.grpovi import GRPOVI
 from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.hydra_sft import HydraSFT
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
@@ -34,6 +35,7 @@ from lit_align.data.preferences import PreferenceData
 from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
 from lit_align.models.scalar import Scalar
+from lit_align.models.two_headed import TwoHeaded
 from lit_align.rewards.base import RewardFunction
 
 ROOM = 6  # tokens of a response
@@ -58,7 +60,7 @@ ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
             "value_coef": 0.1,
         },
     ),
-    "RTO": (RTO, {"kl_coef": 0.0, "epochs": 2, "dpo": tiny}),
+    "RTO": (RTO, {"kl_coef": 0.0, "epochs": 2, "dpo": partial(adapted, Policy, 2, 0.1)}),
     "RLOO": (RLOO, {"num_samples": 4, "kl_coef": 0.0}),
 }
 
@@ -131,6 +133,12 @@ OFFLINE = {  # algorithm, data, and by how much a metric on the held-out rows is
         "accuracy",
         0.2,
     ),
+    "HydraSFT": (
+        partial(HydraSFT, policy=partial(TwoHeaded, config=SMALL), rm_coef=1.0),
+        PreferenceData,
+        "loss",
+        -3.5,
+    ),
     "DPO": (partial(DPO, policy=partial(Policy, config=SMALL)), PreferenceData, "accuracy", 0.2),
     "IPO": (partial(IPO, policy=partial(Policy, config=SMALL)), PreferenceData, "accuracy", 0.2),
 }
@@ -139,7 +147,10 @@ OFFLINE = {  # algorithm, data, and by how much a metric on the held-out rows is
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", OFFLINE)
 def test_what_is_held_out_gets_better(name, seed):
-    """SFT: from 5.2 nats to below 2.3; the others: from a guess to 7 of 10 pairs or more."""
+    """SFT: from 5.2 nats to below 2.3; HydraSFT, with both losses: from 5.9 to below 2.4.
+
+    The others: from a guess to 7 of 10 pairs or more.
+    """
     build, kind, metric, change = OFFLINE[name]
     torch.manual_seed(seed)
     algorithm = build(optimizer=lambda p: AdamW(p, lr=1e-2), warmup=0.1, final_lr=0.1)

@@ -156,8 +156,9 @@ class ActorCritic(OnlineAlgorithm):
         """[n, R]: half the larger of the plain and the clipped squared error."""
         loss = clipped_value(values, batch.values, batch.returns, self.value_clip)
         plain = 0.5 * (values - batch.returns).square()
+        moved = (values.detach() - batch.values).abs() > self.value_clip  # not by rounding alone
         self.note("loss/value_avg", loss, batch.response_mask)
-        self.note("val/clipfrac_avg", loss > plain, batch.response_mask)
+        self.note("val/clipfrac_avg", moved & (loss > plain), batch.response_mask)
         return self.each_averaged(loss, batch) if self.per_response else loss
 
     def count(self, batch: Experience) -> Tensor:

@@ -25,6 +25,8 @@ class GRPO(OnlineAlgorithm):
             token of a long response counts less; otherwise all tokens of a step count the same.
     """
 
+    adjusts_by_policy: bool = False  # `adjust` reads the policy's log-probs
+
     def __init__(
         self,
         num_samples: int = 8,
@@ -42,12 +44,16 @@ class GRPO(OnlineAlgorithm):
         self.scale, self.per_response = scale, per_response
 
     def prepare(self, batch: Experience) -> Experience:
-        """Adds `advantages`: the same for every token of a response."""
-        batch = super().prepare(batch)
+        """Adds `advantages`: the same for every token of a response.
+
+        Where one update follows, it finds the log-probs of the sampling policy by itself.
+        """
+        known_later = self.updates_once and not self.adjusts_by_policy
+        batch = self.compare(batch) if known_later else super().prepare(batch)
         scores = batch.scores.view(-1, self.num_samples)
         self.log_equal_groups(batch)
         credit = group_relative(self.adjust(scores, batch), self.scale)
-        batch.advantages = credit.view(-1, 1).expand_as(batch.logprobs)
+        batch.advantages = credit.view(-1, 1).expand_as(batch.response_mask)
         return batch
 
     def adjust(self, scores: Tensor, batch: Experience) -> Tensor:
@@ -56,13 +62,22 @@ class GRPO(OnlineAlgorithm):
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """[n, R]: the clipped surrogate and the KL of each token."""
-        logprobs = self.policy.logprobs(batch)
+        known = "logprobs" in batch.fields()
+        logprobs = self.policy.logprobs(batch) if known else self.first_look(batch)
         self.note_clipping(batch, logprobs - batch.logprobs, batch.advantages)
         loss = clipped_surrogate(
             logprobs, batch.logprobs, batch.advantages, self.clip_low, self.clip_high
         )
         loss = loss + self.kl_coef * k3(logprobs, batch.ref_logprobs)
         yield self.each_averaged(loss, batch) if self.per_response else loss
+
+    def first_look(self, batch: Experience) -> Tensor:
+        """[n, R] nats: log-probs, which are the sampling policy's, too; notes what is logged."""
+        logprobs, batch.entropy = self.policy.score(batch)
+        batch.logprobs = logprobs.detach()
+        for name, (values, mask) in self.distances(batch).items():
+            self.note(name, values, mask)
+        return logprobs
 
     def note_clipping(self, batch: Experience, log_ratio: Tensor, advantages: Tensor) -> None:
         """Notes the share of tokens whose ratio left the region on the side that is clipped."""

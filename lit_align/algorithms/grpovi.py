@@ -31,6 +31,8 @@ class GRPOVI(GRPO):
             reference's log-probability of the whole response.
     """
 
+    adjusts_by_policy = True  # as weights may: `policy_likelihood` does
+
     def __init__(
         self,
         low: float = 0.0,

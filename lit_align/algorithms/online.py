@@ -55,9 +55,19 @@ class OnlineAlgorithm(Referenced):
 
     def prepare(self, batch: Experience) -> Experience:
         """Writes the log-probs of both models; a subclass goes on to write `advantages`."""
-        (batch.ref_logprobs,) = self.in_parts(batch, lambda part: (self.reference_logprobs(part),))
+        batch = self.compare(batch)
         batch.logprobs, batch.entropy = self.in_parts(batch, self.policy.score)
         return batch
+
+    def compare(self, batch: Experience) -> Experience:
+        """Writes the log-probs of the reference alone."""
+        (batch.ref_logprobs,) = self.in_parts(batch, lambda part: (self.reference_logprobs(part),))
+        return batch
+
+    @property
+    def updates_once(self) -> bool:
+        """Whether one update follows each rollout: its policy is the one that has sampled."""
+        return self.epochs == 1 and self.minibatch_size is None
 
     def minibatches(self, num_rows: int, epoch: int) -> list[list[int]]:
         """Rows of each optimizer step, shuffled anew each epoch; the whole rollout as it is."""
@@ -76,19 +86,25 @@ class OnlineAlgorithm(Referenced):
         mask, answered = batch.response_mask, batch.response_mask.any(-1)
         means = {
             "reward": (batch.scores, answered),
-            "kl": (k3(batch.logprobs, batch.ref_logprobs), mask),
-            "objective/kl": (self.sequence_kl(batch), answered),
-            "entropy": (batch.entropy, mask),
             "completions/mean_length": (mask.sum(-1), answered),
             "completions/clipped_ratio": (self.on_device(batch.truncated), answered),
-            "sampling/sampling_logp_difference/mean": (
-                (batch.sampling_logprobs - batch.logprobs).abs(),
-                mask,
-            ),
         }
+        if "logprobs" in batch.fields():  # otherwise the update notes what it sees
+            means |= self.distances(batch)
         self.log_means(means)
         self.log("reward_std", self.moments(batch.scores, answered)[2].sqrt())
         self.log("rollout", float(self.iteration + 1))
+
+    def distances(self, batch: Experience) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is logged of the log-probs, with masks: how far the policy is from others."""
+        mask = batch.response_mask
+        difference = (batch.sampling_logprobs - batch.logprobs).abs()
+        return {
+            "kl": (k3(batch.logprobs, batch.ref_logprobs), mask),
+            "objective/kl": (self.sequence_kl(batch), mask.any(-1)),
+            "entropy": (batch.entropy, mask),
+            "sampling/sampling_logp_difference/mean": (difference, mask),
+        }
 
     def log_equal_groups(self, batch: Experience) -> None:
         """Logs the share of prompts whose samples all score the same: they teach nothing."""

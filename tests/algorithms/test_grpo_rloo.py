@@ -144,12 +144,13 @@ def test_unscaled_grpos_gradient_is_the_true_one_times_g_minus_1_over_g():
 def test_the_ratio_is_one_at_the_first_step(run, kind):
     class Spy(kind):
         def losses(self, batch):
-            self.same = torch.equal(self.policy.logprobs(batch).detach(), batch.logprobs)
+            same = torch.equal(self.policy.logprobs(batch).detach(), batch.logprobs)
+            self.same = [*getattr(self, "same", []), same]
             yield from super().losses(batch)
 
-    algorithm = Spy(policy=tiny)
+    algorithm = Spy(policy=tiny, epochs=2)
     logged = run(algorithm, num_batches=1).callback_metrics
-    assert algorithm.same
+    assert algorithm.same == [True, False]
     assert "frac_reward_zero_std" in logged
 
 
@@ -174,3 +175,25 @@ def test_micro_batches_do_not_change_the_result(run, kind):
 def test_a_minibatch_size_that_does_not_divide_is_refused(run):
     with pytest.raises(ValueError, match="minibatch_size 3 does not divide the 8 rows"):
         run(GRPO(policy=tiny, num_samples=2, minibatch_size=3))
+
+
+def test_one_update_per_rollout_scores_the_policy_once(run):
+    """Weights and metrics are those of a run that scores it before the update as well."""
+
+    class Twice(GRPO):
+        adjusts_by_policy = True
+
+    results = []
+    for kind in (GRPO, Twice):
+        algorithm = kind(policy=tiny, optimizer=lambda p: SGD(p, lr=0.1))
+        passes = []
+        algorithm.configure_model()
+        algorithm.policy.register_forward_hook(lambda *args, passes=passes: passes.append(1))
+        logged = run(algorithm, num_batches=2).callback_metrics
+        results.append((weights(algorithm), logged, len(passes)))
+    (once, seen, few), (twice, expected, many) = results
+    assert distance(once, twice) == 0
+    assert {k: float(v) for k, v in seen.items()} == pytest.approx(
+        {k: float(v) for k, v in expected.items()}, rel=1e-5, abs=1e-6
+    )
+    assert many - few == 2

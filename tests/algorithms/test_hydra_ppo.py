@@ -206,6 +206,15 @@ class HydraOnly:
         self.roles = {"policy": network}
 
 
+def test_what_one_adapter_cannot_keep_apart_is_refused(base):
+    for settings in ({"critic_lr": 1e-3}, {"critic_warmup": 2}):
+        joint = HydraPPO(policy=lambda: seeded(JointHydra, base), **settings)
+        with pytest.raises(ValueError, match="leave out critic_lr and critic_warmup"):
+            joint.configure_model()
+    with pytest.raises(ValueError, match="its own base with the adapters off: leave out reference"):
+        HydraPPO(policy=lambda: seeded(Hydra, base), reference=lambda: Policy(base))
+
+
 def test_base_reward_is_refused_where_no_base_judges(tmp_path, base):
     with pytest.raises(ValueError, match="ReMax trains no reward model's base"):
         by_base(tmp_path, ReMax(policy=lambda: Policy(base)))

@@ -1,10 +1,11 @@
 """PPO: what a token is rewarded with, what the critic sees, and who is updated when."""
 
+import json
 import math
 
 import pytest
 import torch
-from harness import TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
+from harness import SHARED, TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
 from torch.optim import SGD
 
 from lit_align.algorithms.online import OnlineAlgorithm
@@ -68,6 +69,24 @@ def test_the_controller_moves_a_fifth_of_its_share_at_most():
     assert float(controller.coef) == pytest.approx(0.1 * 1.01 * 1.02)
     controller.follow(torch.tensor(0.0), torch.tensor(100.0))  # clipped to -0.2, a whole horizon
     assert float(controller.coef) == pytest.approx(0.1 * 1.01 * 1.02 * 0.8)
+
+
+def test_the_controller_agrees_with_openrlhf():
+    """Initial 0.2, target 6, horizon 10,000; rows of KL, responses and the value after."""
+    file = SHARED / "golden" / "openrlhf_misc.json"
+    if not file.is_file():
+        pytest.skip("the golden files do not lie beside the project")
+    name = "adaptive_kl(init=0.2,target=6,horizon=10000)[kl,n_steps,value_after]"
+    controller = KLController(0.2, target=6.0, horizon=10_000)
+    for kl, number, value in json.loads(file.read_text())["cases"][name]:
+        controller.follow(torch.tensor(kl), torch.tensor(float(number)))
+        assert float(controller.coef) == pytest.approx(value, rel=2e-6)
+
+
+def test_a_rollout_beyond_the_horizon_counts_as_one():
+    controller = KLController(0.1, target=4.0, horizon=10)
+    controller.follow(torch.tensor(0.0), torch.tensor(1000.0))
+    assert float(controller.coef) == pytest.approx(0.08)
 
 
 def test_a_fixed_coefficient_stays_and_is_no_state():

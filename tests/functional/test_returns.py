@@ -213,6 +213,9 @@ class TestReMaxWeights:
         discounted = 0.99 * rewards_to_go(on_last_token(self.gain, self.mask), self.mask, 0.99)
         weights = torch.where(self.mask, discounted - 0.05 * self.kl, 0)
         close(weights, [[0.6742093, 0.69607, 0.693, 0]], 1e-6)
+        logprobs = torch.tensor([[-0.4, -0.8, -0.2, 0.0]])
+        loss = -(weights * logprobs).sum() / self.mask.sum()
+        assert float(loss) == pytest.approx(0.32171324, abs=1e-7)
 
     def test_r3_one_step_and_full_step_kl(self, close):
         gains = rewards_to_go(on_last_token(self.gain, self.mask), self.mask)

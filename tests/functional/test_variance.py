@@ -40,8 +40,10 @@ def test_numbers_of_the_paper(close, probs, scores, expected):
 
 
 def test_g1_and_g3_as_advantages(close):
-    """Over the population's standard deviation, and without it."""
+    """Over the population's standard deviation, and without it; raw scores first."""
     population = math.sqrt(4 / 3)
+    raw = group_relative(torch.tensor([[0.9, 0.6, 0.4, 0.1]], dtype=torch.double))
+    close(raw * population, [[1.371989, 0.342997, -0.342997, -1.371989]], 5e-6)
     advantages = group_relative(increased([0.9, 0.6, 0.4, 0.1], EQUAL).unsqueeze(0))
     close(advantages * population, [[1, 1, -1, -1]], 3e-6)
     adjusted = increased([0.2, 0.4, 0.9, 0.1], [0.1, 0.5, 0.15, 0.25]).unsqueeze(0)

@@ -263,6 +263,60 @@ def test_h10_parameters_of_base_and_adapters():
     assert sum(p.numel() for p in network.adapter_weights(CRITIC)) == 9920
 
 
+def test_h10_static_bytes():
+    """Weights 2, gradients 2, AdamW 8 bytes; heads left out (docs/hydra.md)."""
+    base, adapter = 133440, 9856
+    layouts = {
+        "SFT": 12 * base,
+        "PPO": 28 * base,
+        "LoRA-PPO": 8 * base + 24 * adapter,
+        "dynamic LoRA": 4 * base + 24 * adapter,
+        "joint": 2 * base + 12 * adapter,
+        "Hydra": 2 * base + 24 * adapter,
+    }
+    printed = [1601280, 3736320, 1304064, 770304, 385152, 503424]
+    assert list(layouts.values()) == printed
+    for kind, name in ((JointHydra, "joint"), (Hydra, "Hydra")):
+        network = kind(config=dict(SHAPE), lora=LoRA(rank=4, alpha=8))
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad) - 64
+        whole = sum(p.numel() for p in network.parameters()) - 128
+        assert 2 * whole + 10 * trained == layouts[name]
+
+
+def test_a_two_headed_model_with_an_adapter_saves_its_reward_head(base, answered, tmp_path):
+    """Hydra starts from what HydraSFT with LoRA has written: adapter and head over the base."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        trained = TwoHeaded(base, lora=LoRA(rank=2))
+    names = [n for n, p in trained.network.named_parameters() if p.requires_grad]
+    assert any(n.startswith("score.modules_to_save") for n in names)
+    assert not any("score" in n and "lora" in n for n in names)
+    with torch.no_grad():
+        for weight in trained.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn(weight.shape) * 0.1)
+    trained.save(tmp_path)
+    network = hydra(str(tmp_path))
+    scores = at_last_token(trained(lambda: trained.numbers(trained.hidden(answered))), answered)
+    assert torch.allclose(network.base_scores(answered)[0], scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Hydra, JointHydra])
+def test_the_value_head_of_a_bf16_base_is_float32(base, answered, kind):
+    network = hydra(base, kind, dtype="bfloat16")
+    head = network.network.score.modules_to_save[network.critic].weight
+    assert head.dtype == torch.float32
+    assert network.network.score.original_module.weight.dtype == torch.bfloat16
+    network.state_values(answered).sum().backward()
+    assert head.grad is not None
+    assert torch.isfinite(network.base_scores(answered)[0]).all()
+
+
+def test_layers_trained_whole_are_refused(base):
+    with pytest.raises(ValueError, match=r"leave out lora.train_fully \['embed_tokens'\]"):
+        Hydra(base, lora=LoRA(train_fully=["embed_tokens"]))
+
+
 def test_the_table_counts_every_weight_once(base):
     network = hydra(base)
     roles = [
