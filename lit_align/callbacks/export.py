@@ -8,12 +8,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.algorithms.base import Algorithm
+from lit_align.callbacks.card import write_card
 from lit_align.data.loading import TextData
 from lit_align.models.backbone import Backbone
 
 
 class Export(Callback):
-    """Writes `hf/` into the run folder when training ends: weights, tokenizer, stop ids.
+    """Writes `hf/` into the run folder when training ends: weights, tokenizer, stop ids, a card.
 
     Several trained roles get a folder each, `hf/<role>`.
     """
@@ -28,6 +29,7 @@ class Export(Callback):
             network.save(place, main=main)
             if main:
                 tokenizer.save_pretrained(place)
+                write_card(place, Path(trainer.default_root_dir), network)
         trainer.strategy.barrier("export")
 
 

@@ -39,6 +39,8 @@ class Turn:
 
     def stepped(self) -> None:
         """The run calls it after each step, and waits here for its next turn."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.done.release()
         self.go.acquire()
 

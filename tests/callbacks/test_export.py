@@ -7,6 +7,7 @@ import torch
 from harness import TINY
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lit_align.batches import Tokens
 from lit_align.callbacks.export import Export
 from lit_align.data.toy import toy_rows, toy_tokenizer
 from lit_align.models.backbone import Backbone
@@ -85,7 +86,8 @@ def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path, pad):
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     found = encoded(folder)
     ones = found["attention_mask"].bool()
-    batch = SimpleNamespace(tokens=found["input_ids"], token_mask=ones)
+    lengths = ones.sum(-1).tolist()
+    batch = Tokens(tokens=found["input_ids"], token_mask=ones, loss_mask=ones, lengths=lengths)
     with torch.no_grad():
         scores = trained.scores(batch)
     torch.testing.assert_close(logits(loaded, folder).squeeze(-1), scores)

@@ -295,6 +295,12 @@ def test_a_run_that_fails_leaves_no_profiler_behind(tmp_path):
     assert failing.watchers == []
 
 
+def test_a_second_profiler_is_refused_in_a_sentence(tmp_path):
+    run = trainer(tmp_path, profiler="pytorch", callbacks=[Memory()])
+    with pytest.raises(ValueError, match="of which there is one: leave out"):
+        run.fit(ReMax(policy=tiny), RandomPrompts(1))
+
+
 def test_a_second_fit_counts_the_networks_that_are_there(tmp_path):
     remax, memory = ReMax(policy=tiny), Memory()
     for phases in (PHASES, PHASES[1:]):

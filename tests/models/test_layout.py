@@ -68,7 +68,7 @@ def test_the_head_sees_real_tokens_alone():
 
 
 def test_pairs_of_like_lengths_are_read_at_once():
-    """Rejected texts of 5 tokens instead of 4 would spare a twelfth of all places."""
+    """Rejected texts of 5 tokens instead of 4 would spare a twelfth of all places: too little."""
     pairs = RandomPairs().batch(0)
     pairs.rejected_lengths = [5] * 4
     assert len(reading(pairs.texts()).passes) == 1

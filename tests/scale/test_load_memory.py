@@ -79,6 +79,5 @@ def loading(folder, path, lora):
 def test_a_rank_loads_in_little_more_than_its_shards(new_ranks, tmp_path, path, lora):
     tiny().save(tmp_path / "tiny")
     for taken, held, largest, whole in new_ranks(loading, tmp_path, path, lora):
-        print(f"took {taken / GIB:.2f} GiB for shards of {held / GIB:.2f} of {whole / GIB:.2f}")
         assert held == pytest.approx(whole / 2, rel=0.01)
         assert taken < 1.3 * held + largest

@@ -1,0 +1,82 @@
+"""docs/results.md: every online algorithm is in its table, and its script runs."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from harness import SHARED
+
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.cli.overlays import read
+from lit_align.cli.packaged import packaged
+from lit_align.cli.rooms import kinds, open_rooms
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """The script as a module; its paths are relative to the project."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.chdir(ROOT)
+    return importlib.import_module("results")
+
+
+def algorithms() -> set[str]:
+    """Our online algorithms; tests define others."""
+    open_rooms()
+    ours = (kind for kind in kinds(OnlineAlgorithm) if kind.__module__.startswith("lit_align."))
+    return {kind.__name__ for kind in ours}
+
+
+def rows() -> dict[str, list[str]]:
+    """The table's cells by title."""
+    made = PAGE.partition("<!-- made by scripts/results.py -->")[2].partition("<!-- end -->")[0]
+    lines = [line.strip("| ").split(" | ") for line in made.splitlines() if line.startswith("| ")]
+    return {title: cells for title, *cells in lines[1:]}
+
+
+def test_every_online_algorithm_has_a_row():
+    assert {title.partition(",")[0] for title in rows()} == algorithms()
+
+
+def test_every_row_is_of_a_run_of_the_script(results):
+    assert list(rows()) == [run.title for run in results.RUNS]
+    for run in results.RUNS:
+        assert run.config in packaged()
+        assert read(run.config)["model"]["class_path"] == run.name
+
+
+def test_every_gain_is_beyond_chance():
+    for title, (reward, gain, kl, *measured) in rows().items():
+        before, after = map(float, reward.split(" -> "))
+        low, high = map(float, gain.split(" to "))
+        assert 0 < low <= after - before + 0.01, title
+        assert after - before - 0.01 <= high, title
+        assert 0 < float(kl) < 20, title
+        assert len(measured) == 6
+        assert all(float(number) > 0 for number in measured)
+
+
+def test_the_page_says_how_it_was_made():
+    assert re.search(r"Made by `OMP_NUM_THREADS=1 python scripts/results.py` in one run", PAGE)
+    assert re.search(r"torch [\d.]+", PAGE)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_two_algorithms_gain_in_a_short_run(results, tmp_path):
+    """The two that need the most: a DPO adapter and a critic; a two-headed model."""
+    if not (SHARED / "models" / "stories260K").is_dir() or not (SHARED / "data").is_dir():
+        pytest.skip("the shared real data and the shared real model are not here")
+    short = results.Results(tmp_path, batches=10)
+    short.prepare()
+    for run in results.RUNS:
+        if run.folder in ("RTO", "HydraPPO"):
+            row = short.row(run)
+            assert row["gain, 95 % low"] > 0
+            assert row["prompts"] == 268
+            assert set(row["peaks"]) == set(results.PHASES)
+            assert row["seconds"] > 0
