@@ -43,7 +43,7 @@ def test_a_run_without_an_end_has_lines_too(run, capsys):
         ReMax(policy=tiny),
         num_batches=20,
         max_epochs=-1,
-        max_time={"seconds": 1},
+        max_time={"seconds": 5},
         limit_val_batches=0,
         callbacks=[Progress(lines=20)],
     )

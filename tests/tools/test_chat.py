@@ -82,7 +82,7 @@ def test_two_models_answer_side_by_side(model, monkeypatch, capsys):
     argv = [model("one"), "--with", model("two", seed=1), "--max_new_tokens", "4"]
     shown = said(monkeypatch, capsys, argv, PROMPT).replace("\n", "")
     assert "│" in shown
-    assert shown.count("has no chat template") == 2
+    assert shown.count("template") == 2  # each column breaks the sentence where it is full
 
 
 def test_commands(model, monkeypatch, capsys):
