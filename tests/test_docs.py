@@ -27,6 +27,7 @@ PAGES = [
     "scaling",
     "galore",
     "memory",
+    "results",
     "spr",
     "resume",
     "report",
