@@ -41,7 +41,7 @@ def train() -> None:
     lit_align("fit", "--config", "reward_model", *toy, REWARD, "--model.optimizer.lr", 4e-3,
               "--model.reward_model.path", SFT / "hf", "--trainer.max_epochs", 4)  # fmt: skip
     lit_align("fit", "--config", "remax", *toy, REMAX, "--model.optimizer.lr", 2e-3,
-              "--model.policy.path", SFT / "hf", *reward)  # fmt: skip
+              "--model.kl_coef", 0.1, "--model.policy.path", SFT / "hf", *reward)  # fmt: skip
     for model, folder in ((SFT, BEFORE), (REMAX, AFTER)):
         lit_align("predict", "--config", "remax", *toy, folder,
                   "--model.policy.path", model / "hf", "--model.reference", "Policy",
