@@ -1,5 +1,8 @@
 """Fixtures that all tests share."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 from harness import RandomPrompts, tiny, trainer
@@ -9,6 +12,13 @@ from lit_align.batches import Experience
 from lit_align.models.policy import Policy
 
 torch.set_num_threads(1)  # two threads wait for each other when a machine is busy
+
+
+@pytest.fixture(autouse=True)
+def no_seed_stays() -> Iterator[None]:
+    """Lightning hands a command line's seed to ranks that start later through the environment."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture
