@@ -53,9 +53,17 @@ def assembled(
     return weight
 
 
+def num_sparse(rows: int, columns: int, density: float) -> int:
+    """nnz, how many entries of a weight [rows, columns] the sparse part holds.
+
+    Multiplied in the paper's order: 0.01 x 29 x 100 rounds to 28, and 0.01 x (29 x 100) to 29.
+    """
+    return int(density * rows * columns)
+
+
 # An operator of its own, since the number of draws depends on values, which fake tensors lack.
 @torch.library.custom_op("lit_align::draw_support", mutates_args=())
-def draw_support(values: Tensor, size: int, seed: int) -> Tensor:
+def draw_support(values: Tensor, size: int, seed: int | None) -> Tensor:
     """[nnz] distinct positions below `size`, ascending; every set of them is equally likely.
 
     Drawn on the CPU, so that a seed means the same on every device.
@@ -63,9 +71,11 @@ def draw_support(values: Tensor, size: int, seed: int) -> Tensor:
     Args:
         values: [nnz], what will stand there.
         size: Entries of the weight.
-        seed: Below 2^63.
+        seed: Below 2^63; None draws from torch's own generator.
     """
-    generator, number = torch.Generator("cpu").manual_seed(seed), len(values)
+    generator, number = torch.default_generator, len(values)
+    if seed is not None:
+        generator = torch.Generator("cpu").manual_seed(seed)
     few = min(number, size - number)  # the positions taken, or else those left out
     drawn = torch.empty(0, dtype=torch.long, device="cpu")
     while len(drawn) < few:
@@ -79,7 +89,7 @@ def draw_support(values: Tensor, size: int, seed: int) -> Tensor:
 
 
 @draw_support.register_fake
-def _(values: Tensor, size: int, seed: int) -> Tensor:
+def _(values: Tensor, size: int, seed: int | None) -> Tensor:
     return values.new_empty(values.shape, dtype=_index_dtype(size))
 
 

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from lit_align.functional.sparse_low_rank import assembled, draw_support, sparse_low_rank
+from lit_align.functional.sparse_low_rank import (
+    assembled,
+    draw_support,
+    num_sparse,
+    sparse_low_rank,
+)
 
 PARTS = ("lora_A", "lora_B", "sparse_value", "sparse_index")  # of a weight, in the state dict
 
@@ -24,7 +29,7 @@ class SparseLowRankLinear(nn.Module):
         density: Share of the weight's entries that S holds.
         alpha: scale = alpha / rank.
         bias: Whether a bias is added.
-        seed: Of the support; by default torch's, so that ranks of one seed agree.
+        seed: Of the support; by default it is drawn from torch's generator, like the weights.
     """
 
     sparse_index: Tensor  # [nnz] row * in + column, ascending
@@ -46,13 +51,13 @@ class SparseLowRankLinear(nn.Module):
                 f"1, found {rank} and {density}."
             )
         self.in_features, self.out_features, self.scale = in_features, out_features, alpha / rank
-        size, near = out_features * in_features, in_features**-0.5
+        near = in_features**-0.5
         self.lora_A = nn.Parameter(torch.empty(rank, in_features).uniform_(-near, near))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
-        values = torch.empty(int(density * size)).uniform_(-near, near)
-        self.sparse_value = nn.Parameter(values)
-        seed = torch.initial_seed() if seed is None else seed
-        self.register_buffer("sparse_index", draw_support(values, size, seed % 2**63))
+        number = num_sparse(out_features, in_features, density)
+        self.sparse_value = nn.Parameter(torch.empty(number).uniform_(-near, near))
+        support = draw_support(self.sparse_value.detach(), out_features * in_features, seed)
+        self.register_buffer("sparse_index", support)
         shift = torch.empty(out_features).uniform_(-(out_features**-0.5), out_features**-0.5)
         self.bias = nn.Parameter(shift) if bias else None
 
@@ -163,8 +168,9 @@ class SLTrain:
 
 def saves(in_features: int, out_features: int, rank: int, density: float) -> bool:
     """Whether the factors of a weight hold fewer numbers than the weight itself."""
-    size = out_features * in_features
-    return (out_features + in_features) * rank + int(density * size) < size
+    low_rank = (out_features + in_features) * rank
+    sparse = num_sparse(out_features, in_features, density)
+    return low_rank + sparse < out_features * in_features
 
 
 def with_dense_weights(network: nn.Module, state: Mapping[str, object]) -> dict[str, Tensor]:

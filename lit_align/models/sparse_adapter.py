@@ -13,7 +13,12 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_align.functional.sparse_low_rank import assembled, draw_support, sparse_low_rank
+from lit_align.functional.sparse_low_rank import (
+    assembled,
+    draw_support,
+    num_sparse,
+    sparse_low_rank,
+)
 from lit_align.models.lora import LoRA
 from lit_align.models.sltrain import common_seed
 
@@ -85,9 +90,9 @@ class SparsePart(nn.Module):
 
     def __init__(self, layer: nn.Linear, density: float, seed: int):
         super().__init__()
-        size = layer.out_features * layer.in_features
-        self.value = nn.Parameter(torch.zeros(int(density * size)))
-        self.register_buffer("index", draw_support(self.value.detach(), size, seed))
+        rows, columns = layer.out_features, layer.in_features
+        self.value = nn.Parameter(torch.zeros(num_sparse(rows, columns, density)))
+        self.register_buffer("index", draw_support(self.value.detach(), rows * columns, seed))
 
 
 class SparseLoraLinear(Linear):

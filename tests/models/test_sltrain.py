@@ -129,14 +129,31 @@ def test_a_layer_takes_its_positions_from_the_state_dict():
 
 
 def test_a_seed_draws_one_support_whatever_else_was_drawn():
-    torch.manual_seed(5)
-    one = SparseLowRankLinear(40, 50, 2, 0.1, 1)
-    torch.randn(17)
-    same = SparseLowRankLinear(40, 50, 2, 0.1, 1)
-    torch.manual_seed(6)
-    other = SparseLowRankLinear(40, 50, 2, 0.1, 1)
-    assert torch.equal(one.sparse_index, same.sparse_index)
-    assert not torch.equal(one.sparse_index, other.sparse_index)
+    one, same, other = (
+        SparseLowRankLinear(40, 50, 2, 0.1, 1, seed=seed).sparse_index for seed in (5, 5, 6)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_layers_that_are_built_one_after_the_other_have_supports_of_their_own():
+    def supports():
+        torch.manual_seed(5)
+        return [SparseLowRankLinear(40, 50, 2, 0.1, 1).sparse_index for _ in range(3)]
+
+    first, again = supports(), supports()
+    assert len({tuple(support.tolist()) for support in first}) == 3
+    assert all(map(torch.equal, first, again))  # one seed of torch's builds one network
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "density", "number"),
+    [(100, 29, 0.01, 28), (29, 100, 0.01, 29), (120, 15, 0.03, 53), (6, 10, 0.2, 12)],
+)
+def test_entries_are_counted_in_the_papers_order(inputs, outputs, density, number):
+    """int(density * out * in): 0.01 * 29 is 0.28999999999999998, and a hundred of it are 28."""
+    made = SparseLowRankLinear(inputs, outputs, 1, density, 1)
+    assert len(made.sparse_value) == len(made.sparse_index) == number
 
 
 @pytest.mark.parametrize(("rank", "density"), [(0, 0.1), (2, -0.1), (2, 1.1)])
