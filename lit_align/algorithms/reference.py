@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_align.algorithms.base import Algorithm
 from lit_align.batches import Experience, Tokens
 from lit_align.models.backbone import Backbone
-from lit_align.models.parking import Sleeper
+from lit_align.models.parking import Turns
 from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, whole
 
@@ -40,7 +40,7 @@ class Referenced(Algorithm):
     ):
         super().__init__(**kwargs)
         self.parks = park
-        self.sleepers: list[Sleeper] = []  # of frozen networks
+        self.guests = Turns([])  # frozen networks, on the device while they are called
         self.build_policy, self.build_reference = policy, reference
         self.frozen_fingerprint = 0.0  # of all roles' frozen weights
 
@@ -59,19 +59,11 @@ class Referenced(Algorithm):
             for role, network in networks.items():
                 setattr(self, role, network)
             frozen = [network for role, network in networks.items() if role not in self.roles]
-            for network in frozen if self.parks else []:
-                self.let_sleep(network)
-
-    def let_sleep(self, network: Backbone) -> None:
-        """Has a frozen network come to the device when it is called; `sleep` sends it back."""
-        sleeper = Sleeper(network.parameters, frozen=True)
-        network.register_forward_pre_hook(lambda network, inputs: sleeper.wake())
-        self.sleepers.append(sleeper)
+            self.guests = Turns(frozen if self.parks else [])
 
     def sleep(self) -> None:
         """Frozen networks leave the device: the update does not need them."""
-        for sleeper in self.sleepers:
-            sleeper.park()
+        self.guests.come(None)
 
     def on_train_start(self) -> None:
         """Lightning has put all networks on the device."""

@@ -68,7 +68,8 @@ class LearnedReward(RewardFunction):
         """[N] scores."""
         texts = self.encode(batch)
         scores = torch.zeros(len(texts), dtype=torch.float32, device=batch.responses.device)
-        self.scalar.to(scores.device)  # known only after setup
+        self.sleeper.wake()
+        self.scalar.to(scores.device)  # for the first time: it is known only after setup
         for rows in microbatches([len(text) for text in texts], self.tokens_per_pass):
             tokens = right_padded([texts[row] for row in rows]).to(scores.device)
             scores[rows] = self.scalar.scores(tokens).float()

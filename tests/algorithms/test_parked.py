@@ -63,6 +63,22 @@ def test_frozen_models_sleep_through_every_update(tmp_path, poisoned, name):
     assert all(asleep)
 
 
+def test_one_frozen_model_is_awake_at_a_time(tmp_path, poisoned):
+    algorithm, found = ALGORITHMS["RTO"](), []
+    frozen = ("dpo", "dpo_reference", "reference")
+
+    def look(*call):
+        awake = [r for r in frozen if not next(algorithm._modules[r].parameters()).isnan().any()]
+        found.append(awake)
+
+    algorithm.configure_model()
+    for role in frozen:
+        algorithm._modules[role].register_forward_hook(look)
+    torch.manual_seed(0)
+    trainer(tmp_path, limit_val_batches=0).fit(algorithm, RandomPrompts(2))
+    assert found == [[role] for role in frozen] * 2
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_parking_changes_no_result(tmp_path, monkeypatch, name):
     awake, metrics = learnt(tmp_path, ALGORITHMS[name](park=False))

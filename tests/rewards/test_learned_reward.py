@@ -144,7 +144,15 @@ def test_it_sleeps_between_its_calls(folder, monkeypatch):
     awake = reward(batch).tolist()
     assert not reward.sleeper.homes
     monkeypatch.setattr(parking, "movable", lambda tensor: True)
+    asleep, scores = [], reward.scalar.scores
+
+    def watched(tokens):
+        asleep.append(len(reward.sleeper.homes))
+        return scores(tokens)
+
+    monkeypatch.setattr(reward.scalar, "scores", watched)
     assert [reward(batch).tolist() for _ in range(3)] == [awake] * 3
+    assert asleep == [0, 0, 0]
     assert len(reward.sleeper.homes) == len(list(reward.scalar.parameters()))
 
 
