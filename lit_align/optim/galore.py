@@ -41,6 +41,7 @@ def subspace(gradient: Tensor, rank: int, right: bool) -> Tensor:
         right: Whether of the right side (k = in) or of the left (k = out).
     """
     wide = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).double()
+    wide = wide.nan_to_num(0.0, 0.0, 0.0)  # eigh would raise; projected, a NaN still is one
     vectors = torch.linalg.eigh(wide.mT @ wide if right else wide @ wide.mT).eigenvectors
     vectors = vectors[:, -rank:].flip(-1)
     sizes = vectors.abs()

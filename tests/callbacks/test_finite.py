@@ -1,5 +1,6 @@
 """A loss that is no number names the step and the rows, and never reaches the weights."""
 
+import math
 import socket
 from functools import partial
 
@@ -13,14 +14,15 @@ from torch.optim import AdamW
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks.checkpoint import Checkpoints
 from lit_align.callbacks.finite import Finite
+from lit_align.optim.galore import GaLore
 
 
 class Poisoned(ReMax):
     """Its losses of one prompt are NaN from an iteration on."""
 
-    def __init__(self, since: int, prompt: str):
-        optimizer = partial(AdamW, lr=1e-2)
-        super().__init__(policy=tiny, num_samples=1, microbatch_tokens=30, optimizer=optimizer)
+    def __init__(self, since: int, prompt: str, **more):
+        settings = {"microbatch_tokens": 30, "optimizer": partial(AdamW, lr=1e-2), **more}
+        super().__init__(policy=tiny, num_samples=1, **settings)
         self.since, self.prompt = since, prompt
 
     def losses(self, batch):
@@ -66,6 +68,36 @@ def test_an_infinite_gradient_of_a_finite_loss_is_noticed(tmp_path):
     run = trainer(tmp_path, limit_val_batches=0, callbacks=[Finite()])
     with pytest.raises(ValueError, match=r"The gradient is not finite\. Stopped in iteration 1,"):
         run.fit(Steep(policy=tiny), RandomPrompts())
+
+
+def during_backward(params):
+    return GaLore(params, lr=1e-2, rank=2, per_layer=True)
+
+
+BACKWARD = {"optimizer": during_backward, "max_grad_norm": math.inf, "microbatch_tokens": 999}
+
+
+def test_weights_that_were_updated_during_backward_are_not_said_to_be_whole(tmp_path):
+    short, poisoned = Poisoned(9, "", **BACKWARD), Poisoned(1, prompt_of(1, 2), **BACKWARD)
+    torch.manual_seed(0)
+    trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(short, RandomPrompts())
+    torch.manual_seed(0)
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Finite()])
+    with pytest.raises(ValueError, match=r"optimizer step 2, but after updates during") as error:
+        run.fit(poisoned, RandomPrompts())
+    assert "The loss is not finite: rows 2" in str(error.value)
+    assert distance(trained(poisoned), trained(short)) > 0
+
+
+def test_an_infinite_gradient_is_noticed_where_none_is_left(tmp_path):
+    class Steep(ReMax):
+        def losses(self, batch):
+            (loss,) = super().losses(batch)
+            yield loss + (loss - loss.detach()).abs().sqrt().where(batch.scored, 0.0)
+
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Finite()])
+    with pytest.raises(ValueError, match=r"The gradient is not finite\. Stopped in iteration 1,"):
+        run.fit(Steep(policy=tiny, **BACKWARD), RandomPrompts())
 
 
 def test_a_sound_run_is_left_alone(tmp_path):

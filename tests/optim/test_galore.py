@@ -284,6 +284,14 @@ def test_steps_need_no_values():
         assert state["projector"].shape == (4, 1)
 
 
+@pytest.mark.parametrize("strange", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_says_so_in_the_weights(strange):
+    param, gradient = weight(6, 4), random(6, 4, dtype=torch.float32)
+    gradient[2, 1] = strange
+    step(galore(param), param, gradient)
+    assert param[2].isnan().any()  # as AdamW's would be, for whoever watches
+
+
 # What is not projected --------------------------------------------------------------------------
 
 
