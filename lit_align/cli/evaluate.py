@@ -1,6 +1,5 @@
 """`lit-align evaluate`: several models on the same prompts."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.callbacks.asking import Asking
 from lit_align.callbacks.reward import Reward
 from lit_align.cli.messages import Parser, quieten
-from lit_align.cli.overlays import Settings, chosen_class, cut, read, split_config
+from lit_align.cli.overlays import Settings, chosen_class, cut, inline, read, split_config
 from lit_align.cli.rooms import open_rooms
 from lit_align.data.loading import TextData
 from lit_align.data.prompts import PromptData
@@ -93,7 +92,7 @@ def fit_sections(args: list[str]) -> list[str]:
     if kind is None or not issubclass(kind, PromptData):
         kind = PromptData  # which reads the prompts of any other data module's rows
     for place, settings in configs.items():
-        argv[place] = json.dumps(needed(settings, kind))
+        argv[place] = inline(needed(settings, kind))
     return argv
 
 

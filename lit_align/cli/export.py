@@ -1,13 +1,12 @@
 """`lit-align export`: a checkpoint as a folder that transformers loads."""
 
-import json
 import sys
 from pathlib import Path
 
 from lit_align.callbacks.checkpoint_files import folder_of, head, newest
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.messages import Parser, quieten
-from lit_align.cli.overlays import read
+from lit_align.cli.overlays import inline, read
 from lit_align.cli.rooms import open_rooms
 from lit_align.tools.export import export
 
@@ -80,4 +79,4 @@ def build(config: Path) -> Built:
     settings = read(str(config))
     settings["trainer"] = {**settings["trainer"], **ALONE}
     settings["ckpt_path"] = None  # what the run itself went on from
-    return Built(["predict", "--config", json.dumps(settings)])
+    return Built(["predict", "--config", inline(settings)])

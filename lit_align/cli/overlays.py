@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ def read(name: str) -> Settings:
     return settings
 
 
+def inline(settings: Settings) -> str:
+    """Settings as one line of YAML, which the parser takes in the place of a file.
+
+    JSON would not do: it has no word for infinity that YAML reads.
+    """
+    line: str = yaml.safe_dump(settings, default_flow_style=True, width=math.inf, sort_keys=False)
+    return line.strip()
+
+
 def fit_overlays(argv: list[str]) -> list[str]:
     """The command line with each `--config` read, and overlays cut to the chosen algorithm.
 
@@ -54,7 +63,7 @@ def fit_overlays(argv: list[str]) -> list[str]:
     for place, settings in configs.items():
         if "class_path" not in (settings.get("model") or {}):
             settings = cut(settings, chosen)
-        argv[place] = json.dumps(settings)
+        argv[place] = inline(settings)
     return argv
 
 

@@ -10,7 +10,15 @@ import yaml
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
 from lit_align.cli.main import main
-from lit_align.cli.overlays import SECTIONS, chosen_class, cut, fit_overlays, packaged, read
+from lit_align.cli.overlays import (
+    SECTIONS,
+    chosen_class,
+    cut,
+    fit_overlays,
+    inline,
+    packaged,
+    read,
+)
 from lit_align.cli.rooms import arguments, open_rooms
 from lit_align.data.preferences import PreferenceData
 from lit_align.version import __version__
@@ -113,9 +121,28 @@ def test_the_command_line_names_the_class_that_overlays_are_cut_to():
     assert chosen_class("model", SECTIONS["model"], [read("remax")], argv).__name__ == "SFT"
     words = fit_overlays(["fit", "--config=sft", "--config", "toy"])
     assert words[1] == "--config"
-    overlay = json.loads(words[4])
+    overlay = yaml.safe_load(words[4])
     assert "rollout" not in overlay
     assert "kl_coef" not in overlay["model"]["init_args"]
+
+
+def test_a_config_may_say_infinity(tmp_path, capsys):
+    """As `config.yaml` of a run without clipping does."""
+    file = tmp_path / "unclipped.yaml"
+    file.write_text("model: {init_args: {max_grad_norm: .inf, optimizer: {init_args: {lr: 1e-3}}}}")
+    line = ["fit", "--config", "sft", "--config", "toy", "--config", str(file), "--print_config"]
+    with pytest.raises(SystemExit, match="0"):
+        main(line)
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert settings["max_grad_norm"] == float("inf")
+    assert settings["optimizer"]["init_args"]["lr"] == 0.001
+
+
+@pytest.mark.parametrize("text", ["two\nlines: {{ x }}", "1e3", "null", "é", "a" * 500, ""])
+def test_texts_of_a_config_stay_what_they_are(text):
+    assert yaml.safe_load(inline({"data": {"init_args": {"chat_template": text}}})) == {
+        "data": {"init_args": {"chat_template": text}}
+    }
 
 
 def test_arguments_are_those_of_the_class_and_its_parents():
@@ -160,10 +187,10 @@ def test_an_overlay_may_name_a_class_and_a_config_may_be_short(tmp_path, capsys)
         "data: {class_path: PreferenceData, init_args: {path: mine}}"
     )
     words = fit_overlays(["fit", "--config", "sft", "--config", str(tmp_path / "data.yaml")])
-    assert json.loads(words[4])["data"]["class_path"] == "PreferenceData"
+    assert yaml.safe_load(words[4])["data"]["class_path"] == "PreferenceData"
     (tmp_path / "short.yaml").write_text("model: SFT\ndata: InstructionData")
     words = fit_overlays(["fit", "--config", str(tmp_path / "short.yaml"), "--model=ReMax"])
-    assert json.loads(words[2])["model"] == {"class_path": "SFT"}
+    assert yaml.safe_load(words[2])["model"] == {"class_path": "SFT"}
     assert words[3:] == ["--model", "ReMax"]
 
 
