@@ -117,6 +117,12 @@ class QuantisedLinear(nn.Linear):
         """[out, in] float32: what the layer multiplies by."""
         return self.decoded((self.weight, *self.scales), torch.float32)
 
+    def plain(self) -> nn.Linear:
+        """A float32 layer that multiplies by the same."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = nn.Parameter(self.dense()), self.bias
+        return layer
+
 
 def as_bytes(numbers: Tensor) -> Tensor:
     """[.., 4] uint8: float32 numbers [..], sharing their memory."""

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.sft import SFT
 from lit_align.batches import Tokens
-from lit_align.models import torchao_weights
+from lit_align.models import merging, torchao_weights
 from lit_align.models.hydra import ACTOR, CRITIC, Hydra
 from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
@@ -292,6 +292,16 @@ def test_saved_is_an_adapter_that_names_its_base(base, tmp_path):
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path)
     expected = build(None, path=base)
     assert torch.equal(whole(IDS).logits, expected.network(IDS).logits)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_merged_it_is_a_plain_network_of_the_decoded_weights(scheme, tmp_path):
+    coded = build(scheme(), lora=LoRA(rank=2, alpha=4, targets=["q_proj", "up_proj"]))
+    merging.merged(coded, "default").save_pretrained(tmp_path)
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(plain(IDS).logits, coded.network(IDS).logits, rtol=0, atol=1e-5)
+    assert len(linears(coded)) == 14  # the original stays
 
 
 def test_an_adapters_folder_is_merged_before_its_base_is_coded(base, tmp_path):
