@@ -48,11 +48,12 @@ class Memory(Callback):
     """Measures each phase: load, rollout, score, prepare, update.
 
     The bytes are the allocator's, not the process's. They are in the log (`memory/<phase>` and
-    their largest, `memory/peak`, in MiB, the most of all ranks), in the progress line, and in the
-    run folder's `memory.csv`: the largest peak of each phase by category, in bytes. On a GPU this
-    costs nothing. On a CPU torch's profiler listens from the start of a fit to its end, except
-    during evaluation: 30 % more time with a model of 0.26 M parameters, less with larger ones. A
-    reward model is seen as it is loaded if this stands before `Reward`.
+    their largest, `memory/peak`, in MiB, the most of all ranks), in the progress line and in
+    Lightning's bar where that is on, and in the run folder's `memory.csv`: the largest peak of each
+    phase by category, in bytes. On a GPU this costs nothing. On a CPU torch's profiler listens from
+    the start of a fit to its end, except during evaluation: 30 % more time with a model of 0.26 M
+    parameters, less with larger ones. A reward model is seen as it is loaded if this stands before
+    `Reward`.
     """
 
     allocations: Allocations
@@ -159,7 +160,8 @@ class Memory(Callback):
         most = {**self.latest, "peak": max(self.latest.values())}
         for phase, size in most.items():
             value = torch.tensor(size / MIB, device=self.device)
-            algorithm.log(f"memory/{phase}", value, sync_dist=True, reduce_fx="max")
+            bar = phase == "peak"
+            algorithm.log(f"memory/{phase}", value, bar, sync_dist=True, reduce_fx="max")
         self.latest = {}
         self.write(trainer)
 

@@ -280,6 +280,8 @@ def test_metrics_and_the_progress_line_have_the_peaks(run, capsys, tmp_path):
     most = max(row["peak"] for row in rows.values())
     assert logged["memory/peak"] * MIB == pytest.approx(most, rel=1e-6)
     assert f"memory/peak {most / MIB:.4g}" in capsys.readouterr().out
+    shown = {name for name in done.progress_bar_metrics if name.startswith("memory/")}
+    assert shown == {"memory/peak"}
 
 
 class Failing(ReMax):
