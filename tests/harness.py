@@ -113,10 +113,10 @@ class RandomTexts(RandomPrompts):
         )
 
 
-def scalar() -> Scalar:
+def scalar(**settings: Any) -> Scalar:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Scalar(config=dict(TINY))
+        return Scalar(config=dict(TINY), **settings)
 
 
 class RandomPairs(RandomPrompts):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_align.algorithms.minibatches import shuffled
 from lit_align.algorithms.reference import Referenced
 from lit_align.batches import Experience
 from lit_align.functional.kl import k1, k3
@@ -70,7 +70,10 @@ class OnlineAlgorithm(Referenced):
         return self.epochs == 1 and self.minibatch_size is None
 
     def minibatches(self, num_rows: int, epoch: int) -> list[list[int]]:
-        """Rows of each optimizer step, shuffled anew each epoch; the whole rollout as it is."""
+        """Rows of each optimizer step, shuffled anew each epoch; the whole rollout as it is.
+
+        With more ranks, a step's rows on all of them are those of one process with as many rows.
+        """
         size = self.minibatch_size or num_rows
         if num_rows % size:
             raise ValueError(
@@ -78,7 +81,10 @@ class OnlineAlgorithm(Referenced):
             )
         rows = list(range(num_rows))
         if size < num_rows:
-            random.Random(f"{torch.initial_seed()} {self.iteration} {epoch}").shuffle(rows)
+            seed = f"{torch.initial_seed()} {self.iteration} {epoch}"
+            per_prompt = self.num_samples + self.num_stored
+            ranks = self.trainer.global_rank, self.trainer.world_size
+            rows = shuffled(num_rows, per_prompt, *ranks, seed)
         return [rows[start : start + size] for start in range(0, num_rows, size)]
 
     def log_rollout(self, batch: Experience) -> None:
@@ -114,9 +120,9 @@ class OnlineAlgorithm(Referenced):
         self.log_means({"frac_reward_zero_std": (equal, answered)})
 
     def moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number, mean and unbiased variance over all True of all ranks, each []."""
-        kept = values.float().where(mask, 0.0)
-        number, total = self.over_ranks(torch.stack([mask.sum().float(), kept.sum()]))
+        """Number, mean and unbiased variance over all True of all ranks, each [] in float64."""
+        kept = values.double().where(mask, 0.0)
+        number, total = self.over_ranks(torch.stack([mask.sum().double(), kept.sum()]))
         mean = total / number.clamp(min=1.0)
         squares = (kept - mean).square().where(mask, 0.0).sum()
         return number, mean, self.over_ranks(squares) / (number - 1).clamp(min=1.0)

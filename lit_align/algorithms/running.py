@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class Running(nn.Module):
-    """State in float32 whatever the weights' data type: bf16 would lose each small change."""
+    """State in float64 whatever the weights' data type: bf16 would lose each small change.
+
+    Nor shall its rounding tell how many ranks have summed what it follows.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for name, state in self.named_buffers(recurse=False):
@@ -33,7 +36,8 @@ class KLController(Running):
         if horizon < 1:
             raise ValueError(f"kl_horizon must be at least 1 response, found {horizon}.")
         self.target, self.horizon = target, horizon
-        self.register_buffer("coef", torch.tensor(coef), persistent=target is not None)
+        start = torch.tensor(coef, dtype=torch.float64)
+        self.register_buffer("coef", start, persistent=target is not None)
 
     def follow(self, kl: Tensor, num_responses: Tensor) -> None:
         """Raises the coefficient where the KL was above the target, lowers it where below.
@@ -54,7 +58,7 @@ class RunningScale(Running):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("moments", torch.zeros(3))
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
 
     def add(self, number: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Adds one rollout of all ranks.
@@ -90,7 +94,8 @@ class RunningBounds(Running):
     def __init__(self, low: float, high: float, running: bool):
         super().__init__()
         start = [torch.inf, -torch.inf] if running else [low, high]
-        self.register_buffer("bounds", torch.tensor(start), persistent=running)
+        bounds = torch.tensor(start, dtype=torch.float64)
+        self.register_buffer("bounds", bounds, persistent=running)
 
     def widen(self, extremes: Tensor) -> None:
         """Takes in a rollout of all ranks.
@@ -98,5 +103,5 @@ class RunningBounds(Running):
         Args:
             extremes: [2] the least score with its sign changed, and the largest.
         """
-        least, largest = extremes.float().unbind()
+        least, largest = extremes.double().unbind()
         self.bounds = torch.stack([self.bounds[0].minimum(-least), self.bounds[1].maximum(largest)])

@@ -4,10 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from equality_cases import CASES
 from harness import RandomPairs, RandomPrompts, distance, tiny, trainer, weights
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from test_two_processes import CASES, fit
+from test_two_processes import fit
 from torch import distributed
 
 from lit_align.algorithms.dpo import DPO
