@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from lit_align.algorithms.measuring import Measuring
 from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
+from lit_align.models.fitting import check_fit, shapes
 from lit_align.models.fsdp2 import FSDP2
 from lit_align.models.roles import Role, whole
 from lit_align.models.sharding import Model, reshard, shard, synchronise
@@ -264,23 +265,5 @@ class Algorithm(Measuring):
                 f"The checkpoint is of a {checkpoint['algorithm']} run and cannot go on as {name}; "
                 f"to start from its weights, give the path of its exported `hf` folder."
             )
-        if checkpoint.get("state_dict"):  # a sharded checkpoint's is elsewhere
-            self.check_fit(checkpoint["state_dict"])
-
-    def check_fit(self, found: Mapping[str, Tensor]) -> None:
-        """Refuses weights that are not exactly those that train here.
-
-        Args:
-            found: By name.
-        """
-        expected = self.state_dict()
-        strange = sorted(
-            key
-            for key in {*expected, *found}
-            if key not in expected or key not in found or expected[key].shape != found[key].shape
-        )
-        if strange:
-            raise ValueError(
-                f"The checkpoint does not fit this model: {len(strange)} weights are unknown, "
-                f"missing or of another shape, such as '{strange[0]}'."
-            )
+        if checkpoint.get("state_dict"):  # `FSDP2` looks at a sharded checkpoint's itself
+            check_fit(self, shapes(checkpoint["state_dict"]))

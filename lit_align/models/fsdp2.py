@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from lit_align.models.fitting import check_fit, shapes_in
 from lit_align.models.sharding import Sharding
 from lit_align.models.streaming import weights_later
 
@@ -95,6 +97,15 @@ class FSDP2(ModelParallelStrategy):
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Looks at names and shapes first: torch's own refusals are tracebacks on every rank."""
+        if Path(checkpoint_path).is_dir():
+            assert self.lightning_module is not None
+            check_fit(self.lightning_module, shapes_in(Path(checkpoint_path)))
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _get_process_group_backend(self) -> str:
         """Offloaded gradients are clipped on the host, which nccl cannot reach."""

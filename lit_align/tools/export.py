@@ -10,6 +10,7 @@ from lit_align.callbacks.checkpoint_io import trained_weights
 from lit_align.callbacks.export import clear, name_ends, places
 from lit_align.data.loading import TextData
 from lit_align.models.backbone import Backbone
+from lit_align.models.fitting import check_fit, shapes
 from lit_align.models.loading import quiet_transformers
 from lit_align.models.merging import merged
 
@@ -57,7 +58,7 @@ def load(algorithm: Algorithm, checkpoint: Path) -> None:
                 f"the config of that run, whose paths must hold the same weights."
             )
     weights = trained_weights(checkpoint)
-    algorithm.check_fit(weights)
+    check_fit(algorithm, shapes(weights))
     algorithm.load_state_dict(weights, strict=False)
 
 

@@ -25,13 +25,16 @@ TWO_RANKS = (
     "--trainer.strategy.data_parallel_size=2",
     "--trainer.strategy.tensor_parallel_size=1",
 )
+FSDP2 = ("--data.batch_size=4", "--trainer.devices=2", "--trainer.strategy=fsdp2")
+ONLINE = {"remax", "grpo", "grpovi", "rloo", "ppo", "rto", "spr", "hydra_ppo", "joint_hydra_ppo"}
+ONLINE |= {"dl_ppo", "lora_ppo"}
 assert sharded  # imported before the fork
 open_rooms()
 
 
 def words(folder: Path, config: str = "remax", *more: str, epochs: int = 2) -> list[str]:
     """Epochs of four iterations on 32 shuffled rows of the toy data, each with a validation."""
-    online = ["--rollout.max_new_tokens=4"] if config in ("remax", "ppo", "grpo") else []
+    online = ["--rollout.max_new_tokens=4"] if config in ONLINE else []
     return [
         *("fit", "--config", config, "--config", "toy", f"--trainer.max_epochs={epochs}"),
         *("--data.batch_size=8", "--data.max_rows=32", "--trainer.limit_val_batches=1"),
