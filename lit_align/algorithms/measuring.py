@@ -136,13 +136,13 @@ class Measuring(LightningModule):
 
 
 LIGHTER = "or train adapters (--config lora), or shard over more GPUs (--config fsdp)."
-FEWER = "lower --model.microbatch_tokens, set --model.policy.checkpointing true,"
 ADVICE = {  # what to change when memory runs out, by phase
     "load": f"Out of memory in phase load: set --model.policy.dtype bfloat16, {LIGHTER}",
     "rollout": "Out of memory in phase rollout: lower --data.batch_size, --model.num_samples or "
     "--rollout.max_new_tokens.",
     "score": "Out of memory in phase score: lower --reward.sources.tokens_per_pass, take a smaller "
     "reward model, or --data.batch_size.",
-    "prepare": f"Out of memory in phase prepare: {FEWER} {LIGHTER}",
-    "update": f"Out of memory in phase update: {FEWER} {LIGHTER}",
+    "prepare": f"Out of memory in phase prepare: lower --model.microbatch_tokens, {LIGHTER}",
+    "update": "Out of memory in phase update: lower --model.microbatch_tokens, set "
+    "--model.policy.checkpointing true, or train adapters (--config lora).",
 }

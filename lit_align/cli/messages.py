@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
@@ -30,6 +31,11 @@ ABOUT_SETTINGS = re.compile(  # where libraries refuse what a config says
     r"lightning/pytorch/trainer/(connectors|configuration_validator)"
     r"|lightning/(fabric|pytorch)/accelerators/"
     r"|transformers/models/auto/configuration_auto|huggingface_hub/dataclasses"
+)
+EVALUATING = re.compile(r"lightning/pytorch/loops/(evaluation|prediction)_loop")
+EVALUATION_FULL = (  # the phases of an iteration say it themselves
+    "Out of memory in phase evaluate: lower --data.eval_batch_size or --model.microbatch_tokens, "
+    "or set --model.policy.dtype bfloat16."
 )
 WRITERS = re.compile(  # who writes into the run folder
     r"/fsspec/|/tensorboard/|lightning/(fabric|pytorch)/loggers/|lit_align/(callbacks|cli)/"
@@ -127,6 +133,9 @@ def explained(error: Exception) -> str | None:
     if str(error).startswith("Does not validate against"):  # ours, seen through the parser
         return sentence(str(error), ())
     frames = traceback.extract_tb(error.__traceback__)
+    evaluating = any(EVALUATING.search(frame.filename) for frame in frames)
+    if isinstance(error, torch.OutOfMemoryError) and evaluating:
+        return f"{EVALUATION_FULL} {error}"
     ours = bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
     said = ours and (frames[-1].line or "").startswith("raise ")
     if frames and ABOUT_SETTINGS.search(Path(frames[-1].filename).as_posix()):

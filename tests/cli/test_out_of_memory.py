@@ -1,0 +1,59 @@
+"""Where memory runs out is named, with three settings that exist and help."""
+
+import re
+
+import pytest
+import torch
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.cli.main import main
+from lit_align.models.policy import Policy
+from lit_align.rewards.rules import Length
+
+VALUES = {
+    "--data.eval_batch_size": "4",
+    "--data.batch_size": "4",
+    "--model.num_samples": "2",
+    "--rollout.max_new_tokens": "4",
+    "--model.microbatch_tokens": "100",
+    "--model.policy.checkpointing": "true",
+    "--model.policy.dtype": "bfloat16",
+    "--reward.sources.tokens_per_pass": "100",
+}
+
+
+def full(*args, **kwargs):
+    raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+
+PLACES = {
+    "load": (Policy, "load"),
+    "rollout": (Policy, "respond"),
+    "score": (Length, "__call__"),
+    "prepare": (ReMax, "reference_logprobs"),
+    "update": (ReMax, "losses"),
+    "evaluate": (Policy, "respond"),  # before the first iteration, to see whether it works
+}
+
+
+@pytest.mark.parametrize("phase", PLACES)
+def test_the_phase_and_three_settings_are_named(phase, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(*PLACES[phase], full)
+    start = ["fit", "--config", "remax", "--config", "toy"]
+    length = ["--reward.sources", "Length", "--reward.sources.target", "8"]
+    end = ["--data.max_rows", "64", "--trainer.default_root_dir", str(tmp_path)]
+    end += [] if phase == "evaluate" else ["--trainer.num_sanity_val_steps", "0"]
+    assert main([*start, *length, *end]) == 2
+    said = capsys.readouterr().err
+    assert f"lit-align: Out of memory in phase {phase}: " in said
+    assert "tried to allocate 20 GiB" in said
+    named = re.findall(r"--config \w+|--[\w.]+\w|a smaller reward model", said)
+    assert len(named) == 3, named
+    judge = ["--reward.sources", "LearnedReward", "--reward.sources.path", "x"]
+    for name in named:  # the parser knows it
+        config = name.split() if name.startswith("--config") else []
+        setting = [name, VALUES[name]] if name in VALUES else []
+        assert config or setting or name == "a smaller reward model"
+        with pytest.raises(SystemExit) as left:
+            main([*start, *config, *judge, *setting, "--print_config"])
+        assert left.value.code == 0
