@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -197,6 +197,13 @@ class Algorithm(Measuring):
                 "FSDPStrategy wraps the whole step and cannot serve one that generates: take "
                 "--trainer.strategy fsdp2, which shards the same way."
             )
+        if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
+            width = strategy.device_mesh["tensor_parallel"].size()
+            if width > 1:
+                raise ValueError(
+                    f"ModelParallelStrategy splits tensors over {width} ranks, which would see "
+                    f"different rows: take --trainer.strategy fsdp2, which splits none."
+                )
         if self.several_losses and isinstance(strategy, DDPStrategy):
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 

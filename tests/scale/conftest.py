@@ -16,12 +16,12 @@ def port() -> int:
     return number
 
 
-def started() -> Iterator[Ranks]:
-    """Two processes."""
+def started(processes: int = 2) -> Iterator[Ranks]:
+    """So many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
-    ranks = Ranks(2, number)
+    ranks = Ranks(processes, number)
     yield ranks
     ranks.close()
 
@@ -30,6 +30,12 @@ def started() -> Iterator[Ranks]:
 def two_ranks() -> Iterator[Ranks]:
     """Shared by the tests of a file."""
     yield from started()
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Ranks]:
+    """Twice as many."""
+    yield from started(4)
 
 
 @pytest.fixture

@@ -23,18 +23,18 @@ STRATEGIES = {
     "the word": lambda: "fsdp2",
     "the word for offloading": lambda: "fsdp2_cpu_offload",
     "Lightning's own class": lambda: ModelParallelStrategy(2, 1),
-    "a copy per rank": lambda: FSDP2(num_replicas=2),
+    "a copy per rank": lambda: FSDP2(num_replicas=2),  # of two
     "a copy per node": lambda: FSDP2(num_replicas=0),
     "shards in host memory": lambda: FSDP2(cpu_offload=True),
     "inputs of blocks alone": lambda: FSDP2(checkpointing=True),
 }
 
 
-def fit_under(folder, name):
+def fit_under(folder, name, ranks=2):
     """Weights after three batches, and the largest part of a tensor that a rank holds."""
     build, data, _ = CASES[CASE]
-    algorithm = build()
-    trained, _ = fit(folder, algorithm, data(3, 2), devices=2, strategy=STRATEGIES[name]())
+    algorithm, strategy = build(), STRATEGIES[name]()
+    trained, _ = fit(folder, algorithm, data(3, 4 // ranks), devices=ranks, strategy=strategy)
     held = []
     for network in (algorithm.policy, algorithm.reference):
         for part in shards(network):
@@ -55,6 +55,13 @@ def test_every_layout_of_two_ranks_equals_one_process(two_ranks, one, tmp_path, 
     for trained, held in two_ranks(fit_under, tmp_path, name):
         assert distance(trained, one) < 1e-5
         assert held == (1.0 if name == "a copy per rank" else 0.5)
+
+
+@pytest.mark.long
+def test_two_copies_of_two_shares_equal_one_process(four_ranks, one, tmp_path):
+    for trained, held in four_ranks(fit_under, tmp_path, "a copy per rank", 4):
+        assert distance(trained, one) < 1e-5
+        assert held == 0.5
 
 
 def copies(folder):
@@ -101,6 +108,16 @@ def test_fsdp1_is_refused_in_a_sentence(tmp_path):
     run._accelerator_connector.strategy = FSDPStrategy()  # Lightning itself asks for a GPU
     with pytest.raises(ValueError, match=r"take --trainer.strategy fsdp2"):
         algorithm.setup("fit")
+
+
+def parallel_in_tensors(folder):
+    run = trainer(folder, devices=2, strategy=ModelParallelStrategy())  # what its `auto` means
+    with pytest.raises(ValueError, match=r"splits tensors over 2 ranks.*strategy fsdp2"):
+        run.fit(ReMax(policy=tiny), RandomPrompts(1, 1))
+
+
+def test_tensor_parallelism_is_refused_in_a_sentence(two_ranks, tmp_path):
+    two_ranks(parallel_in_tensors, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "wanted"), [(HydraPPO, True), (ReMax, None)])

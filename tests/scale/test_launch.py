@@ -54,14 +54,15 @@ def test_a_broken_reward_ends_all_processes(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("config", ["remax", "sft"])
-def test_two_nodes_train_on_the_toy_task(tmp_path, port, config):
+@pytest.mark.parametrize(("config", "processes"), [("remax", 1), ("sft", 1), ("remax", 2)])
+def test_two_nodes_train_on_the_toy_task(tmp_path, port, config, processes):
     words = ("--config", config, "--config", "toy", "--config", "multi_node")
     nodes = []
     for node in range(2):
         place = ("--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port))
-        torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *place)
-        more = (*words, "--trainer.devices", "1")
+        torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", *place)
+        torchrun += ("--nproc-per-node", str(processes))
+        more = (*words, "--trainer.devices", str(processes))
         nodes.append(lit_align(tmp_path, *more, before=torchrun))
     for process in nodes:
         status, text = ended(process, 200)
