@@ -94,6 +94,8 @@ class AlignCLI(LightningCLI):
     def check_strategy(self, config: Namespace) -> None:
         """FSDP's older words mean FSDP2; its older strategy is refused."""
         strategy = config.trainer.get("strategy")
+        if isinstance(strategy, str) and "." in strategy:  # the parser takes it for a word
+            config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
         if strategy in ("fsdp", "fsdp_cpu_offload"):
             config.trainer.strategy = strategy.replace("fsdp", "fsdp2")
             rank_zero_only(print)(

@@ -59,8 +59,9 @@ def logits_of(folder, role: str, kind=AutoModelForCausalLM) -> torch.Tensor:
 
 
 def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
-    run, log = tmp_path / "run", tmp_path / "log"
-    succeed(words(run, "remax", *saves(3, 9), epochs=1), log)
+    run, log, template = tmp_path / "run", tmp_path / "log", "{{ messages[0]['content'] }}!"
+    more = (f"--data.chat_template={template}", *saves(3, 9))
+    succeed(words(run, "remax", *more, epochs=1), log)
     middle = run / "checkpoints" / "iteration_000003.ckpt"
     assert "wrote" in export(middle, tmp_path / "out", log)
     export(run, tmp_path / "end", log)
@@ -72,6 +73,7 @@ def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
     assert end != (tmp_path / "out" / "model.safetensors").read_bytes()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= names
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
 
 
 def test_policy_and_critic_of_a_sharded_checkpoint(tmp_path):

@@ -15,6 +15,8 @@ from lit_align.algorithms.dpo import DPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.remax import ReMax
+from lit_align.cli.export import Built
+from lit_align.cli.overlays import fit_overlays
 from lit_align.models.fsdp2 import FSDP2
 from lit_align.models.sharding import shards, whole_size
 
@@ -99,6 +101,14 @@ def test_the_words_are_lightnings_own_flags():
         (FSDP2, False),
         (FSDP2, True),
     ]
+
+
+@pytest.mark.parametrize("more", [(), ("--trainer.strategy.num_replicas", "2")])
+def test_its_class_needs_no_settings(more):
+    words = ["fit", "--config", "sft", "--config", "toy", "--trainer.devices", "2"]
+    words += ["--trainer.strategy", "lit_align.models.fsdp2.FSDP2", *more]
+    strategy = Built(fit_overlays(words)).trainer.strategy
+    assert (type(strategy), strategy.num_replicas) == (FSDP2, 2 if more else 1)
 
 
 def test_fsdp1_is_refused_in_a_sentence(tmp_path):
