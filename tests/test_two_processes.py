@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -58,27 +58,38 @@ def fit_sharded(folder, build, data, strategy, ranks=2):
     return fit(folder, build(), data(3, 4 // ranks), devices=ranks, strategy=strategy)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of a case; asked for once per strategy."""
+
+    @cache
+    def weights_and_metrics(case):
+        build, data, _ = CASES[case]
+        return fit(tmp_path_factory.mktemp("one"), build(), data(3, 4))
+
+    return weights_and_metrics
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_equal_one(two_ranks, tmp_path, case, strategy):
-    compare(two_ranks, 2, tmp_path, case, strategy)
+def test_two_ranks_equal_one(two_ranks, alone, tmp_path, case, strategy):
+    compare(two_ranks(fit_sharded, tmp_path, *CASES[case][:2], strategy, 2), case, *alone(case))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES)
-def test_four_ranks_equal_one(four_ranks, tmp_path, case, strategy):
-    compare(four_ranks, 4, tmp_path, case, strategy)
+def test_four_ranks_equal_one(four_ranks, alone, tmp_path, case, strategy):
+    compare(four_ranks(fit_sharded, tmp_path, *CASES[case][:2], strategy, 4), case, *alone(case))
 
 
-def compare(ranks, number, tmp_path, case, strategy):
+def compare(ranks, case, one, metrics):
     """Weights and metrics of some ranks with those of one process on the same rows."""
-    build, data, tolerance = CASES[case]
+    build, _, tolerance = CASES[case]
     start = build()
     start.configure_model()
-    one, metrics = fit(tmp_path, build(), data(3, 4))
     assert max(float((a - b).norm()) for a, b in zip(one, trained(start), strict=True)) > 1e-3
-    for sharded, measured in ranks(fit_sharded, tmp_path, build, data, strategy, number):
+    for sharded, measured in ranks:
         assert distance(sharded, one) < tolerance
         assert measured.keys() == metrics.keys()
         for name in metrics:

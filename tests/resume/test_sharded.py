@@ -6,7 +6,7 @@ import shutil
 import pytest
 from runs import FSDP2, last, metrics, run, same, saves, succeed, words
 
-from lit_align.callbacks.checkpoint_files import saved
+from lit_align.callbacks.checkpoint_files import newest, saved
 
 PPO = ("--model.kl_target=0.1", "--model.kl_horizon=50", "--model.normalise_scores=true")
 STORED = ("--model.num_stored=3", "--model.stored_decay=4")
@@ -82,10 +82,21 @@ def lose_the_head(path):
 
 
 @pytest.mark.parametrize("spoil", [shorten, lose_a_shard, lose_the_index, lose_the_head])
-def test_a_sharded_checkpoint_that_is_not_whole_is_refused_and_passed_over(half, tmp_path, spoil):
+def test_a_sharded_checkpoint_that_is_not_whole_is_passed_over(half, tmp_path, spoil):
+    folder = shutil.copytree(half, tmp_path / "run") / "checkpoints"
+    older, newer = saved(folder)
+    assert newest(folder) == (newer, [])
+    spoil(newer)
+    found, (complaint,) = newest(folder)
+    assert found == older
+    assert complaint.startswith(f"{newer} cannot be read: ")
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_the_newest_folder_that_is_whole(half, tmp_path):
     folder, log = shutil.copytree(half, tmp_path / "run"), tmp_path / "log"
     older, newer = saved(folder / "checkpoints")
-    spoil(newer)
+    shorten(newer)
     assert set(run(words(folder, "sft", *FSDP2, f"--ckpt_path={newer}"), log, 2)) <= {2, -9}
     assert f"lit-align: {newer} cannot be read: " in log.read_text()
     said = succeed(words(folder, "sft", *FSDP2, "--ckpt_path=last"), log, 2)
@@ -97,8 +108,13 @@ def test_a_sharded_checkpoint_that_is_not_whole_is_refused_and_passed_over(half,
     ("config", "more", "reason"),
     [
         ("sft", LORA, "does not fit this model"),
-        ("sft", ("--model.policy.config.hidden_size=32",), "does not fit this model"),
-        ("reward_model", (), "does not fit this model"),
+        pytest.param(
+            "sft",
+            ("--model.policy.config.hidden_size=32",),
+            "does not fit this model",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("reward_model", (), "does not fit this model", marks=pytest.mark.long),
         ("remax", (), "is of a SFT run and cannot go on as ReMax"),
     ],
 )

@@ -20,7 +20,7 @@ WAYS = {
     "ddp, LoRA": ("--config=lora", "--model.policy.lora.rank=4", "--trainer.strategy=ddp", TWO),
     "multi_node.yaml": ("--config=multi_node", TWO, "--trainer.num_nodes=1"),
 }
-FIRST = {("ppo", "fsdp2"), ("hydra_ppo", "ddp"), ("dpo", "fsdp.yaml, LoRA"), ("spr", "fsdp2")}
+FIRST = {("hydra_ppo", "ddp"), ("dpo", "fsdp.yaml, LoRA")}
 IN_TIERS = [
     pytest.param(config, way, marks=() if (config, way) in FIRST else pytest.mark.long)
     for config in CONFIGS
