@@ -27,7 +27,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("config", ["ppo", pytest.param("hydra_ppo", marks=pytest.mark.long)])
 def test_ddp_trains_what_has_several_losses(tmp_path, config):
     words = ("--config", config, "--config", "toy", "--trainer.strategy", "ddp")
-    status, text = ended(lit_align(tmp_path, *words, "--trainer.devices", "2"), 120)
+    status, text = ended(lit_align(tmp_path, *words, "--trainer.devices", "2"), 240)
     assert status == 0, text
     assert len(losses(tmp_path)) == 2
 
@@ -35,7 +35,7 @@ def test_ddp_trains_what_has_several_losses(tmp_path, config):
 @pytest.mark.long
 def test_the_word_fsdp_means_fsdp2_and_says_so(tmp_path):
     words = ("--config", "sft", "--config", "toy", "--trainer.strategy", "fsdp")
-    status, text = ended(lit_align(tmp_path, *words, "--trainer.devices", "2"), 120)
+    status, text = ended(lit_align(tmp_path, *words, "--trainer.devices", "2"), 240)
     assert status == 0, text
     assert text.count("--trainer.strategy fsdp means fsdp2 here") == 1
     assert len(losses(tmp_path)) == 2
@@ -46,7 +46,7 @@ def test_a_broken_reward_ends_all_processes(tmp_path):
     (tmp_path / "judging.py").write_text(BROKEN)
     words = ("--config", "remax", "--config", "toy", "--trainer.strategy", "fsdp")
     more = ("--trainer.devices", "2", "--reward.sources.function", "judging.reward")
-    status, text = ended(lit_align(tmp_path, *words, *more), 120)
+    status, text = ended(lit_align(tmp_path, *words, *more), 240)
     assert status != 0
     assert text.count("--trainer.strategy fsdp means fsdp2 here") == 1
     assert re.search(r"lit-align: on rank 1: reward '\w+' raised OSError: the judge is out", text)
@@ -65,7 +65,7 @@ def test_two_nodes_train_on_the_toy_task(tmp_path, port, config, processes):
         more = (*words, "--trainer.devices", str(processes))
         nodes.append(lit_align(tmp_path, *more, before=torchrun))
     for process in nodes:
-        status, text = ended(process, 200)
+        status, text = ended(process, 240)
         assert status == 0, text
     found = losses(tmp_path)
     assert len(found) == 2
