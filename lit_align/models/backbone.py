@@ -18,7 +18,13 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lit_align.batches import Experience, Tokens
 from lit_align.models.layout import is_trimmed, reading
-from lit_align.models.loading import check_base, data_type, load_network, quiet_transformers
+from lit_align.models.loading import (
+    check_base,
+    check_task,
+    data_type,
+    load_network,
+    quiet_transformers,
+)
 from lit_align.models.lora import LoRA
 from lit_align.models.quantised import Quantisation
 from lit_align.models.sltrain import SLTrain, with_dense_weights
@@ -120,6 +126,7 @@ class Backbone(nn.Module):
             settings = self.configure(AutoConfig.for_model(**(config or {})))
             return self.auto.from_config(settings, **options), []
         options["revision"] = revision
+        check_task(self.path, self.task)
         network, missing, self.files = load_network(
             self.auto, self.path, self.configure, self.new_weights, options, self.later
         )
@@ -217,6 +224,7 @@ class Backbone(nn.Module):
             adapter: Its name from now on.
         """
         check_base(folder, self.name)
+        check_task(folder, self.task)
         with light(self.network):
             if self.adapted is None:
                 self.adapted = PeftModel.from_pretrained(self.network, folder, adapter_name=adapter)

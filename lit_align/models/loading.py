@@ -89,8 +89,12 @@ def merged(
         place: The adapter's folder.
         new_weights: What may be lacking.
     """
-    adapted = PeftModel.from_pretrained(network, place)
-    saved = adapted.active_peft_config.modules_to_save or []
+    settings = PeftConfig.from_pretrained(place)
+    heads = [name for name, _ in network.named_children() if name == "score"]
+    if heads and settings.task_type == "CAUSAL_LM":  # its class in peft asks for a language head
+        settings.task_type, settings.exclude_modules = None, heads
+    adapted = PeftModel.from_pretrained(network, place, config=settings)
+    saved = settings.modules_to_save or []
     missing = [name for name in missing if name.split(".")[0] not in saved]
     check_missing(place, missing, new_weights)
     return adapted.merge_and_unload().requires_grad_(True), missing
@@ -113,11 +117,32 @@ def check_base(folder: str, name: str) -> None:
         )
 
 
+def check_task(folder: str, task: str) -> None:
+    """Refuses an adapter that was trained to score where one is asked to speak.
+
+    Args:
+        folder: Of the adapter, or of anything else.
+        task: peft's name of what is asked for.
+    """
+    if not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        return
+    found = PeftConfig.from_pretrained(folder).task_type
+    if (found, task) == ("SEQ_CLS", "CAUSAL_LM"):
+        raise ValueError(
+            f"The adapter {folder} was trained as a score head's ({found}) and not as a language "
+            f"model's ({task}): give one that SFT, DPO or an online algorithm has written."
+        )
+
+
 def check_missing(path: str, missing: list[str], new_weights: tuple[str, ...]) -> None:
     """Refuses a path that lacks more than it may."""
     absent = [name for name in missing if name not in new_weights]
     if absent:
-        raise ValueError(f"{path} lacks {len(absent)} weights, the first is '{absent[0]}'.")
+        wanted = "RewardModel or HydraSFT" if absent[0].startswith("score") else "SFT or HydraSFT"
+        raise ValueError(
+            f"{path} lacks {len(absent)} weights, the first is '{absent[0]}': give a path that has "
+            f"them, such as the hf folder of a {wanted} run."
+        )
 
 
 def data_type(name: str | None) -> torch.dtype:

@@ -16,6 +16,7 @@ from lit_align.functional.masks import through_first
 from lit_align.functional.returns import dpo_token_rewards, gae
 from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
 
 POLICY = torch.tensor([[-1, -0.5, -2, -0.3, 0]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-1.2, -0.5, -1, -0.8, 0]], dtype=torch.float64)
@@ -236,6 +237,13 @@ def test_an_adapter_of_another_base_is_refused(places):
     for policy in (tiny, lambda: Policy(places["merged"])):
         with pytest.raises(ValueError, match=r"was trained on .*base, and the base here is"):
             RTO(policy=policy, dpo_adapter=places["adapter"]).configure_model()
+
+
+def test_an_adapter_that_judges_is_refused(places, tmp_path):
+    """A critic's adapter on the policy's own base: its log-probs would mean nothing."""
+    Scalar(places["base"], lora=LoRA(rank=2)).save(tmp_path)
+    with pytest.raises(ValueError, match=r"trained as a score head's .* and not as a language"):
+        RTO(policy=lambda: Policy(places["base"]), dpo_adapter=str(tmp_path)).configure_model()
 
 
 def test_a_folder_without_an_adapter_is_refused(places):

@@ -10,6 +10,7 @@ from lit_align.models.backbone import Backbone
 from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
 from lit_align.models.scalar import Scalar
+from lit_align.rewards.learned import TrainedScalar
 
 
 def texts(left: int = 0, right: int = 0) -> Tokens:
@@ -53,6 +54,34 @@ def test_a_language_model_gets_a_new_head(tmp_path, tiny_policy):
         scalar.network.base_model.embed_tokens.weight,
         tiny_policy.network.base_model.embed_tokens.weight,
     )
+
+
+def test_an_adapters_trunk_gets_a_new_head_and_is_no_reward_model(tmp_path, tiny_policy, recwarn):
+    """What SFT with LoRA has written starts a critic; as a reward model it is refused."""
+    tiny_policy.save(tmp_path / "base")
+    policy = Policy(str(tmp_path / "base"), lora=LoRA(rank=2))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.fill_(0.1)
+    policy.save(tmp_path / "adapter")
+    critic = Scalar(str(tmp_path / "adapter"))
+    assert critic.missing == ["score.weight"]
+    whole = Policy(str(tmp_path / "adapter"))
+    for own, expected in zip(
+        critic.network.base_model.parameters(), whole.network.base_model.parameters(), strict=True
+    ):
+        assert torch.equal(own, expected)
+    with pytest.raises(ValueError, match=r"lacks .*'score.weight': give a path that has them"):
+        TrainedScalar(str(tmp_path / "adapter"))
+    assert not [warning for warning in recwarn if "adapter keys" in str(warning.message)]
+
+
+def test_a_critics_adapter_is_no_policy(tmp_path):
+    Scalar(config=dict(TINY)).save(tmp_path / "base")
+    Scalar(str(tmp_path / "base"), lora=LoRA(rank=2)).save(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"trained as a score head's \(SEQ_CLS\) and not"):
+        Policy(str(tmp_path / "adapter"))
 
 
 def test_the_head_trains_beside_an_adapter():
