@@ -43,7 +43,7 @@ class GRPOVI(GRPO):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if low >= high and not running_bounds:
+        if not low < high and not running_bounds:
             raise ValueError(
                 f"GRPOVI spreads scores between low and high: low must be below high, found "
                 f"{low} and {high}."
@@ -60,11 +60,13 @@ class GRPOVI(GRPO):
             largest = scores.where(answered, -torch.inf).amax()
             extremes = torch.stack([-least, largest])
             self.range.widen(self.trainer.strategy.reduce(extremes, reduce_op="max"))
-        low, high = self.range.bounds.unbind()
+        low, high = self.range.bounds.double().unbind()
         room = torch.where(high > low, high - low, 1.0)  # nothing to spread in the first rollout
+        low = low.where(high >= low, 0.0)  # and no bounds at all where nothing was answered
         probs = self.weights(batch).double().view_as(scores).softmax(-1)
-        share = increase_variance((scores - low) / room, probs, 0.0, 1.0, self.split_ties)
-        return low + share * room
+        shares = (scores.double() - low) / room  # single precision would tie what differs little
+        share = increase_variance(shares, probs, 0.0, 1.0, self.split_ties)
+        return (low + share * room).type_as(scores)
 
 
 def reference_likelihood(batch: Experience) -> Tensor:

@@ -102,6 +102,23 @@ def test_raw_scores_are_what_is_logged(run):
     assert logged["reward"] == logged["rewards/count/mean"]
 
 
-def test_bounds_that_are_none_are_refused():
-    with pytest.raises(ValueError, match=r"low must be below high, found 1\.0 and 1\.0"):
-        GRPOVI(policy=tiny, low=1.0, high=1.0)
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)])
+def test_bounds_that_are_none_are_refused(low, high):
+    with pytest.raises(ValueError, match=f"low must be below high, found {low} and {high}"):
+        GRPOVI(policy=tiny, low=low, high=high)
+
+
+def test_scores_that_differ_in_the_last_digits_are_no_ties():
+    """In single precision 1e-8 - (-1) is 1; the order is that of the scores."""
+    batch = group([0.25] * 4, [3e-8, 2e-8, 1e-8, 0.0])
+    batch.scores = batch.scores.float()
+    raised = adjusted(GRPOVI(policy=tiny, low=-1.0, high=1.0), batch)
+    assert raised == pytest.approx([1, 1, -1, -1], abs=1e-6)
+    assert raised == sorted(raised, reverse=True)
+
+
+def test_bounds_in_single_precision_give_rule_rewards_back():
+    batch = group([0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.7])
+    batch.scores = batch.scores.float()
+    algorithm = GRPOVI(policy=tiny, low=0.1, high=0.7)
+    assert torch.equal(algorithm.adjust(batch.scores.view(1, -1), batch)[0], batch.scores)
