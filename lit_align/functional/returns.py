@@ -84,7 +84,8 @@ def dpo_token_rewards(
     """
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is a bound above 0, not {clip}; leave it out to switch it off")
-    rewards = coef * torch.where(mask, dpo_logprobs - ref_logprobs, 0)
+    counted = mask & (coef != 0)  # 0 switches it off, whatever it would multiply
+    rewards = coef * torch.where(counted, dpo_logprobs - ref_logprobs, 0)
     return rewards if clip is None else rewards.clamp(-clip, clip)
 
 

@@ -175,6 +175,11 @@ class TestDpoTokenRewards:
     def test_t1b_coef_0_is_really_off(self):
         assert (dpo_token_rewards(self.dpo, self.ref, self.mask, 0.0) == 0).all()
 
+    def test_coef_0_does_not_ask_what_an_impossible_token_costs(self):
+        never = torch.tensor([[-math.inf, math.nan]])
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        assert dpo_token_rewards(never, torch.zeros(1, 2), mask, 0.0).tolist() == [[0, 0]]
+
     def test_t2_the_reward_of_a_token(self, close):
         close(self.rewards(1.2), [[0.013, -0.03, -0.04, 1.225, 0]], 1e-7)
         assert self.rewards(10.0)[0, 3].item() == pytest.approx(10.025)
