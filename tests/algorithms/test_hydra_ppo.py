@@ -86,6 +86,12 @@ def test_h1_the_score_is_pulled_as_bradley_and_terry_say():
     assert float(better.grad) == pytest.approx(-0.3100255, abs=1e-6)
 
 
+def test_h1_the_forks_mean_over_tokens():
+    """From the first token that differs on; ours reads the last one alone, as rewards do."""
+    chosen, rejected = torch.tensor([0.5, 1, 1.5]), torch.tensor([0.5, 0.2, 0.1])
+    assert float(bradley_terry(chosen, rejected).mean()) == pytest.approx(0.4282218, abs=1e-6)
+
+
 def test_language_loss_is_a_mean_over_tokens_and_reward_loss_over_pairs(tmp_path, base):
     """Whatever the micro-batches; checked against one pass over the whole batch."""
     data = RandomPairs(1)

@@ -6,6 +6,9 @@ import math
 import pytest
 import torch
 from harness import TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
+from tabular import REFERENCE as REFERENCE_TABLE
+from tabular import SCORES as RESPONSE_SCORES
+from tabular import Table
 from torch import Tensor
 from torch.optim import SGD
 
@@ -13,7 +16,7 @@ from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.rto import RTO
 from lit_align.batches import Experience
 from lit_align.functional.masks import through_first
-from lit_align.functional.returns import dpo_token_rewards, gae
+from lit_align.functional.returns import gae
 from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
 from lit_align.models.scalar import Scalar
@@ -72,29 +75,40 @@ def test_t3_advantages_and_a_value_on_padding_that_changes_nothing(beyond):
     assert returns.tolist() == [pytest.approx(expected, abs=1e-7)]
 
 
-def optimum(base: Tensor, other: Tensor, judge: Tensor, b1: float, b2: float, b3: float) -> Tensor:
-    """The policy that ascends E[RTO's return] by exact gradients, from the reference."""
-    logits = base.log().clone().requires_grad_(True)
-    climber = torch.optim.LBFGS(
-        [logits],
-        max_iter=500,
-        tolerance_grad=1e-14,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
+def climbed(start: Tensor, other: Tensor, judge: Tensor, coefs: tuple[float, ...]) -> Tensor:
+    """[9] the policy of two tokens that ascends the expected gradient of RTO's own rewards.
+
+    Args:
+        start: [4, 3] logits of the reference: of the first token, and of the second after each.
+        other: [4, 3] logits of the DPO model.
+        judge: [9] scores of the responses.
+        coefs: Of the DPO reward, of the KL and of the score.
+    """
+    policy, reference, mask = Table(start), Table(start), torch.ones(9, 2, dtype=torch.bool)
+    dense, kl, score = coefs
+    algorithm = rto(dpo_coef=dense, kl_coef=kl, score_coef=score)
+    batch = Experience(
+        scores=judge,
+        ref_logprobs=reference.tokens.detach(),
+        dpo_logprobs=Table(other).tokens.detach(),
+        response_mask=mask,
+        truncated=[False] * 9,
     )
+    for _ in range(600):
+        batch.logprobs = policy.tokens.detach()
+        rewards = algorithm.token_rewards(batch)
+        advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+        gain = (policy.whole.detach().exp() * (policy.tokens * advantages).sum(-1)).sum() / kl
+        (uphill,) = torch.autograd.grad(gain, policy.logits)
+        policy.logits.data += 4 * uphill
+    return policy.whole.detach().exp()
 
-    def climb() -> Tensor:
-        climber.zero_grad()
-        policy = logits.softmax(-1)
-        dense = dpo_token_rewards(other.log(), base.log(), torch.ones(3, dtype=torch.bool), b1)
-        gain = dense - b2 * (policy.log() - base.log()) + b3 * judge
-        loss = -(policy * gain).sum() / b2
-        loss.backward()
-        return loss
 
-    for _ in range(5):
-        climber.step(climb)
-    return logits.detach().softmax(-1)
+def one_token(probs: list[float]) -> Tensor:
+    """[4, 3] logits whose first token has these probabilities; the second is a fair die."""
+    logits = torch.zeros(4, 3, dtype=torch.float64)
+    logits[0] = torch.tensor(probs, dtype=torch.float64).log()
+    return logits
 
 
 @pytest.mark.parametrize(
@@ -106,9 +120,23 @@ def optimum(base: Tensor, other: Tensor, judge: Tensor, b1: float, b2: float, b3
     ],
 )
 def test_t7_the_tabular_optimum(coefs, expected):
-    rows = ([0.5, 0.3, 0.2], [0.55, 0.35, 0.10], [0.0, 0.01, 0.02])
-    base, other, judge = (torch.tensor(row, dtype=torch.float64) for row in rows)
-    assert optimum(base, other, judge, *coefs).tolist() == pytest.approx(expected, abs=1e-6)
+    judge = torch.tensor([0.0, 0.01, 0.02], dtype=torch.float64).repeat_interleave(3)
+    found = climbed(one_token([0.5, 0.3, 0.2]), one_token([0.55, 0.35, 0.10]), judge, coefs)
+    assert found.view(3, 3).sum(-1).tolist() == pytest.approx(expected, abs=1e-6)
+    assert (found.view(3, 3).std(-1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("coefs", [(0.05, 0.05, 0.0), (0.1, 0.05, 0.02)])
+def test_the_optimum_of_whole_responses(coefs):
+    """pi_ref (pi_dpo / pi_ref)^(beta1 / beta2) exp(beta3 score / beta2); at first pi_dpo alone."""
+    reference, other = REFERENCE_TABLE, REFERENCE_TABLE.flip(1) * 1.5
+    dense, kl, score = coefs
+    logits = (1 - dense / kl) * Table(reference).whole + dense / kl * Table(other).whole
+    expected = (logits + score / kl * RESPONSE_SCORES).softmax(-1).detach()
+    if coefs == (0.05, 0.05, 0.0):
+        torch.testing.assert_close(expected, Table(other).whole.exp().detach())
+    found = climbed(reference, other, RESPONSE_SCORES, coefs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_t10_a_cut_answer_keeps_its_last_token():

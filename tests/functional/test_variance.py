@@ -158,14 +158,35 @@ def test_idempotent_permutation_and_affine():
     same(increase_variance(3 * scores - 5, probs, -5.0, -2.0), 3 * adjusted - 5)
 
 
-def test_no_vertex_of_the_problem_does_better():
+@pytest.mark.parametrize("split_ties", [True, False])
+@pytest.mark.parametrize("size", [2, 7, 12])
+def test_at_most_one_block_lies_between_the_bounds(size, split_ties):
+    """And Var(z) = (M - c) (c - m) - P (M - m)^2 f (1 - f) of that block's weight P, fraction f."""
+    low, high = -1.0, 3.0
+    scores, probs = random_groups(2000, size, spread=1.0)
+    adjusted = increase_variance(low + (high - low) * scores, probs, low, high, split_ties)
+    fraction = (adjusted - low) / (high - low)
+    between = (fraction > 1e-12) & (fraction < 1 - 1e-12)
+    one = adjusted.where(between, -torch.inf).amax(-1, keepdim=True)
+    assert ((adjusted == one) | ~between).all()
+    if split_ties:
+        assert between.sum(-1).max() == 1
+    mean, variance = mean_and_variance(adjusted, probs)
+    inner = (probs * between).sum(-1)
+    f = torch.where(between, fraction, 0).amax(-1)
+    expected = (high - mean) * (mean - low) - inner * (high - low) ** 2 * f * (1 - f)
+    torch.testing.assert_close(variance, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [6, 50])
+def test_no_vertex_of_the_problem_does_better(size):
     """The paper's algorithm 1: a top block `high`, one value for the next, the rest `low`."""
-    scores, probs = random_groups(100, 6, levels=100)
+    scores, probs = random_groups(100, size, levels=1000)
     scores = scores.sort(-1, descending=True).values
     adjusted = increase_variance(scores, probs, 0.0, 1.0, split_ties=True)
     mean, variance = mean_and_variance(adjusted, probs)
     best = torch.zeros_like(mean)
-    for top, rest in itertools.combinations(range(7), 2):
+    for top, rest in itertools.combinations(range(size + 1), 2):
         middle = (mean - probs[:, :top].sum(-1)) / probs[:, top:rest].sum(-1)
         vertex = torch.zeros_like(scores)
         vertex[:, :top], vertex[:, top:rest] = 1, middle.unsqueeze(-1)
