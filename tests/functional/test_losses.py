@@ -22,6 +22,11 @@ def grad(loss, x):
     return torch.autograd.grad(loss, x)[0]
 
 
+def mean_of_rows(loss, mask):
+    """Each row's own mean, and their mean."""
+    return (torch.where(mask, loss, 0).sum(-1) / mask.sum(-1)).mean()
+
+
 def numbers(name):
     """The values of 'a=1,b=2' as floats."""
     return [float(part.split("=")[1]) for part in name.split(",")]
@@ -128,15 +133,17 @@ class TestReMaxReductions:
         assert per_row.mean().item() == 0.25
 
 
+BY_TOKEN = [(True, masked_mean), (False, mean_of_rows)]
+
+
+@pytest.mark.parametrize(("token_level", "mean"), BY_TOKEN)
 @pytest.mark.parametrize(("source", "high"), [("logp", 0.2), ("logp", 0.28), ("logp_wild", 0.28)])
-def test_the_surrogate_agrees_with_openrlhf(close, golden, source, high):
+def test_the_surrogate_agrees_with_openrlhf(close, golden, source, high, token_level, mean):
     file = golden("openrlhf_policy_loss")
     wild = "logp_wild," if source == "logp_wild" else ""
-    case = file.cases[f"ppo,{wild}low=0.2,high={high},dual_clip=None,token_level=True"]
+    case = file.cases[f"ppo,{wild}low=0.2,high={high},dual_clip=None,token_level={token_level}"]
     logprobs = file[source].requires_grad_()
-    loss = masked_mean(
-        clipped_surrogate(logprobs, file["old_logp"], file["adv"], 0.2, high), file.mask
-    )
+    loss = mean(clipped_surrogate(logprobs, file["old_logp"], file["adv"], 0.2, high), file.mask)
     close(loss, case["loss"])
     close(grad(loss, logprobs), case["grad_logp"])
 
@@ -170,14 +177,15 @@ def test_both_clipped_losses_agree_with_torchtune(close, golden, name):
     close(value, case["value_loss"])
 
 
+@pytest.mark.parametrize(("token_level", "mean"), BY_TOKEN)
 @pytest.mark.parametrize("clip", ["None", "0.2", "0.5"])
-def test_values_agree_with_openrlhf(close, golden, clip):
+def test_values_agree_with_openrlhf(close, golden, clip, token_level, mean):
     """Without a clip it is an infinite one."""
     file = golden("openrlhf_value_loss")
-    case = file.cases[f"clip={clip},token_level=True"]
+    case = file.cases[f"clip={clip},token_level={token_level}"]
     values = file["new_values"].requires_grad_()
     bound = math.inf if clip == "None" else float(clip)
-    loss = masked_mean(clipped_value(values, file["values"], file["returns"], bound), file.mask)
+    loss = mean(clipped_value(values, file["values"], file["returns"], bound), file.mask)
     close(loss, case["loss"])
     close(grad(loss, values), case["grad_new_values"])
 
@@ -190,6 +198,12 @@ def test_grpo_agrees_with_torchtune(close, golden):
     kl = k3(logprobs, file["ref_logp"])
     loss = masked_mean(surrogate + 0.1 * kl, file.mask)
     close(masked_mean(kl, file.mask), case["kl"])
+    close(loss, case["loss"])
+    close(grad(loss, logprobs), case["grad_logp"])
+
+    case = file.cases["GRPOSimpleLoss,epsilon=0.2,kl=0.1"]  # on-policy, each response by itself
+    surrogate = clipped_surrogate(logprobs, logprobs.detach(), file["adv_seq"].unsqueeze(-1))
+    loss = mean_of_rows(surrogate + 0.1 * k3(logprobs, file["ref_logp"]), file.mask)
     close(loss, case["loss"])
     close(grad(loss, logprobs), case["grad_logp"])
 
@@ -239,12 +253,16 @@ def test_ipo_agrees_with_dpos_authors_and_openrlhf(
     close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
 
 
-@pytest.mark.parametrize("margin", ["None", "given"])
-def test_bradley_terry_agrees_with_openrlhf(close, golden, margin):
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("PairWiseLoss,margin=None", []), ("PairWiseLoss,margin=given", ["margin"]),
+     ("LogExpLoss,margin=None", [])],
+)  # fmt: skip
+def test_bradley_terry_agrees_with_openrlhf(close, golden, name, given):
     file = golden("openrlhf_reward_model_loss")
-    case = file.cases[f"PairWiseLoss,margin={margin}"]
+    case = file.cases[name]
     chosen = file["chosen_reward"].requires_grad_()
-    given = [file["margin"]] if margin == "given" else []
+    given = [file[part] for part in given]
     loss = bradley_terry(chosen, file["rejected_reward"], *given).mean()
     close(loss, case["loss"])
     close(grad(loss, chosen), case["grad_chosen_reward"])

@@ -105,3 +105,27 @@ def test_rto(close, golden, coef, clip, kl_coef):
     advantages, returns = gae(rewards, file["values"], file.mask, 1.0, 0.95)
     close(advantages, case["advantages(gamma=1,lam=0.95)"])
     close(returns, case["returns"])
+
+
+def test_a_score_is_clipped_before_it_is_rewarded(close, golden):
+    file = golden("rto_rewards")
+    case = file.cases["no token reward,big_scores,kl_coef=0.01"]
+    kl = torch.where(file.mask, k1(file["old_logp"], file["ref_logp"]), 0)
+    rewards = on_last_token(file["big_scores"].clamp(-10, 10), file.mask) - 0.01 * kl
+    close(rewards, case["reward"])
+
+    file = golden("openrlhf_misc")
+    kl = torch.where(file.mask, k1(file["old_logp"], file["ref_logp"]), 0)
+    rewards = on_last_token(file["scores"].clamp(-0.5, 0.5), file.mask) - 0.05 * kl
+    close(rewards, file.cases["compute_reward,kl_coef=0.05,clip=(-0.5,0.5)"])
+
+
+def test_advantages_without_whitening(close, golden):
+    file = golden("openrlhf_advantages")
+    case = file.cases["gae,gamma=0.99,lam=0.9,kl_coef=0.05,no_std_norm"]
+    kl = 0.05 * k1(file["old_logp"], file["ref_logp"])
+    rewards = on_last_token(file["scores"], file.mask) - kl
+    advantages, returns = gae(rewards, file["values"], file.mask, 0.99, 0.9)
+    centred = advantages - advantages[file.mask].mean()  # they leave out the division alone
+    close(torch.where(file.mask, centred, 0), torch.where(file.mask, case["advantages"], 0))
+    close(returns, torch.where(file.mask, case["returns"], 0))
