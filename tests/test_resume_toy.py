@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.cli.main import main
 
-ONLINE = ("remax", "grpo", "grpovi", "rloo", "ppo", "hydra_ppo", "rto", "spr")
+ONLINE = ("remax", "grpo", "grpovi", "rloo", "ppo", "hydra_ppo", "joint_hydra_ppo", "rto", "spr")
+ADAPTIVE = "--model.kl_target 1 --model.kl_horizon 50 --model.normalise_scores true"
 BATCHES, STOPS = 4, (1, 6)  # in the first epoch of 4 batches, and in the second
 
 
@@ -74,13 +75,14 @@ def same(one: Any, other: Any) -> bool:
         ("dpo --model.precompute true", 0, STOPS[1:]),
         ("remax", 0, STOPS),
         ("grpo", 0, STOPS[1:]),
-        ("grpovi", 0, STOPS[1:]),
+        ("grpovi --model.running_bounds true", 0, STOPS[1:]),
         ("rloo", 0, STOPS[1:]),
-        ("ppo", 0, STOPS[1:]),
+        (f"ppo {ADAPTIVE} --model.critic_warmup 2", 0, STOPS),
         ("spr", 0, STOPS[1:]),
         ("spr --model.num_stored 3 --model.stored_decay 4", 1, STOPS[1:]),
         ("hydra_sft", 0, STOPS[1:]),
         ("hydra_ppo", 0, STOPS[1:]),
+        ("joint_hydra_ppo", 0, STOPS[1:]),
         ("rto", 0, STOPS[1:]),
     ],
 )
