@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from harness import (
     TINY,
     WORDS,
@@ -98,6 +99,18 @@ def rto(policy, optimizer, dtype=None):
     models["dpo"] = partial(adapted, Policy, spread=0.1, dtype=dtype)
     more = {"microbatch_tokens": 40, "dpo_clip": 0.05}
     return RTO(policy=policy, optimizer=optimizer, **models, **more)
+
+
+def adapter_on(base):
+    """The same adapter each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Policy(base, lora=LoRA(rank=2, alpha=4))
+
+
+def rto_adapter(base, dpo):
+    models = {"policy": partial(adapter_on, base), "critic": scalar}
+    return RTO(**models, dpo_adapter=dpo, optimizer=adam, microbatch_tokens=40)
 
 
 def hydra_ppo(kind, optimizer, dtype):

@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from equality_cases import CASES, Based, sgd
+from equality_cases import CASES, Based, adapter_on, rto_adapter, sgd
 from harness import TINY, RandomPrompts, distance, tiny, trained, trainer, weights
 from ranks import Ranks
 from torch import distributed
@@ -73,19 +73,35 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one(two_ranks, alone, tmp_path, case, strategy):
-    compare(two_ranks(fit_sharded, tmp_path, *CASES[case][:2], strategy, 2), case, *alone(case))
+    ranks = two_ranks(fit_sharded, tmp_path, *CASES[case][:2], strategy, 2)
+    compare(ranks, CASES[case], *alone(case))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_with_a_dpo_adapter_on_the_base_equal_one(two_ranks, tmp_path, strategy):
+    """RTO's adapter is read over weights that each rank takes from their file."""
+    base, dpo = (str(tmp_path / name) for name in ("base", "dpo"))
+    tiny().save(tmp_path / "base")
+    learnt = adapter_on(base)
+    for number, weight in enumerate(w for w in learnt.parameters() if w.requires_grad):
+        weight.data = 0.2 * (torch.arange(weight.numel()) + number).sin().view_as(weight)
+    learnt.save(tmp_path / "dpo")
+    case = partial(rto_adapter, base, dpo), RandomPrompts, 1e-5
+    ranks = two_ranks(fit_sharded, tmp_path, *case[:2], strategy, 2)
+    compare(ranks, case, *fit(tmp_path, case[0](), RandomPrompts(3, 4)))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES)
 def test_four_ranks_equal_one(four_ranks, alone, tmp_path, case, strategy):
-    compare(four_ranks(fit_sharded, tmp_path, *CASES[case][:2], strategy, 4), case, *alone(case))
+    ranks = four_ranks(fit_sharded, tmp_path, *CASES[case][:2], strategy, 4)
+    compare(ranks, CASES[case], *alone(case))
 
 
 def compare(ranks, case, one, metrics):
     """Weights and metrics of some ranks with those of one process on the same rows."""
-    build, _, tolerance = CASES[case]
+    build, _, tolerance = case
     start = build()
     start.configure_model()
     assert max(float((a - b).norm()) for a, b in zip(one, trained(start), strict=True)) > 1e-3
