@@ -74,7 +74,7 @@ RUNS = [
     Run("RLOO", "rloo"),
     Run("SPR", "spr", "--data PromptData --model.num_stored 0"),
     Run("PPO", "ppo", CRITIC),
-    Run("RTO", "rto", f"{CRITIC} --model.dpo null --model.dpo_adapter {{folder}}/dpo/hf"),
+    Run("RTO", "rto", f"{CRITIC} --model.dpo_adapter {{folder}}/dpo/hf --model.dpo_coef 0.01"),
     Run(
         "PPO",
         "dl_ppo",
