@@ -127,9 +127,15 @@ def last(folder: Path) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
-    """What was logged, digit by digit."""
+    """What was logged, digit by digit, but for what a clock says."""
     with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [{k: v for k, v in row.items() if not timed(k)} for row in rows]
+
+
+def timed(metric: str) -> bool:
+    """Whether it is of the machine, and not of the run."""
+    return metric.startswith("time/") or metric == "tokens_per_second"
 
 
 def same(one: Any, other: Any) -> bool:

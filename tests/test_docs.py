@@ -30,6 +30,7 @@ PAGES = [
     "results",
     "spr",
     "resume",
+    "run_folder",
     "report",
     "evaluate",
     "from_trl",

@@ -36,10 +36,11 @@ def fit(folder: Path, config: str, *more: str) -> None:
 
 
 def metrics(folder: Path, since: int = 0) -> list[dict[str, str]]:
-    """What was logged from an optimizer step on, digit by digit."""
+    """What was logged from an optimizer step on, digit by digit, but for what a clock says."""
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) >= since]
-    return [{name: value for name, value in row.items() if value} for row in rows]
+    of_the_clock = ("time/", "tokens_per_second")
+    return [{k: v for k, v in row.items() if v and not k.startswith(of_the_clock)} for row in rows]
 
 
 def last(folder: Path) -> dict[str, Any]:

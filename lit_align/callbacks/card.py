@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from lit_align.callbacks.environment import starts
 from lit_align.callbacks.run_folder import Points, RunFolder
 from lit_align.models.backbone import Backbone
 from lit_align.version import __version__
@@ -33,13 +34,15 @@ KINDS = {  # pipeline tag, transformers' class, peft's class; by what the head r
 }
 
 
-def write_card(place: Path, run: Path, network: Backbone) -> Path:
+def write_card(place: Path, run: Path, network: Backbone, whole: bool | None = None) -> Path:
     """Writes README.md beside a network's weights, and puts the run's curves there.
 
     Args:
         place: Where the weights are.
-        run: The run folder, with whatever of config.yaml, metrics.csv and curves.png it has.
+        run: The run folder, with whatever of config.yaml, metrics.csv, curves.png and
+            environment.json it has.
         network: Whose weights they are.
+        whole: Whether they are a whole model's and no adapter's; None: as the network saves them.
 
     Returns:
         The file.
@@ -47,39 +50,41 @@ def write_card(place: Path, run: Path, network: Backbone) -> Path:
     if (run / "curves.png").is_file():
         shutil.copyfile(run / "curves.png", place / "curves.png")
     file = place / "README.md"
-    file.write_text(card(place, run, network), encoding="utf-8")
+    saved_whole = network.saved_whole if whole is None else whole
+    file.write_text(card(place, run, network, saved_whole), encoding="utf-8")
     return file
 
 
-def card(place: Path, run: Path, network: Backbone) -> str:
+def card(place: Path, run: Path, network: Backbone, whole: bool) -> str:
     """The text; arguments as `write_card` has them."""
     known = RunFolder(run) if (run / "metrics.csv").is_file() else None
     settings = known.config if known else {}
     algorithm = settings.get("model", "").rpartition(".")[2]
     by = f" by {algorithm}" if algorithm else ""
     parts = [
-        front_matter(network, algorithm, settings.get("data.path", "")),
+        front_matter(network, whole, algorithm, settings.get("data.path", "")),
         f"# {run.resolve().name}",
         f"A {KINDS[network.reads][0]} model, trained{by} with lit_align {__version__}.",
-        facts(settings, network),
+        facts(settings, network, whole),
         figures(known.curves, known.axis) if known else "",
         "![curves](curves.png)" if (place / "curves.png").is_file() else "",
-        usage(network),
+        usage(network, whole),
         command(run),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter(network: Backbone, algorithm: str, data: str) -> str:
+def front_matter(network: Backbone, whole: bool, algorithm: str, data: str) -> str:
     """What the hub reads; names that are no hub ids are left out of it.
 
     Args:
         network: Whose card it is.
+        whole: Whether it is no adapter.
         algorithm: Its class, empty if unknown.
         data: Path of the rows.
     """
     settings = {
-        "library_name": "transformers" if network.saved_whole else "peft",
+        "library_name": "transformers" if whole else "peft",
         "pipeline_tag": KINDS[network.reads][0],
         "tags": ["lit_align", *([algorithm.lower()] if algorithm else [])],
         **({"base_model": network.name} if is_hub_id(network.name) else {}),
@@ -93,12 +98,13 @@ def is_hub_id(path: str) -> bool:
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
-def facts(settings: dict[str, str], network: Backbone) -> str:
+def facts(settings: dict[str, str], network: Backbone, whole: bool) -> str:
     """A table of what it was made of.
 
     Args:
         settings: Of the run, by dotted name.
         network: Whose card it is.
+        whole: Whether it is no adapter.
     """
     rewards = [
         value.rpartition(".")[2] if name == "reward.sources" else value
@@ -107,7 +113,7 @@ def facts(settings: dict[str, str], network: Backbone) -> str:
     ]
     rows = {
         "base model": network.name,
-        "weights": "whole" if network.saved_whole else "a low-rank adapter",
+        "weights": "whole" if whole else "a low-rank adapter",
         "data": settings.get("data.path", ""),
         "reward": ", ".join(rewards),
         "seed": settings.get("seed_everything", ""),
@@ -142,10 +148,10 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def usage(network: Backbone) -> str:
+def usage(network: Backbone, whole: bool) -> str:
     """How it is loaded."""
-    _, whole, adapter = KINDS[network.reads]
-    package, kind = ("transformers", whole) if network.saved_whole else ("peft", adapter)
+    _, of_models, of_adapters = KINDS[network.reads]
+    package, kind = ("transformers", of_models) if whole else ("peft", of_adapters)
     lines = [
         f"from {package} import {kind}",
         "from transformers import AutoTokenizer",
@@ -157,24 +163,25 @@ def usage(network: Backbone) -> str:
 
 
 def command(run: Path) -> str:
-    """What makes it again: the resolved settings and the command that reads them."""
+    """What makes it again: the commands as they were given, and the settings that they came to."""
+    given = dict.fromkeys(f"    {entry['command']}" for entry in starts(run) if entry["command"])
+    said = ["Made by", "", *given] if given else []
     file = run / "config.yaml"
     if not file.is_file():
-        return ""
+        return "\n".join(said)
     text = file.read_text(encoding="utf-8").strip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return "\n".join(
-        [
-            "Made by, with all settings below in `config.yaml`:",
-            "",
-            "    lit-align fit --config config.yaml",
-            "",
-            "<details><summary>config.yaml</summary>",
-            "",
-            f"{fence}yaml",
-            text,
-            fence,
-            "",
-            "</details>",
-        ]
-    )
+    lines = [
+        "The same with all settings, which are below and in the run's `config.yaml`:",
+        "",
+        "    lit-align fit --config config.yaml",
+        "",
+        "<details><summary>config.yaml</summary>",
+        "",
+        f"{fence}yaml",
+        text,
+        fence,
+        "",
+        "</details>",
+    ]
+    return "\n".join([*said, *([""] if said else []), *lines])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import WandbLogger
 
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.batches import Experience
@@ -12,6 +13,9 @@ from lit_align.batches import Experience
 
 class Samples(Callback):
     """Writes `completions/rollout_00010.jsonl` while training, and `predictions.jsonl`.
+
+    The first rollout has a file, too: it is the answers from before. Files are written whatever the
+    logger is; Weights & Biases gets the first rank's rows as a table as well.
 
     Each line has the data set's columns, the completion, its score and its length in tokens, and
     where stored answers are among the rows, whether it is one (`stored`); predictions also have the
@@ -34,14 +38,20 @@ class Samples(Callback):
         batch_idx: int,
     ) -> None:
         """Writes the rollout just learnt from."""
-        if self.every and algorithm.iteration % self.every == 0:
-            name = f"rollout_{algorithm.iteration:05d}"
-            path = self.path(trainer, Path("completions") / name)
-            path.write_text(self.lines(table(batch)))
+        if not self.every or (algorithm.iteration % self.every and algorithm.iteration != 1):
+            return
+        rows = table(batch)
+        path = self.path(trainer, Path("completions") / f"rollout_{algorithm.iteration:05d}")
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(self.lines(rows), encoding="utf-8")
+        part.replace(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.log_table("completions", [*rows[0]], cells(rows), step=trainer.global_step)
 
     def on_predict_start(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
         """Begins an empty file."""
-        self.path(trainer, Path("predictions")).write_text("")
+        self.path(trainer, Path("predictions")).write_text("", encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -55,7 +65,7 @@ class Samples(Callback):
         """Adds the batch's answers; rows that only fill up the last round are left out."""
         rows = table(outputs, kl=algorithm.sequence_kl(outputs).tolist())
         counted = [row for row, real in zip(rows, outputs.counted, strict=True) if real]
-        with self.path(trainer, Path("predictions")).open("a") as file:
+        with self.path(trainer, Path("predictions")).open("a", encoding="utf-8") as file:
             file.write(self.lines(counted))
 
     def path(self, trainer: Trainer, name: Path) -> Path:
@@ -85,3 +95,26 @@ def table(batch: Experience, **more: list[Any]) -> list[dict[str, Any]]:
         **more,
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Values of one type per column, as tables of a logger want them: numbers, or else text.
+
+    Args:
+        rows: As `table` has them.
+    """
+    texts = {
+        name
+        for row in rows
+        for name, value in row.items()
+        if not isinstance(value, int | float) and value is not None
+    }
+    return [
+        [
+            json.dumps(value, ensure_ascii=False, default=str)
+            if name in texts and not isinstance(value, str)
+            else value
+            for name, value in row.items()
+        ]
+        for row in rows
+    ]

@@ -16,6 +16,7 @@ from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.callbacks.checkpoint import Checkpoints
 from lit_align.callbacks.checkpoint_io import CheckpointIO
 from lit_align.callbacks.curves import Curves
+from lit_align.callbacks.environment import Environment
 from lit_align.callbacks.export import Export
 from lit_align.callbacks.finite import Finite
 from lit_align.callbacks.memory import Memory
@@ -24,6 +25,7 @@ from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.callbacks.run_log import RunLog
 from lit_align.callbacks.samples import Samples
+from lit_align.callbacks.timing import Timing
 from lit_align.cli.batch_plan import BatchPlan
 from lit_align.cli.messages import Parser
 from lit_align.cli.resuming import RunConfig, found_checkpoint
@@ -34,10 +36,12 @@ class AlignCLI(LightningCLI):
     """Parses, links the tokenizer, puts callbacks in their order, and runs the Trainer.
 
     Args:
-        args: The command line without the program's name.
+        args: The command line without the program's name, its configs read.
+        typed: The same as the user typed it.
     """
 
-    def __init__(self, args: list[str]):
+    def __init__(self, args: list[str], typed: list[str] | None = None):
+        self.typed = tuple(typed or ())
         super().__init__(
             Algorithm,
             TextData,
@@ -133,6 +137,7 @@ class AlignCLI(LightningCLI):
         sections = [section for section in (config.rollout, config.reward) if section is not None]
         writers = [
             BatchPlan(),
+            Environment(self.typed),
             Finite(),
             Progress(),
             Curves(),
@@ -140,10 +145,17 @@ class AlignCLI(LightningCLI):
             *([Samples()] if sections else []),
         ]
         writers = [writer for writer in writers if type(writer) not in given]
-        early = [each for each in trainer.callbacks if isinstance(each, Checkpoints | Memory)]
+        early: list[Callback] = [
+            each for each in trainer.callbacks if isinstance(each, Checkpoints | Memory)
+        ]
         others = [each for each in trainer.callbacks if each not in early]
+        early += [kind() for kind in self.measures(trainer) if kind not in given]
         trainer.callbacks[:] = [*early, *sections, *others, *writers]  # saved before a rollout
         return trainer
+
+    def measures(self, trainer: Trainer) -> list[type[Callback]]:
+        """What watches the phases of every fit; counting memory costs nothing but on a CPU."""
+        return [Timing] if trainer.strategy.root_device.type == "cpu" else [Timing, Memory]
 
     def saving(self, config: Namespace) -> dict[str, Any]:
         """Our checkpoints in the place of Lightning's, and the one that this command goes on from.

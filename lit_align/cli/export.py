@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     built = build(config)
     with built.trainer.init_module():
         built.model.configure_model()
-    for folder in export(built.model, built.datamodule, checkpoint, Path(given.out), given.merge):
+    run, out = config.parent, Path(given.out)
+    for folder in export(built.model, built.datamodule, checkpoint, out, run, given.merge):
         print(f"wrote {folder}")
     return 0
 

@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     quieten()
     open_rooms()
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as python itself would find them
-    AlignCLI(fit_overlays(args))
+    AlignCLI(fit_overlays(args), args)
     return 0
 
 

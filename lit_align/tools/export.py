@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.algorithms.reference import Referenced
+from lit_align.callbacks.card import write_card
 from lit_align.callbacks.checkpoint_files import head
 from lit_align.callbacks.checkpoint_io import trained_weights
 from lit_align.callbacks.export import clear, name_ends, places
@@ -16,15 +17,21 @@ from lit_align.models.merging import merged
 
 
 def export(
-    algorithm: Algorithm, data: TextData, checkpoint: Path, out: Path, merge: bool = False
+    algorithm: Algorithm,
+    data: TextData,
+    checkpoint: Path,
+    out: Path,
+    run: Path,
+    merge: bool = False,
 ) -> list[Path]:
-    """Writes each trained network with its tokenizer, as the end of a run does; the folders.
+    """Writes each trained network with tokenizer and card, as the end of a run does; the folders.
 
     Args:
         algorithm: As the run had it, with its networks built.
         data: Has the tokenizer.
         checkpoint: Of one file, or sharded.
         out: Folder for all.
+        run: Folder of the run, for what the card tells.
         merge: Write adapters into their base's weights; each adapter becomes a model of its own.
     """
     load(algorithm, checkpoint)
@@ -39,6 +46,7 @@ def export(
             folders = [place]
         for folder in folders:
             tokenizer.save_pretrained(folder)
+            write_card(folder, run, network, network.saved_whole or merge)
         written += folders
     return written
 

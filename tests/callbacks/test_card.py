@@ -1,5 +1,7 @@
 """The README.md beside exported weights."""
 
+import json
+
 import pytest
 import yaml
 from fake_runs import write_run
@@ -94,6 +96,21 @@ def test_text_stays_in_its_cell_and_in_its_fence(run):
     text = write_card(run / "hf", run, network).read_text()
     assert "| base model | a\\|b&lt;script> c |" in text
     assert "`````yaml\nnote: 'a ```` b'\n`````" in text
+
+
+def test_it_names_the_commands_that_made_it(run):
+    first, other = "lit-align fit --config remax", "lit-align fit --config remax --ckpt_path last"
+    entries = [{"command": line} for line in (first, other, other, "")]
+    (run / "environment.json").write_text(json.dumps(entries))
+    text = write_card(run / "hf", run, tiny()).read_text()
+    assert f"Made by\n\n    {first}\n    {other}\n\nThe same with all settings" in text
+
+
+def test_a_merged_adapter_is_a_whole_model(run):
+    text = write_card(run / "hf", run, adapted(Policy), whole=True).read_text()
+    assert front(text)["library_name"] == "transformers"
+    assert "| weights | whole |" in text
+    assert "from transformers import AutoModelForCausalLM\n" in text
 
 
 def test_a_run_that_logged_nothing_has_a_card_too(tmp_path):

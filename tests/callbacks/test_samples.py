@@ -3,12 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 from harness import RandomPrompts, tiny, trainer
+from lightning.pytorch.loggers import WandbLogger
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.batches import Experience
 from lit_align.callbacks.rollout import Rollout
-from lit_align.callbacks.samples import Samples, table
+from lit_align.callbacks.samples import Samples, cells, table
 
 KEYS = ["prompt", "completion", "scores/count", "score", "length", "truncated", "greedy"]
 
@@ -21,9 +23,9 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.glob("**/*.jsonl"))
 
 
-def test_every_second_rollout_has_a_file_with_a_line_per_row(run, tmp_path):
+def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, tmp_path):
     run(ReMax(policy=tiny), num_batches=5, callbacks=[Samples(every=2)])
-    assert names(tmp_path) == ["rollout_00002.jsonl", "rollout_00004.jsonl"]
+    assert names(tmp_path) == [f"rollout_0000{number}.jsonl" for number in (1, 2, 4)]
     rows = read(tmp_path / "completions" / "rollout_00002.jsonl")
     assert [list(row) for row in rows] == [KEYS] * 8
     assert [row["greedy"] for row in rows] == [False] * 4 + [True] * 4
@@ -58,7 +60,7 @@ def test_predictions_have_the_kl_and_each_row_once(tmp_path):
 
 
 def test_each_of_several_ranks_writes_its_own_file(tmp_path):
-    fake = SimpleNamespace(world_size=2, global_rank=1, default_root_dir=tmp_path)
+    fake = SimpleNamespace(world_size=2, global_rank=1, default_root_dir=tmp_path, loggers=[])
     batch = Experience(
         {"prompt": ["déjà vu"], "completion": ["naïve"]},
         response_lengths=[2],
@@ -82,3 +84,36 @@ def test_predict_works_without_a_reward(tmp_path):
     run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Rollout | Samples)]
     run.predict(ReMax(policy=tiny), RandomPrompts(1))
     assert "score" not in read(tmp_path / "predictions.jsonl")[0]
+
+
+def test_cells_of_a_column_have_one_type():
+    rows = [
+        {"prompt": [{"role": "user", "content": "é"}], "answer": 3, "score": 0.5, "kl": None},
+        {"prompt": "b", "answer": "c", "score": 1, "kl": 2.0},
+    ]
+    assert cells(rows) == [
+        ['[{"role": "user", "content": "é"}]', "3", 0.5, None],
+        ["b", "c", 1, 2.0],
+    ]
+
+
+def test_weights_and_biases_gets_the_rollout_as_a_table_without_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DIR", str(tmp_path))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="x")
+    settings = {"limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
+    run = trainer(tmp_path, callbacks=[Samples(every=2)], **settings)
+    run.fit(ReMax(policy=tiny), RandomPrompts(4))
+    logger.experiment.finish()
+    written = names(tmp_path / "completions")
+    assert written == [f"rollout_0000{number}.jsonl" for number in (1, 2, 4)]
+    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/completions*.json"))
+    assert len(tables) == 3
+    found = [json.loads(table.read_text()) for table in tables]
+    assert [table["columns"] for table in found] == [KEYS] * 3
+    said = {json.dumps(table["data"]) for table in found}
+    for name in written:
+        rows = [list(row.values()) for row in read(tmp_path / "completions" / name)]
+        assert json.dumps(rows) in said
+    assert not list((tmp_path / "completions").glob(".*"))

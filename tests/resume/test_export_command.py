@@ -64,6 +64,7 @@ def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
     succeed(words(run, "remax", *more, epochs=1), log)
     middle = run / "checkpoints" / "iteration_000003.ckpt"
     assert "wrote" in export(middle, tmp_path / "out", log)
+    assert "trained by ReMax with" in (tmp_path / "out" / "README.md").read_text()
     export(run, tmp_path / "end", log)
     found = fresh("AutoModelForCausalLM", tmp_path / "out", tmp_path / "logits")
     (run / "checkpoints" / "iteration_000004.ckpt").unlink()

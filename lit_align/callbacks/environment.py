@@ -1,0 +1,134 @@
+"""What a run was made with: command, versions, machine, and the state of the user's code."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.version import __version__
+
+FILE, PATCH = "environment.json", "uncommitted.patch"
+PACKAGES = (
+    *("torch", "lightning", "transformers", "tokenizers", "safetensors", "peft", "accelerate"),
+    *("datasets", "torchdata", "torchao", "numpy"),
+)
+LARGEST = 2_000_000  # bytes of a patch that is kept
+
+Facts = dict[str, object]
+
+
+class Environment(Callback):
+    """Writes `environment.json` when a fit starts: a list with an entry per start of this run.
+
+    If the folder that the command was given in is a git repository, an entry names its commit,
+    branch and changed files, and `uncommitted.patch` holds what the commit lacks.
+
+    Args:
+        command: The words behind `lit-align`; empty where a script started the run.
+    """
+
+    def __init__(self, command: tuple[str, ...] = ()):
+        self.command = command
+
+    def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        """Adds this start to those that the run goes on from; the first rank writes."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        git, patch = repository(Path.cwd())
+        before = starts(folder) if trainer.ckpt_path else []
+        (folder / PATCH).unlink(missing_ok=True)
+        if patch:
+            (folder / PATCH).write_bytes(patch[:LARGEST])
+        entry = {**described(trainer, self.command), "git": git}
+        part = folder / f".{FILE}.part"
+        part.write_text(json.dumps([*before, entry], indent=1) + "\n", encoding="utf-8")
+        part.replace(folder / FILE)
+
+
+def starts(folder: Path) -> list[Facts]:
+    """The entries of a run folder, from the first start on; empty if none were kept.
+
+    Args:
+        folder: Of the run.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return []
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}. Delete it, or restore it.") from error
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def described(trainer: Trainer, command: tuple[str, ...]) -> Facts:
+    """This start: when, by which command, on what, with which versions."""
+    device = trainer.strategy.root_device
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["lit-align", *command]) if command else "",
+        "folder": str(Path.cwd()),
+        "ranks": trainer.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {"lit_align": __version__, **versions()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed and may change a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def repository(folder: Path) -> tuple[Facts | None, bytes]:
+    """The commit that a folder is at, and what it lacks as a patch; None where git knows none.
+
+    Args:
+        folder: Anywhere in the working tree.
+    """
+    commit = said(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None, b""
+    changed = said(folder, "status", "--porcelain", "--untracked-files=no").decode(
+        "utf-8", "replace"
+    )
+    facts: Facts = {
+        "commit": commit.decode().strip(),
+        "branch": said(folder, "branch", "--show-current").decode("utf-8", "replace").strip(),
+        "changed": [line[3:] for line in changed.splitlines()],
+    }
+    return facts, said(folder, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD")
+
+
+def said(folder: Path, *words: str) -> bytes:
+    """What git prints; nothing where there is no git, no repository or no commit."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "--no-optional-locks", *words],
+            capture_output=True,
+            timeout=60,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return b""
+    return done.stdout if done.returncode == 0 else b""

@@ -1,0 +1,35 @@
+"""Seconds by phase and tokens per second, by a clock that is set by hand."""
+
+import pytest
+from harness import RandomTexts, tiny, trainer
+
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.sft import SFT
+from lit_align.callbacks import timing
+from lit_align.callbacks.timing import Timing
+
+
+@pytest.fixture
+def slow_clock(monkeypatch):
+    """Every look at the clock is 3 s after the one before."""
+    moments = iter(range(0, 10**6, 3))
+    monkeypatch.setattr(timing.time, "monotonic", lambda: float(next(moments)))
+
+
+def test_phases_of_one_name_add_up(run, slow_clock):
+    grpo = GRPO(policy=tiny, num_samples=2, epochs=2)
+    done = run(grpo, num_batches=2, limit_val_batches=0, callbacks=[Timing()])
+    values = done.callback_metrics
+    found = {name: float(values[name]) for name in values if name.startswith("time/")}
+    assert found == {
+        "time/rollout": 3.0, "time/score": 3.0, "time/prepare": 3.0, "time/update": 6.0,
+    }  # fmt: skip
+    assert not grpo.watchers
+
+
+def test_an_offline_step_goes_through_the_tokens_of_its_texts(tmp_path, slow_clock):
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Timing()])
+    run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Timing)]
+    run.fit(SFT(policy=tiny), RandomTexts(1))
+    # 3 + 8 + 5 + 2 tokens in 3 s of prepare and 3 s of update
+    assert float(run.callback_metrics["tokens_per_second"]) == pytest.approx(18 / 6)
