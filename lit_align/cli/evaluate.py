@@ -1,6 +1,8 @@
 """`lit-align evaluate`: several models on the same prompts."""
 
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from jsonargparse import ActionConfigFile, Namespace
@@ -17,8 +19,10 @@ from lit_align.cli.rooms import open_rooms
 from lit_align.data.loading import TextData
 from lit_align.data.prompts import PromptData
 from lit_align.tools.answering import answered
+from lit_align.tools.benchmarks import Benchmarks, device_of
 from lit_align.tools.evaluate import compared, shown, write
 from lit_align.tools.found_model import found_model
+from lit_align.tools.judge import judged_wins
 
 
 def main(args: list[str]) -> int:
@@ -29,6 +33,8 @@ def main(args: list[str]) -> int:
     given, built = parsed(args)
     models = list(dict.fromkeys(map(found_model, given.models)))
     reference = found_model(given.reference or models[0])
+    tasks = [task for task in given.lm_eval.split(",") if task]
+    benchmarks = [Benchmarks(tasks, given.lm_eval_limit, given.lm_eval_folder)] if tasks else []
     answers = {}
     for model in models:
         seed_everything(given.seed, verbose=False)
@@ -37,7 +43,10 @@ def main(args: list[str]) -> int:
             given.temperature, given.accelerator, given.precision,
         )  # fmt: skip
         print(f"{model}: {len(answers[model])} answers")
-    found = compared(answers, built.rollout.num_samples)
+    judge = partial(judged_wins, given.judge) if given.judge else None
+    found = compared(answers, built.rollout.num_samples, judge)
+    for model, each in product(models, benchmarks):
+        found[model] |= each.figures(model, device_of(given.accelerator))
     Console().print(shown(found))
     write(found, reference, Path(given.out))
     print(f"wrote {given.out}")
@@ -48,9 +57,10 @@ def parsed(args: list[str]) -> tuple[Namespace, Namespace]:
     """What was said, and with the objects that it names."""
     words = parser()
     given = words.parse_args(fit_sections(args))
-    if given.reward is None:
+    if given.reward is None and not given.judge:
         raise ValueError(
-            "evaluate compares by rewards: add --reward.sources, or --config of a run that has one."
+            "evaluate compares by rewards: add --reward.sources, --config of a run that has one, "
+            "or a --judge."
         )
     data = given.data.init_args
     if data.tokenizer is None:
@@ -68,7 +78,10 @@ def parser() -> Parser:
     words.add_argument("models", nargs="+", type=str, help="Hub ids or folders of models; the "
                        "others are compared with the first.")  # fmt: skip
     words.add_argument("--data", type=PromptData, required=True, help="Whose rows are asked.")
-    words.add_argument("--reward", type=Reward | None, default=None, help="What judges.")
+    words.add_argument("--reward", type=Reward | None, default=None, help="What scores.")
+    words.add_argument("--judge", type=str | None, default=None,
+                       help="Command that reads pairs of answers as JSON lines and prints a, b or "
+                       "tie for each.")  # fmt: skip
     words.add_argument("--rollout", type=Asking, default={"class_path": "Asking"},
                        help="How long answers may be, how many, and how sampled.")  # fmt: skip
     words.add_argument("--temperature", type=float, default=1.0, help="Of all models.")
@@ -80,7 +93,21 @@ def parser() -> Parser:
     words.add_argument(
         "--precision", type=_PRECISION_INPUT, default="32-true", help="bf16-true, ..."
     )
+    add_benchmarks(words)
     return words
+
+
+def add_benchmarks(words: Parser) -> None:
+    """The arguments of the hook into lm-eval."""
+    words.add_argument(
+        "--lm_eval", type=str, default="", help="Tasks of lm-eval, with commas between them."
+    )
+    words.add_argument(
+        "--lm_eval_limit", type=int | None, default=None, help="Documents of each; all by default."
+    )
+    words.add_argument(
+        "--lm_eval_folder", type=str | None, default=None, help="YAML files that define more tasks."
+    )
 
 
 def fit_sections(args: list[str]) -> list[str]:

@@ -26,11 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         return tool(args) if args and args[0] in TOOLS else run(args)
     except Exception as error:
         from lit_align.cli.messages import explained  # imports torch: not for a version or a list
+        from lit_align.tools.terminal import harmless
 
         text = explained(error)
         if text is None:
             raise
-        print(f"lit-align: {text}", file=sys.stderr)
+        print(f"lit-align: {harmless(text)}", file=sys.stderr)
         return 2
 
 

@@ -21,7 +21,7 @@ def answered(
     reference: str,
     data: PromptData,
     asking: Asking,
-    reward: Reward,
+    reward: Reward | None,
     temperature: float = 1.0,
     accelerator: str = "auto",
     precision: _PRECISION_INPUT = "32-true",
@@ -33,16 +33,17 @@ def answered(
         reference: Of the model that the KL is to.
         data: Whose evaluation rows are asked.
         asking: How.
-        reward: What judges.
+        reward: What scores the answers, if anything does.
         temperature: Of the model, when it answers and when it is scored.
         accelerator: Lightning's word for where to compute.
         precision: Lightning's word for the data type.
     """
     check_tokenizer(path, data)
     other = None if path == reference else partial(Policy, reference, temperature=temperature)
+    callbacks: list[Callback] = [asking] if reward is None else [asking, reward]
     policy = partial(Policy, path, temperature=temperature)
     algorithm = ReMax(policy=policy, reference=other)  # all online algorithms predict alike
-    trainer = quiet_trainer([asking, reward], accelerator, precision)
+    trainer = quiet_trainer(callbacks, accelerator, precision)
     rows: Answers = []
     for batch in trainer.predict(algorithm, data) or []:
         assert isinstance(batch, Experience)

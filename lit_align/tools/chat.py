@@ -14,6 +14,7 @@ from lit_align.data.padding import pad_left
 from lit_align.data.text import Message, encode_prompt, load_tokenizer, stop_ids
 from lit_align.models.decoding import Sampling
 from lit_align.models.policy import Policy
+from lit_align.tools.terminal import harmless
 
 ALL = Sampling()  # tokens may be chosen
 CHUNK = 8  # tokens between two looks: the context is read again for each
@@ -123,8 +124,7 @@ class Speaker:
 
     def text(self, ids: list[int]) -> str:
         """Of token ids; what could steer a terminal is left out."""
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+        return harmless(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
 
 def check_device(device: str) -> None:

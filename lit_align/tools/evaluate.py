@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from lit_align.tools.figures import (
     Answers,
+    Figures,
     at_equal_length,
     bootstrap,
     distinct,
@@ -20,15 +21,18 @@ from lit_align.tools.figures import (
 from lit_align.tools.kept_answers import text
 from lit_align.tools.tables import comparison_table
 
-Figures = dict[str, float | list[float]]
+Judge = Callable[[Answers, Answers], list[float]]
 
 
-def compared(answers: dict[str, Answers], samples: int) -> dict[str, Figures]:
+def compared(
+    answers: dict[str, Answers], samples: int, judge: Judge | None = None
+) -> dict[str, Figures]:
     """The figures of each model; the first is what the others are compared with.
 
     Args:
         answers: By model, to the same prompts in the same order, a prompt's side by side.
         samples: Answers per prompt.
+        judge: Says of each pair of answers whether the first one wins, beside their rewards.
     """
     first = next(iter(answers.values()))
     if not first:
@@ -37,19 +41,26 @@ def compared(answers: dict[str, Answers], samples: int) -> dict[str, Figures]:
     for name, rows in answers.items():
         if [text(row["prompt"]) for row in rows] != [text(row["prompt"]) for row in first]:
             raise ValueError(f"{name} answers other prompts than the first, or in another order.")
-        against = {} if rows is first else win_rates(rows, first, samples)
-        found[name] = {**figures(rows, samples), **against, **exact(rows, samples)}
+        found[name] = figures(rows, samples)
+        if rows is not first and "score" in rows[0]:
+            found[name] |= gains(rows, first, samples)
+        if rows is not first and judge is not None:
+            won = judge(rows, first)
+            found[name] |= win_rates("judge's win rate", won, rows, first, samples)
+        found[name] |= exact(rows, samples)
     return found
 
 
 def figures(rows: Answers, samples: int) -> Figures:
     """What can be said of one model's answers alone; intervals are over prompts."""
-    scores, said = numbers(rows, "score"), [text(row["completion"]) for row in rows]
-    lengths = numbers(rows, "length")
+    said, lengths = [text(row["completion"]) for row in rows], numbers(rows, "length")
+    found: Figures = {"prompts": len(rows) // samples}
+    if "score" in rows[0]:
+        scores = numbers(rows, "score")
+        interval = bootstrap(per_prompt(scores, samples), 1000)
+        found |= {"reward": mean(scores), "reward, 95 %": [*interval]}
     return {
-        "prompts": len(rows) // samples,
-        "reward": mean(scores),
-        "reward, 95 %": [*bootstrap(per_prompt(scores, samples), 1000)],
+        **found,
         "KL to the reference, nats per response": mean(numbers(rows, "kl")),
         "length, tokens": mean(lengths),
         "cut off": mean([float(bool(row["truncated"])) for row in rows]),
@@ -58,22 +69,39 @@ def figures(rows: Answers, samples: int) -> Figures:
     }
 
 
-def win_rates(rows: Answers, others: Answers, samples: int) -> Figures:
-    """How often the answers beat the first model's by reward, sample by sample."""
-    won = wins(numbers(rows, "score"), numbers(others, "score"))
+def gains(rows: Answers, others: Answers, samples: int) -> Figures:
+    """By how much, and how often, the answers beat the first model's by reward."""
+    mine, theirs = numbers(rows, "score"), numbers(others, "score")
+    each = [a - b for a, b in zip(mine, theirs, strict=True)]
+    return {
+        "gain": mean(each),
+        "gain, 95 %": [*bootstrap(per_prompt(each, samples), 1000)],
+        **win_rates("win rate", wins(mine, theirs), rows, others, samples),
+    }
+
+
+def win_rates(
+    name: str, won: Sequence[float], rows: Answers, others: Answers, samples: int
+) -> Figures:
+    """How often the answers win, as they are and at equal length.
+
+    Args:
+        name: Of the figure.
+        won: [N] 1, 1/2 or 0, sample by sample.
+        rows: [N] answers.
+        others: [N] the first model's.
+        samples: Answers per prompt.
+    """
     each = per_prompt(won, samples)
     lengths, other_lengths = (
         per_prompt(numbers(side, "length"), samples) for side in (rows, others)
     )
     fair, interval = at_equal_length(each, lengths, other_lengths)
-    gains = [a - b for a, b in zip(numbers(rows, "score"), numbers(others, "score"), strict=True)]
     return {
-        "gain": mean(gains),
-        "gain, 95 %": [*bootstrap(per_prompt(gains, samples), 1000)],
-        "win rate": mean(won),
-        "win rate, 95 %": [*bootstrap(each, 1000)],
-        "win rate at equal length": fair,
-        "win rate at equal length, 95 %": [*interval],
+        name: mean(won),
+        f"{name}, 95 %": [*bootstrap(each, 1000)],
+        f"{name} at equal length": fair,
+        f"{name} at equal length, 95 %": [*interval],
     }
 
 

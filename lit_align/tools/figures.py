@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Answers = list[dict[str, object]]
+Figures = dict[str, float | list[float]]  # by name; an interval stands under `<name>, 95 %`
 Interval = tuple[float, float]
 Numbers = NDArray[np.float64]
 

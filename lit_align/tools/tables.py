@@ -6,6 +6,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_align.tools.figures import Answers
+from lit_align.tools.kept_answers import text
+from lit_align.tools.terminal import harmless
 
 
 def completions_table(before: Answers, after: Answers, rows: int = 6) -> Table:
@@ -15,7 +17,8 @@ def completions_table(before: Answers, after: Answers, rows: int = 6) -> Table:
         table.add_column(name, justify="right" if name in ("reward", "KL") else "left")
     for old, new in list(zip(before, after, strict=True))[:rows]:
         prompt, earlier, later = (
-            escape(str(each)) for each in (old["prompt"], old["completion"], new["completion"])
+            escape(harmless(text(each)))
+            for each in (old["prompt"], old["completion"], new["completion"])
         )
         table.add_row(prompt, earlier, f"{old['score']:.2f}",
                       later, f"{new['score']:.2f}", f"{new['kl']:.1f}")  # fmt: skip
@@ -42,7 +45,7 @@ def comparison_table(names: Sequence[str], figures: Mapping[str, Sequence[str]])
     table = Table(title="The same prompts, answered by each")
     table.add_column("figure")
     for name in names:
-        table.add_column(escape(name), justify="right", overflow="fold")
+        table.add_column(escape(harmless(name)), justify="right", overflow="fold")
     for name, values in figures.items():
-        table.add_row(name, *values)
+        table.add_row(escape(harmless(name)), *values)
     return table
