@@ -1,5 +1,6 @@
 """When a run is saved, and that it goes on from there as if it had never stopped."""
 
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.callbacks import checkpoint_files as files
@@ -148,13 +150,19 @@ class Checkpoints(Checkpoint):
             files.sweep(folder)
         trainer.strategy.barrier("checkpoint folder")
         self.saving = True
-        trainer.save_checkpoint(files.part_of(path), weights_only=False)
+        try:
+            trainer.save_checkpoint(files.part_of(path), weights_only=False)
+            if trainer.is_global_zero:
+                files.publish(files.part_of(path), path)
+                if self.is_best:
+                    files.write_best(folder, path)
+                self.prune(folder)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            text = unsaved(path, error, self.last_saved)
+            if text is None:
+                raise
+            raise OSError(text) from error
         self.saving = False
-        if trainer.is_global_zero:
-            files.publish(files.part_of(path), path)
-            if self.is_best:
-                files.write_best(folder, path)
-            self.prune(folder)
         trainer.strategy.barrier("checkpoint")
         self.last_saved, self.is_best = path, False
 
@@ -195,6 +203,25 @@ class Checkpoints(Checkpoint):
                 f"of each rank are not, and a batch of all ranks is data.batch_size times the "
                 f"number of ranks, so that steps have another size unless you change it"
             )
+
+
+def unsaved(path: Path, error: BaseException, last_saved: Path | None) -> str | None:
+    """Deletes what is half-written, and says so; None where writing is not what failed.
+
+    Args:
+        path: The checkpoint that was to be.
+        error: What came instead.
+        last_saved: The one before.
+    """
+    if not files.unwritten(error):
+        return None
+    free = shutil.disk_usage(path.parent).free / 2**20
+    files.sweep(path.parent)
+    return (
+        f"{path} could not be written; {free:,.1f} MiB were free on its disk. What was "
+        f"half-written is deleted. Last checkpoint: {last_saved or 'none yet'}. Make room, and go "
+        f"on with --ckpt_path last."
+    )
 
 
 def tidy(folder: Path, past: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 FOLDER, SUPERSEDED = "checkpoints", "superseded"
 NAME = re.compile(r"iteration_(\d+)\.ckpt")
@@ -84,6 +85,13 @@ def sweep(folder: Path) -> None:
     """Deletes what a killed save left behind."""
     for part in folder.glob(".*.part"):
         remove(part)
+
+
+def unwritten(error: BaseException) -> bool:
+    """Whether a file could not be written; torch says that of its own archives in its own words."""
+    return isinstance(error, OSError | CheckpointException) or bool(
+        re.search("inline_container|PytorchStreamWriter", str(error))
+    )
 
 
 def set_aside(paths: list[Path], folder: Path) -> None:

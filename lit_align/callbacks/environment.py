@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lit_align.algorithms.base import Algorithm
+from lit_align.callbacks.whole import write_whole
 from lit_align.version import __version__
 
 FILE, PATCH = "environment.json", "uncommitted.patch"
@@ -50,9 +51,7 @@ class Environment(Callback):
         if patch:
             (folder / PATCH).write_bytes(patch[:LARGEST])
         entry = {**described(trainer, self.command), "git": git}
-        part = folder / f".{FILE}.part"
-        part.write_text(json.dumps([*before, entry], indent=1) + "\n", encoding="utf-8")
-        part.replace(folder / FILE)
+        write_whole(folder / FILE, json.dumps([*before, entry], indent=1) + "\n")
 
 
 def starts(folder: Path) -> list[Facts]:

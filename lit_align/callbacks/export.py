@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.algorithms.base import Algorithm
 from lit_align.callbacks.card import write_card
+from lit_align.callbacks.whole import whole_folder
 from lit_align.data.loading import TextData
 from lit_align.models.backbone import Backbone
 
@@ -24,12 +25,14 @@ class Export(Callback):
         folder, main = Path(trainer.default_root_dir) / "hf", trainer.is_global_zero
         for network, place in places(algorithm.roles, folder).items():
             tokenizer = name_ends(network, trainer.datamodule)
-            if main:
+            if not main:
+                network.save(place, main=False)
+                continue
+            with whole_folder(place) as part:
+                network.save(part)
+                tokenizer.save_pretrained(part)
+                write_card(part, Path(trainer.default_root_dir), network)
                 clear(place, network)
-            network.save(place, main=main)
-            if main:
-                tokenizer.save_pretrained(place)
-                write_card(place, Path(trainer.default_root_dir), network)
         trainer.strategy.barrier("export")
 
 

@@ -12,7 +12,8 @@ import yaml
 Row = dict[str, object]
 Points = list[tuple[float, float]]  # place on the x axis, value
 
-ROLLOUT_FILE = re.compile(r"rollout_(\d+)(?:\.rank\d+)?\.jsonl")
+TABLE_FILE = re.compile(r"(rollout|held_out)_(\d+)(?:\.rank\d+)?\.jsonl")
+PHASES = ("rollout", "score", "prepare", "update")  # as they follow each other; others come behind
 PREDICTED = re.compile(r"predictions(?:\.rank\d+)?\.jsonl")
 
 
@@ -101,15 +102,26 @@ class RunFolder:
     def seconds(self) -> dict[str, float]:
         """Mean seconds per rollout by phase, from metrics `time/<phase>`; empty if not logged."""
         found = {k.removeprefix("time/"): v for k, v in self.curves.items() if k[:5] == "time/"}
-        return {phase: math.fsum(y for _, y in each) / len(each) for phase, each in found.items()}
+        order = [*(phase for phase in PHASES if phase in found), *sorted(found.keys() - {*PHASES})]
+        return {name: math.fsum(y for _, y in found[name]) / len(found[name]) for name in order}
 
     @cached_property
     def rollouts(self) -> dict[int, list[Path]]:
         """The files of completions by rollout, one per rank."""
+        return self.tables("rollout")
+
+    @cached_property
+    def held_out(self) -> dict[int, list[Path]]:
+        """The files of answers to held-out prompts, by the rollouts before that validation."""
+        return self.tables("held_out")
+
+    def tables(self, kind: str) -> dict[int, list[Path]]:
+        """The files of one kind of completions by number."""
         files: dict[int, list[Path]] = {}
         for file in sorted(self.path.glob("completions/*.jsonl")):
-            if found := ROLLOUT_FILE.fullmatch(file.name):
-                files.setdefault(int(found[1]), []).append(file)
+            found = TABLE_FILE.fullmatch(file.name)
+            if found and found[1] == kind:
+                files.setdefault(int(found[2]), []).append(file)
         return dict(sorted(files.items()))
 
     @property

@@ -9,13 +9,16 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.batches import Experience
+from lit_align.callbacks.whole import write_whole
 
 
 class Samples(Callback):
     """Writes `completions/rollout_00010.jsonl` while training, and `predictions.jsonl`.
 
-    The first rollout has a file, too: it is the answers from before. Files are written whatever the
-    logger is; Weights & Biases gets the first rank's rows as a table as well.
+    The first rollout has a file, too. Each validation leaves its first answers, of the same prompts
+    each time, in `completions/held_out_00010.jsonl`; number 0 is before training, of the prompts
+    that Lightning's sanity check asks. Files are written whatever the logger is; Weights & Biases
+    gets the first rank's rollouts as a table as well.
 
     Each line has the data set's columns, the completion, its score and its length in tokens, and
     where stored answers are among the rows, whether it is one (`stored`); predictions also have the
@@ -24,10 +27,12 @@ class Samples(Callback):
 
     Args:
         every: Rollouts between two files while training, 0 for none.
+        held_out: Answers of a validation that are kept on each rank, 0 for none.
     """
 
-    def __init__(self, every: int = 10):
-        self.every = every
+    def __init__(self, every: int = 10, held_out: int = 64):
+        self.every, self.held_out = every, held_out
+        self.validated: list[dict[str, Any]] = []  # answers of the validation under way
 
     def on_train_batch_end(
         self,
@@ -41,13 +46,33 @@ class Samples(Callback):
         if not self.every or (algorithm.iteration % self.every and algorithm.iteration != 1):
             return
         rows = table(batch)
-        path = self.path(trainer, Path("completions") / f"rollout_{algorithm.iteration:05d}")
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(self.lines(rows), encoding="utf-8")
-        part.replace(path)
+        self.keep(trainer, f"rollout_{algorithm.iteration:05d}", rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 logger.log_table("completions", [*rows[0]], cells(rows), step=trainer.global_step)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        algorithm: OnlineAlgorithm,
+        outputs: Any,
+        batch: Experience,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collects the first answers; rows that only fill up the last round are left out."""
+        rows = [row for row, real in zip(table(batch), batch.counted, strict=True) if real]
+        self.validated += rows[: self.held_out - len(self.validated)]
+
+    def on_validation_end(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
+        """Writes them, once per iteration: a resumed run's sanity check is no new answer."""
+        rows, self.validated = self.validated, []
+        if (
+            rows
+            and trainer.state.fn == "fit"
+            and not (trainer.sanity_checking and trainer.ckpt_path)
+        ):
+            self.keep(trainer, f"held_out_{algorithm.iteration:05d}", rows)
 
     def on_predict_start(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
         """Begins an empty file."""
@@ -67,6 +92,10 @@ class Samples(Callback):
         counted = [row for row, real in zip(rows, outputs.counted, strict=True) if real]
         with self.path(trainer, Path("predictions")).open("a", encoding="utf-8") as file:
             file.write(self.lines(counted))
+
+    def keep(self, trainer: Trainer, name: str, rows: list[dict[str, Any]]) -> None:
+        """Writes a table, whole or not at all."""
+        write_whole(self.path(trainer, Path("completions") / name), self.lines(rows))
 
     def path(self, trainer: Trainer, name: Path) -> Path:
         """The file of this rank."""

@@ -1,6 +1,7 @@
 """What went wrong, in a sentence: the parser's reports without its inner life."""
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -141,12 +142,27 @@ def explained(error: Exception) -> str | None:
     if frames and ABOUT_SETTINGS.search(Path(frames[-1].filename).as_posix()):
         text = " ".join(str(error).split())
         return text if len(text) < 300 else f"{text[:300]}..."
+    if not said and is_full(error):
+        named = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return (
+            f"There is no room left on the disk{named}. Make some, or write elsewhere with "
+            f"--trainer.default_root_dir; checkpoints that were saved before are whole, and "
+            f"--ckpt_path last goes on."
+        )
     if isinstance(error, OSError) and error.filename and written(frames):
         return (
             f"{error.filename}: {error.strerror}. The run folder, --trainer.default_root_dir, must "
             f"be one that can be written."
         )
     return str(error) if said else None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, a quota or the largest size of a file is used up, whoever says so."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)  # of safetensors
 
 
 def written(frames: Iterable[traceback.FrameSummary]) -> bool:

@@ -66,7 +66,11 @@ class RunConfig(SaveConfigCallback):
             new = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             for line in changes(yaml.safe_load(self.before.read_text()), new):
                 print(line)
-        super().setup(trainer, algorithm, stage)
+        try:
+            super().setup(trainer, algorithm, stage)
+        except OSError:  # half of it would be read back as if it were all
+            (Path(trainer.default_root_dir) / "config.yaml").unlink(missing_ok=True)
+            raise
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from lit_align.callbacks.card import write_card
 from lit_align.callbacks.checkpoint_files import head
 from lit_align.callbacks.checkpoint_io import trained_weights
 from lit_align.callbacks.export import clear, name_ends, places
+from lit_align.callbacks.whole import whole_folder
 from lit_align.data.loading import TextData
 from lit_align.models.backbone import Backbone
 from lit_align.models.fitting import check_fit, shapes
@@ -38,15 +39,17 @@ def export(
     written = []
     for network, place in places(algorithm.roles, out).items():
         tokenizer = name_ends(network, data)
-        if merge and not network.saved_whole:
-            folders = save_merged(network, place)
-        else:
-            clear(place, network)
-            network.save(place)
-            folders = [place]
-        for folder in folders:
-            tokenizer.save_pretrained(folder)
-            write_card(folder, run, network, network.saved_whole or merge)
+        merges = merge and not network.saved_whole
+        with whole_folder(place) as part:
+            parts = save_merged(network, part) if merges else [part]
+            if not merges:
+                network.save(part)
+            for folder in parts:
+                tokenizer.save_pretrained(folder)
+                write_card(folder, run, network, network.saved_whole or merge)
+            folders = [place / folder.relative_to(part) for folder in parts]
+            for folder in folders:
+                clear(folder, network, whole=merges)
         written += folders
     return written
 
@@ -80,7 +83,6 @@ def save_merged(network: Backbone, place: Path) -> list[Path]:
     folders = []
     for adapter in network.trained_adapters:
         folder = place if len(network.trained_adapters) == 1 else place / adapter
-        clear(folder, network, whole=True)
         with quiet_transformers():
             merged(network, adapter).save_pretrained(folder)
         folders.append(folder)

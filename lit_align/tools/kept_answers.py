@@ -34,6 +34,9 @@ class Kept:
             place: Its number in the report.
         """
         tables = {f"rollout {n}": answers(run.rollouts[n]) for n in spread([*run.rollouts])}
+        for n in spread([*run.held_out]):
+            when = f"held out, rollout {n}" if n else "held out, before training"
+            tables[when] = answers(run.held_out[n])
         if run.predictions:
             tables["predictions"] = answers(run.predictions)
         known: dict[str, int] = {}

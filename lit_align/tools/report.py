@@ -31,6 +31,7 @@ PANELS = [  # title, what it is, metrics of which the first that was logged is d
     ("Loss, held-out rows", "", ("val/loss",)),
     ("Accuracy", "", ("rewards/accuracies", "val/accuracy", "accuracy", "mean_token_accuracy")),
     ("Gradient norm", "before clipping", ("grad_norm",)),
+    ("Speed", "tokens per second", ("tokens_per_second",)),
 ]
 OF_A_RUN = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path")
 NUM_POINTS = 600  # of a curve, at most

@@ -49,14 +49,23 @@ def test_memory_is_the_most_of_all_ranks(tmp_path):
 
 
 def test_seconds_are_means_over_rollouts(tmp_path):
-    rows = [{"step": s, "rollout": s + 1.0, "time/rollout": 2.0 + s} for s in range(3)]
-    assert RunFolder(write_run(tmp_path / "run", rows)).seconds == {"rollout": 3.0}
+    seconds = {"time/mine": 1.0, "time/prepare": 1.0, "time/update": 5.0}
+    rows = [{"step": s, "rollout": s + 1.0, "time/rollout": 2.0 + s, **seconds} for s in range(3)]
+    found = RunFolder(write_run(tmp_path / "run", rows)).seconds
+    assert list(found.items()) == [
+        ("rollout", 3.0),
+        ("prepare", 1.0),
+        ("update", 5.0),
+        ("mine", 1.0),
+    ]
 
 
 def test_files_of_ranks_belong_to_one_rollout(tmp_path):
     tables = {name: [answer("p", name)] for name in ("rollout_00020.rank1", "rollout_00020.rank0")}
-    run = RunFolder(write_run(tmp_path / "run", completions={**tables, "rollout_00010": []}))
+    more = {"rollout_00010": [], "held_out_00000": []}
+    run = RunFolder(write_run(tmp_path / "run", completions={**tables, **more}))
     assert [*run.rollouts] == [10, 20]
+    assert [*run.held_out] == [0]
     said = [row["completion"] for row in answers(run.rollouts[20])]
     assert said == ["rollout_00020.rank0", "rollout_00020.rank1"]
 

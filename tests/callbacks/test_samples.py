@@ -19,8 +19,9 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def names(folder) -> list[str]:
-    return sorted(path.name for path in folder.glob("**/*.jsonl"))
+def names(folder, kind: str = "[rp]") -> list[str]:
+    """Of rollouts and predictions."""
+    return sorted(path.name for path in folder.glob(f"**/{kind}*.jsonl"))
 
 
 def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, tmp_path):
@@ -37,8 +38,31 @@ def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, 
 
 
 def test_none_means_no_file(run, tmp_path):
-    run(ReMax(policy=tiny), callbacks=[Samples(every=0)])
-    assert names(tmp_path) == []
+    run(ReMax(policy=tiny), callbacks=[Samples(every=0, held_out=0)])
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_held_out_prompts_are_answered_before_and_after(run, tmp_path):
+    run(ReMax(policy=tiny), num_batches=5, callbacks=[Samples(held_out=10)])
+    assert names(tmp_path, "held") == ["held_out_00000.jsonl", "held_out_00005.jsonl"]
+    before, after = (
+        read(tmp_path / "completions" / f"held_out_0000{number}.jsonl") for number in (0, 5)
+    )
+    assert len(before) == 8  # two batches of the sanity check
+    assert len(after) == 10
+    assert [row["prompt"] for row in after[:8]] == [row["prompt"] for row in before]
+    assert all(row["greedy"] for row in after)
+
+
+def test_a_resumed_run_keeps_the_answers_from_before_it_stopped(tmp_path):
+    first = trainer(tmp_path, callbacks=[Samples()])
+    first.fit(ReMax(policy=tiny), RandomPrompts(2))
+    first.save_checkpoint(tmp_path / "part.ckpt")
+    kept = (tmp_path / "completions" / "held_out_00002.jsonl").read_text()
+    again = trainer(tmp_path, callbacks=[Samples(held_out=3)], max_epochs=2)
+    again.fit(ReMax(policy=tiny), RandomPrompts(2), ckpt_path=tmp_path / "part.ckpt")
+    assert (tmp_path / "completions" / "held_out_00002.jsonl").read_text() == kept
+    assert len(read(tmp_path / "completions" / "held_out_00004.jsonl")) == 3
 
 
 class LastIsARepeat(RandomPrompts):

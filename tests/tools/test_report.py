@@ -108,6 +108,19 @@ def test_worst_best_and_repeated_prompts_are_kept_and_what_is_not_is_counted(tmp
     assert kept.notes == [f"run: {len(kept.rows)} of 60 answers are shown."]
 
 
+def test_held_out_answers_stand_in_the_order_of_training(tmp_path):
+    tables = {"held_out_00020": "c", "held_out_00000": "a", "held_out_00010": "b"}
+    completions = {name: [answer("p", said)] for name, said in tables.items()}
+    kept = Kept(10**6, 1)
+    kept.add(RunFolder(write_run(tmp_path / "run", completions=completions)), 0)
+    found = [(row["c"], row["t"]) for row in sorted(kept.rows, key=lambda row: row["o"])]
+    assert found == [
+        ("a", "held out, before training"),
+        ("b", "held out, rollout 10"),
+        ("c", "held out, rollout 20"),
+    ]
+
+
 def test_answers_stay_within_their_bytes(tmp_path):
     folder = write_run(
         tmp_path / "run", completions={"rollout_00010": [answer(i, "ü" * 400) for i in range(40)]}

@@ -85,6 +85,7 @@ function range(values) {
   let low = Infinity, high = -Infinity;
   for (const value of values) { if (value < low) low = value; if (value > high) high = value; }
   if (!isFinite(low)) return [0, 1];
+  if (low === 0 && high === 0) return [0, 1];
   if (low === high) { const room = Math.abs(low) * 0.1 || 1; return [low - room, high + room]; }
   const room = (high - low) * 0.05;
   return [low - room, high + room];
@@ -101,7 +102,7 @@ function plane(figure, xs, ys, height, axis) {
     draw(svg, "line", { class: "axis", x1: left, x2: width - right, y1: Y(y), y2: Y(y) });
     draw(svg, "text", { x: left - 6, y: Y(y) + 4, "text-anchor": "end" }, figures(y));
   }
-  for (const x of ticks(x0, x1, width > 500 ? 8 : 4)) {
+  for (const x of ticks(x0, x1, width > 500 ? 8 : 5)) {
     draw(svg, "text", { x: X(x), y: height - bottom + 15, "text-anchor": "middle" }, figures(x));
   }
   draw(svg, "text", { x: width - right, y: height - 3, "text-anchor": "end" }, axis);
@@ -122,7 +123,8 @@ function panel(place, { title, unit, metric }) {
   const raw = (arm) => arm.curves.flatMap((curve) => single ? [...(curve.lo || curve.y), ...(curve.hi || curve.y)] : []);
   const xs = arms.flatMap((arm) => arm.x);
   const few = xs.length && xs.length === arms.length;
-  const on = plane(figure, range(xs), range(arms.flatMap((arm) => [...arm.low, ...arm.high, ...raw(arm)])), 190, data.axis);
+  const span = range([0, ...xs, ...data.runs.map((run) => run.last)]);  // the same in all panels
+  const on = plane(figure, span, range(arms.flatMap((arm) => [...arm.low, ...arm.high, ...raw(arm)])), 190, data.axis);
   on.svg.setAttribute("aria-label", `${title}: ${arms.map((arm) => `${arm.name} ends at ${figures(arm.mean.at(-1))}`).join(", ")}`);
   for (const arm of arms) {
     const ink = colour(arm.number);
@@ -226,11 +228,11 @@ function summary() {
 
 const PARTS = ["parameters", "optimizer_state", "gradients", "other"];
 
-function bars(title, unit, rows, show) {  // rows: [name, [[part, size], ...]]
+function bars(title, unit, rows, show, ink) {  // rows: [name, [[part, size], ...]]; ink: first colour
   const figure = make("figure", {}, make("figcaption", {}, make("h3", { text: title }), make("span", { text: unit })));
   at("phases").append(figure);
   const names = [...new Set(rows.flatMap(([, parts]) => parts.map(([name]) => name)))];
-  if (names.length > 1) figure.append(make("p", { class: "keys" }, ...names.map((name, i) => make("span", { class: "key" }, make("i", { colour: colour(i) }), name.replace("_", " ")))));
+  if (names.length > 1) figure.append(make("p", { class: "keys" }, ...names.map((name, i) => make("span", { class: "key" }, make("i", { colour: colour(ink + i) }), name.replace("_", " ")))));
   const width = Math.max(260, Math.round(figure.clientWidth) - 26 || 340), left = 74, right = 82;
   const most = Math.max(...rows.map(([, parts]) => parts.reduce((sum, [, size]) => sum + size, 0))) || 1;
   const svg = draw(figure, "svg", { viewBox: `0 0 ${width} ${rows.length * 26}`, role: "img", "aria-label": `${title}: ${rows.map(([name, parts]) => `${name} ${show(parts.reduce((sum, [, size]) => sum + size, 0))}`).join(", ")}` });
@@ -239,7 +241,7 @@ function bars(title, unit, rows, show) {  // rows: [name, [[part, size], ...]]
     draw(svg, "text", { x: left - 8, y: i * 26 + 17, "text-anchor": "end" }, name);
     for (const [part, size] of parts) {
       const wide = size / most * (width - left - right);
-      draw(svg, "rect", { x, y: i * 26 + 4, width: Math.max(0, wide), height: 18, fill: colour(names.indexOf(part)) });
+      draw(svg, "rect", { x, y: i * 26 + 4, width: Math.max(0, wide), height: 18, fill: colour(ink + names.indexOf(part)) });
       x += wide;
     }
     draw(svg, "text", { x: x + 6, y: i * 26 + 17 }, show(parts.reduce((sum, [, size]) => sum + size, 0)));
@@ -249,12 +251,12 @@ function bars(title, unit, rows, show) {  // rows: [name, [[part, size], ...]]
 function phases() {
   at("phases").replaceChildren();
   at("phases").className = "grid";
-  data.runs.forEach((run) => {
+  data.runs.forEach((run, number) => {
     const suffix = data.runs.length > 1 ? `, ${run.name}` : "";
     const memory = Object.entries(run.memory).map(([phase, sizes]) => [phase, PARTS.map((part) => [part, sizes[part] || 0])]);
     const seconds = Object.entries(run.seconds).map(([phase, value]) => [phase, [["seconds", value]]]);
-    if (memory.length) bars(`Memory${suffix}`, "largest peak of a phase", memory, bytes);
-    if (seconds.length) bars(`Time${suffix}`, "mean seconds per rollout", seconds, (value) => `${figures(value)} s`);
+    if (memory.length) bars(`Memory${suffix}`, "largest peak of a phase", memory, bytes, 2);
+    if (seconds.length) bars(`Time${suffix}`, "mean seconds per rollout", seconds, (value) => `${figures(value)} s`, armOf[number]);
   });
   at("s-phases").hidden = !at("phases").children.length;
 }
@@ -277,12 +279,16 @@ function settings() {
 const ORDERS = { "worst first": (a, b) => a.low - b.low, "best first": (a, b) => b.high - a.high,
   "largest gain first": (a, b) => b.gain - a.gain, "as logged": (a, b) => a.place - b.place };
 const PAGE = 12;
+const moments = new Map();  // by run and prompt, when it was answered
+for (const { r, p, t } of data.answers) moments.set(`${r} ${p}`, (moments.get(`${r} ${p}`) || new Set()).add(t));
+const again = new Set([...moments].filter(([, when]) => when.size > 1).map(([key]) => Number(key.split(" ")[1])));
 let limit = PAGE;
 
 function cards() {
   const words = at("find").value.trim().toLowerCase(), run = at("which-run").value, moment = at("which-moment").value;
   const groups = new Map();
   for (const answer of data.answers) {
+    if (at("again").checked && !again.has(answer.p)) continue;
     if (run !== "" && answer.r !== Number(run)) continue;
     if (moment !== "" && answer.t !== moment) continue;
     if (words && !data.prompts[answer.p].toLowerCase().includes(words) && !answer.c.toLowerCase().includes(words)) continue;
@@ -329,8 +335,10 @@ function choices(id, pairs) {
 function start() {
   summary();
   choices("which-run", [["", "all"], ...data.runs.map((run, i) => [String(i), run.name])]);
-  const moments = [...new Set([...data.answers].sort((a, b) => a.o - b.o).map((answer) => answer.t))];
-  choices("which-moment", [["", "all"], ...moments.map((moment) => [moment, moment])]);
+  const times = [...new Set([...data.answers].sort((a, b) => a.o - b.o).map((answer) => answer.t))];
+  choices("which-moment", [["", "all"], ...times.map((time) => [time, time])]);
+  at("again").checked = again.size > 0;
+  at("again-label").hidden = !again.size;
   choices("order", Object.keys(ORDERS).map((name) => [name, name]));
   at("s-answers").hidden = !data.answers.length;
   at("more").hidden = !data.rest.length;
@@ -339,7 +347,7 @@ function start() {
   at("smoothing").addEventListener("input", (event) => { weight = Number(event.target.value); curves(); });
   at("more").addEventListener("toggle", () => { if (at("more").open) curves(); });
   at("all-settings").addEventListener("change", settings);
-  for (const id of ["find", "which-run", "which-moment", "order"]) at(id).addEventListener("input", () => { limit = PAGE; cards(); });
+  for (const id of ["find", "which-run", "which-moment", "order", "again"]) at(id).addEventListener("input", () => { limit = PAGE; cards(); });
   at("more-cards").addEventListener("click", () => { limit += PAGE; cards(); });
   let width = window.innerWidth;
   window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; redraw(); } });

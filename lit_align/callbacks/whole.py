@@ -1,0 +1,45 @@
+"""Files and folders that appear whole or not at all, whatever happens while they are written."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file under another name first; where that fails nothing is left of it.
+
+    Args:
+        path: Its name; its folder exists.
+        text: What is to be in it.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(place: Path) -> Iterator[Path]:
+    """An empty folder beside `place`; what is in it at the end goes there, over what has its name.
+
+    Where something fails inside, it is deleted and `place` stays as it was.
+
+    Args:
+        place: The folder that is meant.
+    """
+    part = place.with_name(f".{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        place.mkdir(parents=True, exist_ok=True)
+        for found in part.iterdir():
+            if found.is_dir():
+                shutil.rmtree(place / found.name, ignore_errors=True)
+            found.replace(place / found.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
