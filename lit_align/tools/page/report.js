@@ -323,7 +323,8 @@ function card({ prompt, answers }) {
     side.style.borderColor = colour(armOf[answer.r]);
     return side;
   });
-  const found = make("article", { class: "card" }, make("p", { class: "prompt", text: data.prompts[prompt] }), make("div", { class: "sides" }, ...sides));
+  const lines = data.runs.map((_, run) => make("div", { class: "sides" }, ...sides.filter((_, i) => kept[i].r === run))).filter((line) => line.children.length);
+  const found = make("article", { class: "card" }, make("p", { class: "prompt", text: data.prompts[prompt] }), ...lines);
   if (kept.length < answers.length) found.append(make("p", { class: "note", text: `${answers.length - kept.length} answers between them are left out` }));
   return found;
 }
