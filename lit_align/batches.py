@@ -186,7 +186,6 @@ class Tokens(Batch):
     token_mask: Tensor  # [N, T] bool                                         data module
     loss_mask: Tensor  # [N, T] bool, True where the token is to be learnt    data module
     lengths: list[int]  # [N] tokens                                          data module
-    longer: list[bool]  # [N] the longer text of its pair                     Pairs
 
     @property
     def response_mask(self) -> Tensor:
@@ -252,17 +251,12 @@ class Pairs(Batch):
         def side_by_side(one: Tensor, other: Tensor) -> Tensor:
             return torch.stack([one, other], 1).flatten(0, 1)
 
-        both = list(zip(self.chosen_lengths, self.rejected_lengths, strict=True))
+        both = zip(self.chosen_lengths, self.rejected_lengths, strict=True)
         return Tokens(
             tokens=side_by_side(self.chosen, self.rejected),
             token_mask=side_by_side(self.chosen_mask, self.rejected_mask),
             loss_mask=side_by_side(self.chosen_loss_mask, self.rejected_loss_mask),
             lengths=[length for pair in both for length in pair],
-            longer=[
-                side
-                for chosen, rejected in both
-                for side in (chosen >= rejected, chosen < rejected)
-            ],
         )
 
 

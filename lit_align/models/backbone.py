@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -26,6 +25,7 @@ from lit_align.models.loading import (
     quiet_transformers,
 )
 from lit_align.models.lora import LoRA
+from lit_align.models.packing import let_pack
 from lit_align.models.quantised import Quantisation
 from lit_align.models.sltrain import SLTrain, with_dense_weights
 from lit_align.models.sparse_adapter import is_merged_when_saved, with_update_merged
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
             sltrain.refuse(path)
         if quantisation is not None:
             quantisation.refuse(self.adapts or lora is not None, lora, sltrain)
-        self.path = path
+        self.path, self.sltrain = path, sltrain
         self.name = path or f"{(config or {}).get('model_type')} from random weights"
         self.reading: dict[str, Any] = {
             "attention": attention,
@@ -97,6 +97,7 @@ class Backbone(nn.Module):
         }
         self.later = LATER.get() and quantisation is None
         self.network, self.missing = self.load(config, data_type(dtype))
+        self.packs = let_pack(self.network)  # reads texts one behind the other
         self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
         if checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -105,7 +106,6 @@ class Backbone(nn.Module):
         self.trained_adapters = ["default"] if lora else []
         with light(self.network):
             self.adapted = self.adapt(lora)
-        self.sltrain = sltrain
         if sltrain is not None:
             sltrain.replace(self.blocks)
 
@@ -181,26 +181,30 @@ class Backbone(nn.Module):
         return [stops] if isinstance(stops, int) else list(stops or [])
 
     def hidden(self, batch: Experience | Tokens) -> Tensor:
-        """[N, T, H]: the trunk's last hidden state. Positions count from the first real token."""
-        if not is_trimmed(batch):
+        """[N, T, H]: the trunk's last hidden state; at padding, the one of the nearest token.
+
+        Positions count from the first real token of each text.
+        """
+        if not self.packs or not is_trimmed(batch):
             return self.masked_hidden(batch)
-        sharded = any(isinstance(module, FSDPModule) for module in self.network.modules())
-        passes, back = reading(batch, at_once=sharded)
-        hidden = [self.trunk(input_ids=tokens) for tokens in passes]
-        if back is None:
-            return hidden[0]
-        whole = torch.cat([part.flatten(0, 1) for part in hidden])
-        return whole.index_select(0, back).view(*batch.tokens.shape, -1)
+        read = reading(batch)
+        hidden = self.trunk(
+            input_ids=read.tokens,
+            position_ids=read.positions,
+            attention_mask=read.packed.as_mask,
+            packed=read.packed,
+        )
+        return hidden[0].index_select(0, read.back).view(*batch.tokens.shape, -1)
 
     def masked_hidden(self, batch: Experience | Tokens) -> Tensor:
-        """[N, T, H]: the same, wherever padding is."""
+        """[N, T, H]: the same with padding wherever it is and a mask of it."""
         mask = batch.token_mask
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return self.trunk(
             input_ids=batch.tokens, attention_mask=mask.long(), position_ids=positions
         )
 
-    def trunk(self, **inputs: Tensor) -> Tensor:
+    def trunk(self, **inputs: Any) -> Tensor:
         """[n, t, H]: the last hidden state of token ids [n, t]."""
         hidden: Tensor = self.network.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden

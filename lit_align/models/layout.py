@@ -1,26 +1,25 @@
-"""Where tokens lie: as a batch has them, and as a network reads them with nothing in front.
-
-Behind a text, padding needs no mask: a causal network looks backward only. Attention without a mask
-takes its fastest kernel, and rows whose prompts differ in length lose the padding between them.
-"""
+"""Where tokens lie: as a batch has them, and as a network reads them, without any padding."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_align.batches import Experience, Tokens
-
-MUCH = 0.8  # length of the shorter texts over that of the longer, below which they stand apart
+from lit_align.models.packing import Packed
 
 
 class Reading(NamedTuple):
-    """What a network reads, pass by pass, and where the batch's places are in it."""
+    """All texts of a batch in one row of t tokens, and where the batch's places are in it."""
 
-    passes: list[Tensor]  # [n, t] token ids of each pass, right-padded
-    back: Tensor | None  # [N * T] places in all passes, one behind the other; None: as they are
+    tokens: Tensor  # [1, t] token ids
+    positions: Tensor  # [1, t] from 0 in each text
+    packed: Packed  # where texts end
+    back: Tensor  # [N * T] places in the row; of padding, those of the text's nearest token
 
 
 def is_trimmed(batch: Experience | Tokens) -> bool:
@@ -28,59 +27,39 @@ def is_trimmed(batch: Experience | Tokens) -> bool:
     return isinstance(batch, Experience) or batch.tokens.shape[1] == max(max(batch.lengths), 2)
 
 
-def reading(batch: Experience | Tokens, at_once: bool = False) -> Reading:
-    """Texts without padding in front; of pairs, the longer texts and the shorter ones apart.
+def reading(batch: Experience | Tokens) -> Reading:
+    """N texts one behind the other.
 
-    Args:
-        batch: N texts.
-        at_once: In one pass, as ranks must that gather weights together.
+    Only their lengths are known on the host, and only [N] numbers go to the device.
     """
-    num_rows, width = batch.tokens.shape
-    spare = [0] * num_rows
+    (num_rows, width), lengths, device = batch.tokens.shape, batch.lengths, batch.tokens.device
+    spare = [0] * num_rows  # padding in front
     if isinstance(batch, Experience):
         spare = [batch.num_context - length for length in batch.prompt_lengths]
-    groups = [list(range(num_rows))] if at_once else together(batch)
-    if len(groups) == 1 and not any(spare):
-        return Reading([batch.tokens], None)
-    starts, ends, passes, before = [0] * num_rows, [0] * num_rows, [], 0
-    for rows in groups:
-        longest = max(2, *(batch.lengths[row] for row in rows))
-        for place, row in enumerate(rows):
-            starts[row] = before + place * longest
-            ends[row] = starts[row] + longest - 1
-        before += len(rows) * longest
-        passes.append(moved_forward(batch.tokens, rows, spare, longest))
-    places = torch.tensor([starts, ends, spare]).to(batch.tokens.device, non_blocking=True)
-    start, end, moves = places.unsqueeze(-1).unbind()
-    steps = torch.arange(width, device=batch.tokens.device)
-    return Reading(passes, (start + steps - moves).clamp(start, end).flatten())
+    begins = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    places = stretches([row * width + spare[row] for row in range(num_rows)], lengths, device)
+    table = torch.tensor([begins, lengths, spare]).to(device, non_blocking=True)
+    begin, length, front = table.unsqueeze(-1).unbind()
+    steps = (torch.arange(width, device=device) - front).clamp(min=0).minimum(length - 1)
+    return Reading(
+        batch.tokens.flatten().index_select(0, places).unsqueeze(0),
+        stretches([0] * num_rows, lengths, device).unsqueeze(0),
+        Packed(lengths, device),
+        (begin + steps).flatten(),
+    )
 
 
-def together(batch: Experience | Tokens) -> list[list[int]]:
-    """Rows of each pass: all, or pairs' longer and shorter texts, if that spares much padding."""
-    sides: tuple[list[int], list[int]] = ([], [])
-    for row, longer in enumerate(batch.longer if "longer" in batch.fields() else []):
-        sides[not longer].append(row)
-    long, short = (max((batch.lengths[row] for row in side), default=0) for side in sides)
-    return list(sides) if short < MUCH * long else [list(range(len(batch)))]
+def stretches(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[sum of lengths]: the numbers from each start on, as many as its length, start by start."""
+    total = sum(lengths)
+    ends = accumulate(lengths)
+    moves = [start - end + n for start, end, n in zip(starts, ends, lengths, strict=True)]
+    table = torch.tensor([moves, list(lengths)]).to(device, non_blocking=True)
+    move = torch.repeat_interleave(table[0], table[1], output_size=total)
+    return move + torch.arange(total, device=device)
 
 
-def moved_forward(tokens: Tensor, rows: list[int], spare: list[int], longest: int) -> Tensor:
-    """[n, t] some rows of [N, T] token ids, from each row's first real token on.
-
-    Args:
-        tokens: [N, T].
-        rows: n of them.
-        spare: [N] tokens of padding in front.
-        longest: t.
-    """
-    picked = torch.tensor([rows, [spare[row] for row in rows]])
-    which, moves = picked.to(tokens.device, non_blocking=True).unsqueeze(-1).unbind()
-    steps = torch.arange(longest, device=tokens.device)
-    return tokens[which, (steps + moves).clamp(max=tokens.shape[1] - 1)]
-
-
-def real_places(batch: Experience | Tokens) -> list[int] | None:
+def real_places(batch: Experience | Tokens) -> Tensor | None:
     """Places in [N * R] that are no padding behind a text; None where all of them are real."""
     width = batch.responses.shape[1]
     if isinstance(batch, Experience):
@@ -89,4 +68,4 @@ def real_places(batch: Experience | Tokens) -> list[int] | None:
         ends = [length - 1 for length in batch.lengths]
     if not is_trimmed(batch) or min(ends) >= width:
         return None
-    return [row * width + step for row, end in enumerate(ends) for step in range(end)]
+    return stretches([row * width for row in range(len(ends))], ends, batch.responses.device)

@@ -95,11 +95,10 @@ class Policy(Backbone):
             hidden[:, batch.num_context - 1 : -1].flatten(0, 1),
             batch.responses.flatten(),
         )
-        real = real_places(batch)
-        if real is None:
+        at = real_places(batch)
+        if at is None:
             logprobs, entropy = self.read_head(before, tokens)
         else:
-            at = torch.tensor(real, dtype=torch.long).to(tokens.device, non_blocking=True)
             scored = self.read_head(before.index_select(0, at), tokens.index_select(0, at))
             logprobs, entropy = (
                 value.new_zeros(tokens.shape).index_copy(0, at, value) for value in scored

@@ -52,7 +52,7 @@ class Scalar(Backbone):
             copy = cls(
                 config=model.network.config.to_dict(),
                 dtype=dtype,
-                attention=model.network.config._attn_implementation,
+                attention=model.reading["attention"],
                 checkpointing=model.network.is_gradient_checkpointing,
                 sltrain=model.sltrain,
             )

@@ -1,0 +1,158 @@
+"""Attention among texts that stand one behind the other in one row, each seeing itself alone."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_or_packed"  # as transformers knows it
+
+
+class Packed:
+    """Where the texts of a row end.
+
+    Args:
+        lengths: [n] tokens of each text.
+        device: Where the row is.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.lengths = lengths
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).to(device, non_blocking=True)
+        self.ends = ends.cumsum(0, dtype=torch.int32)  # [n + 1]
+
+    @property
+    def as_mask(self) -> Tensor:
+        """[1, 1, 1, n + 1]: of four dimensions, a mask that transformers hands on unread."""
+        return self.ends.view(1, 1, 1, -1)
+
+
+def let_pack(network: PreTrainedModel) -> bool:
+    """Puts `attention` into a network that is served by it; whether it is.
+
+    That is one whose tokens meet in attention alone, and there see all that stand before them.
+    """
+    settings = network.config.to_dict()
+    plain = set(settings.get("layer_types") or ["full_attention"]) == {"full_attention"}
+    packs = (
+        network.config._attn_implementation == "sdpa"
+        and network._supports_attention_backend
+        and not network._is_stateful
+        and plain
+        and not settings.get("sliding_window")
+    )
+    if packs:
+        network.config._attn_implementation = NAME
+    return packs
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    packed: Packed | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' scaled dot product, or each text of a packed row by itself, without a mask.
+
+    Args:
+        module: The layer.
+        query: [N, heads, T, D], N = 1 where texts are packed.
+        key: [N, fewer heads or as many, T, D].
+        value: Of the key's shape.
+        mask: Not read where texts are packed.
+        packed: The texts in the row.
+        scaling: Of the products; by default one over the root of D.
+        **kwargs: For transformers.
+
+    Returns:
+        [N, T, heads, D].
+    """
+    if packed is None:
+        mixed, _ = sdpa_attention_forward(
+            module, query, key, value, mask, scaling=scaling, **kwargs
+        )
+        return mixed, None
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if kind == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        three = (query.to(dtype), key.to(dtype), value.to(dtype))
+        return by_kernel(*three, packed, scaling), None
+    return run_by_run(module, query, key, value, packed, scaling), None
+
+
+def run_by_run(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed,
+    scaling: float | None,
+) -> Tensor:
+    """[1, T, heads, D] by a call for each run of texts that are equally long, on any device.
+
+    Args:
+        module: The layer.
+        query: [1, heads, T, D].
+        key: [1, fewer heads or as many, T, D].
+        value: Of the key's shape.
+        packed: The texts in the row.
+        scaling: Of the products.
+    """
+    runs = [(length, len(list(texts))) for length, texts in groupby(packed.lengths)]
+    sizes = [length * number for length, number in runs]
+    split = [each.split(sizes, 2) for each in (query, key, value)]
+    parts = []
+    for run, *part in zip(runs, *split, strict=True):
+        each = (stacked(tensor, *run) for tensor in part)
+        parts.append(sdpa_attention_forward(module, *each, None, scaling=scaling)[0].flatten(0, 1))
+    return torch.cat(parts).unsqueeze(0)
+
+
+def by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: float | None
+) -> Tensor:
+    """[1, T, heads, D] in one launch, half precision on a GPU.
+
+    Args:
+        query: [1, heads, T, D].
+        key: [1, fewer heads or as many, T, D].
+        value: Of the key's shape.
+        packed: The texts in the row.
+        scaling: Of the products.
+    """
+    longest = max(packed.lengths)
+    found = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        packed.ends,
+        packed.ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=True,
+    )
+    assert isinstance(found, Tensor)  # nothing else was asked for
+    return found.unsqueeze(0)
+
+
+def stacked(part: Tensor, length: int, number: int) -> Tensor:
+    """[1, heads, number * length, D] -> [number, heads, length, D]."""
+    texts: Tensor = part.squeeze(0).unflatten(1, (number, length))
+    return texts.transpose(0, 1)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
