@@ -44,7 +44,7 @@ class Algorithm(Measuring):
     def __init__(
         self,
         optimizer: OptimizerCallable = lambda params: AdamW(
-            params, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0
+            params, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         ),
         warmup: float = 0.0,
         final_lr: float = 1.0,

@@ -187,6 +187,18 @@ class Backbone(nn.Module):
         """
         if not self.packs or not is_trimmed(batch):
             return self.masked_hidden(batch)
+        row, back = self.packed_hidden(batch)
+        return row.index_select(0, back).view(*batch.tokens.shape, -1)
+
+    def hidden_at(self, batch: Experience | Tokens, places: Tensor) -> Tensor:
+        """[n, H]: those at [n] places in [N * T]."""
+        if not self.packs or not is_trimmed(batch):
+            return self.masked_hidden(batch).flatten(0, 1).index_select(0, places)
+        row, back = self.packed_hidden(batch)
+        return row.index_select(0, back.index_select(0, places))
+
+    def packed_hidden(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+        """[t, H] of all texts without padding, and [N * T] places in it of the batch's tokens."""
         read = reading(batch)
         hidden = self.trunk(
             input_ids=read.tokens,
@@ -194,7 +206,7 @@ class Backbone(nn.Module):
             attention_mask=read.packed.as_mask,
             packed=read.packed,
         )
-        return hidden[0].index_select(0, read.back).view(*batch.tokens.shape, -1)
+        return hidden.squeeze(0), read.back
 
     def masked_hidden(self, batch: Experience | Tokens) -> Tensor:
         """[N, T, H]: the same with padding wherever it is and a mask of it."""

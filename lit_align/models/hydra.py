@@ -99,7 +99,7 @@ class Hydra(TwoHeaded):
 
     def _both(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.hidden(batch)
-        return *self.chosen(hidden, batch), self.numbers(hidden)
+        return *self.chosen_in(hidden, batch), self.numbers(hidden)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:

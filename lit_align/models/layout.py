@@ -59,13 +59,26 @@ def stretches(starts: Sequence[int], lengths: Sequence[int], device: torch.devic
     return move + torch.arange(total, device=device)
 
 
-def real_places(batch: Experience | Tokens) -> Tensor | None:
-    """Places in [N * R] that are no padding behind a text; None where all of them are real."""
-    width = batch.responses.shape[1]
-    if isinstance(batch, Experience):
+def scored_places(batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+    """([n], [n]) of tokens with a context that are no padding: where they are chosen, and stand.
+
+    The first are places in [N * T], of the token before; the second are places in [N * R].
+    """
+    (num_rows, length), width = batch.tokens.shape, batch.responses.shape[1]
+    if not is_trimmed(batch):
+        ends = [width] * num_rows
+    elif isinstance(batch, Experience):
         ends = batch.response_lengths
     else:
         ends = [length - 1 for length in batch.lengths]
-    if not is_trimmed(batch) or min(ends) >= width:
-        return None
-    return stretches([row * width for row in range(len(ends))], ends, batch.responses.device)
+    before = [row * length + batch.num_context - 1 for row in range(num_rows)]
+    device = batch.tokens.device
+    there = stretches([row * width for row in range(num_rows)], ends, device)
+    return stretches(before, ends, device), there
+
+
+def last_places(batch: Experience | Tokens) -> Tensor:
+    """[N] places in [N * T] of each text's last token."""
+    mask = batch.token_mask
+    steps = torch.arange(mask.numel(), device=mask.device).view_as(mask)
+    return steps.where(mask, 0).amax(-1)

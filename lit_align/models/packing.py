@@ -110,6 +110,10 @@ def run_by_run(
         scaling: Of the products.
     """
     runs = [(length, len(list(texts))) for length, texts in groupby(packed.lengths)]
+    if len(runs) == 1:
+        each = (stacked(tensor, *runs[0]) for tensor in (query, key, value))
+        alike: Tensor = sdpa_attention_forward(module, *each, None, scaling=scaling)[0]
+        return alike.flatten(0, 1).unsqueeze(0)
     sizes = [length * number for length, number in runs]
     split = [each.split(sizes, 2) for each in (query, key, value)]
     parts = []

@@ -11,7 +11,7 @@ from lit_align.batches import Experience, Tokens
 from lit_align.functional.logprobs import chosen_logprobs
 from lit_align.models.backbone import Backbone
 from lit_align.models.decoding import Responses, Sampling, decode
-from lit_align.models.layout import real_places
+from lit_align.models.layout import scored_places
 from lit_align.models.sharding import on_all_ranks
 
 
@@ -82,28 +82,24 @@ class Policy(Backbone):
         return scored
 
     def _score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
-        return self.chosen(self.hidden(batch), batch)
+        states, places = scored_places(batch)
+        return self.chosen(self.hidden_at(batch, states), places, batch)
 
-    def chosen(self, hidden: Tensor, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+    def chosen(
+        self, before: Tensor, places: Tensor, batch: Experience | Tokens
+    ) -> tuple[Tensor, Tensor]:
         """([N, R], [N, R]) nats: log-prob and entropy at each scored token; 0 elsewhere.
 
         Args:
-            hidden: [N, T, H], of the whole texts.
+            before: [n, H], the hidden states in which tokens are chosen.
+            places: [n] of these tokens in [N * R].
             batch: The N texts.
         """
-        before, tokens = (
-            hidden[:, batch.num_context - 1 : -1].flatten(0, 1),
-            batch.responses.flatten(),
+        tokens = batch.responses.flatten()
+        logprobs, entropy = (
+            value.new_zeros(len(tokens)).index_copy(0, places, value).view_as(batch.scored)
+            for value in self.read_head(before, tokens.index_select(0, places))
         )
-        at = real_places(batch)
-        if at is None:
-            logprobs, entropy = self.read_head(before, tokens)
-        else:
-            scored = self.read_head(before.index_select(0, at), tokens.index_select(0, at))
-            logprobs, entropy = (
-                value.new_zeros(tokens.shape).index_copy(0, at, value) for value in scored
-            )
-        logprobs, entropy = logprobs.view_as(batch.scored), entropy.view_as(batch.scored)
         return logprobs.where(batch.scored, 0.0), entropy.where(batch.scored, 0.0)
 
     def read_head(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

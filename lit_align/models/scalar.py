@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lit_align.batches import Experience, Tokens
 from lit_align.models.backbone import Backbone
+from lit_align.models.layout import last_places
 
 
 class Scalar(Backbone):
@@ -86,6 +86,4 @@ def before_each_token(values: Tensor, batch: Experience) -> Tensor:
 
 def at_last_token(values: Tensor, batch: Experience | Tokens) -> Tensor:
     """Values [N, T] -> [N]: those at the last real token."""
-    steps = torch.arange(values.shape[1], device=values.device)
-    last = (batch.token_mask * steps).argmax(-1, keepdim=True)
-    return values.gather(-1, last).squeeze(-1)
+    return values.flatten().index_select(0, last_places(batch))

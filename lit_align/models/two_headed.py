@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from lit_align.batches import Pairs, Tokens
+from lit_align.batches import Experience, Pairs, Tokens
+from lit_align.models.layout import scored_places
 from lit_align.models.lora import LoRA, with_float_heads
 from lit_align.models.policy import Policy
 from lit_align.models.scalar import at_last_token
@@ -83,8 +84,13 @@ class TwoHeaded(Policy):
 
     def _judge(self, texts: Tokens) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(texts)
-        logprobs, _ = self.chosen(hidden[::2], texts.rows(range(0, len(texts), 2)))
+        logprobs, _ = self.chosen_in(hidden[::2], texts.rows(range(0, len(texts), 2)))
         return logprobs, at_last_token(self.numbers(hidden), texts).view(-1, 2)
+
+    def chosen_in(self, hidden: Tensor, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+        """([N, R], [N, R]) nats: log-prob and entropy, of hidden states [N, T, H]."""
+        states, places = scored_places(batch)
+        return self.chosen(hidden.flatten(0, 1).index_select(0, states), places, batch)
 
     def numbers(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, T, H] -> [N, T], by the score head that is switched on."""

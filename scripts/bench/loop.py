@@ -27,7 +27,8 @@ def run(case: Case, folder: Path, steps: int, stepped: Callable[[], None]) -> Po
     torch.manual_seed(0)
     policy = Policy(str(folder / "model"))
     reference = deepcopy(policy).requires_grad_(False)
-    adam = AdamW(policy.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+    settings = {"lr": 1e-6, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    adam = AdamW(policy.parameters(), **settings)
     module = ours.data(case, folder)
     batches = iter(module.train_dataloader())
     for _ in range(steps):
@@ -54,7 +55,7 @@ def rollout(
     batch: Experience,
     decode: Callable[[list[int]], str],
 ) -> Experience:
-    """Answers, scores, log-probs of both models, advantages."""
+    """Answers, scores, log-probs of the reference, advantages."""
     shape, stops = case.shape, sorted({EOS, *policy.stop_ids})
     group = [row for row in range(len(batch)) for _ in range(shape.num_samples)]
     batch = batch.rows(group)
@@ -65,20 +66,18 @@ def rollout(
     batch.response_lengths = batch.response_mask.sum(-1).tolist()
     ends = zip(batch.responses.tolist(), batch.response_lengths, strict=True)
     batch.scores = torch.tensor(reward([decode(row[:end]) for row, end in ends]))
-    batch.ref_logprobs, batch.logprobs = torch.zeros(2, *batch.responses.shape)
+    batch.ref_logprobs = torch.zeros(batch.responses.shape)
     for rows in microbatches(batch.lengths, shape.part * shape.longest):
         part = batch.rows(rows).trim()
-        width = part.responses.shape[1]
-        batch.ref_logprobs[rows, :width] = reference.logprobs(part)
-        batch.logprobs[rows, :width] = policy.logprobs(part)
+        batch.ref_logprobs[rows, : part.responses.shape[1]] = reference.logprobs(part)
     credit = group_relative(batch.scores.view(-1, shape.num_samples))
-    batch.advantages = credit.view(-1, 1).expand_as(batch.logprobs)
+    batch.advantages = credit.view(-1, 1).expand_as(batch.responses)
     return batch
 
 
 def grpo(part: Experience, logprobs: Tensor) -> Tensor:
-    """Summed over responses."""
-    loss = clipped_surrogate(logprobs, part.logprobs, part.advantages)
+    """Summed over responses; the one update's policy is the one that has sampled."""
+    loss = clipped_surrogate(logprobs, logprobs.detach(), part.advantages)
     loss = loss + 0.04 * k3(logprobs, part.ref_logprobs)
     mask = part.response_mask
     return (loss / mask.sum(-1, keepdim=True)).where(mask, 0.0).sum()

@@ -3,8 +3,8 @@
 import torch
 from harness import RandomPairs, RandomTexts, tiny
 
-from lit_align.batches import Experience
-from lit_align.models.layout import reading, real_places
+from lit_align.batches import Experience, Tokens
+from lit_align.models.layout import last_places, reading, scored_places
 
 
 def rollout() -> Experience:
@@ -38,10 +38,29 @@ def test_a_rollout_is_read_in_one_row():
 
 def test_the_head_sees_real_tokens_alone():
     """Texts of 3, 8, 5 and 2 tokens: all but the first are scored, in rows of 7 places."""
-    assert real_places(rollout()).tolist() == [0, 1, 4, 8, 9, 10, 11]
-    texts = RandomTexts().batch(0)
-    assert real_places(texts).tolist() == [0, 1, *range(7, 14), *range(14, 18), 21]
-    assert real_places(texts.rows([1]).trim()) is None
+    states, places = scored_places(rollout())
+    assert places.tolist() == [0, 1, 4, 8, 9, 10, 11]
+    assert states.tolist() == [4, 5, 13, 22, 23, 24, 25]
+    states, places = scored_places(RandomTexts().batch(0))
+    assert places.tolist() == [0, 1, *range(7, 14), *range(14, 18), 21]
+    assert states.tolist() == [0, 1, *range(8, 15), *range(16, 20), 24]
+
+
+def test_the_last_token_of_a_text_stands_before_its_padding():
+    assert last_places(rollout()).tolist() == [6, 14, 26]
+    assert last_places(RandomTexts().batch(0)).tolist() == [2, 15, 20, 25]
+
+
+def test_padding_in_front_of_whole_texts_is_read_with_a_mask():
+    """Two texts of 3 tokens behind one token of padding."""
+    mask = torch.tensor([[False, True, True, True]]).expand(2, 4)
+    tokens = torch.tensor([[0, 5, 6, 7], [0, 8, 9, 10]])
+    batch = Tokens(tokens=tokens, token_mask=mask, loss_mask=mask, lengths=[3, 3])
+    plain = Tokens(tokens=tokens[:, 1:], token_mask=mask[:, 1:], loss_mask=mask[:, 1:])
+    plain.lengths = [3, 3]
+    policy = tiny()
+    torch.testing.assert_close(policy.hidden(batch)[:, 1:], policy.hidden(plain))
+    assert scored_places(batch)[1].tolist() == list(range(6))
 
 
 def test_hidden_states_are_those_of_the_masked_batch():
@@ -55,8 +74,9 @@ def test_hidden_states_are_those_of_the_masked_batch():
 
 def test_gradients_are_those_of_the_masked_batch():
     batch, grads = rollout(), []
-    for read in ("hidden", "masked_hidden"):
+    for packs in (True, False):
         policy = tiny()
-        policy.chosen(getattr(policy, read)(batch), batch)[0].sum().backward()
+        policy.packs = packs
+        policy.logprobs(batch).sum().backward()
         grads.append([weight.grad for weight in policy.parameters()])
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=0)
