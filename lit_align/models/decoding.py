@@ -1,11 +1,13 @@
 """From prompts to responses: a decode loop that a reader can follow."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lit_align.batches import Experience
 from lit_align.functional.logprobs import head_factor, head_logits
@@ -63,11 +65,10 @@ def choose(logprobs: Tensor, noise: Tensor, greedy: Tensor, sampling: Sampling) 
 
 
 LOOK_EVERY = 8  # tokens between two looks at who has stopped: each waits for the device
-CROWDED = 0.75  # share of rows that must still speak, or the others leave the batch
 
 
 def decode(
-    network: PreTrainedModel,
+    context: Context,
     prompts: Experience,
     noise: Tensor,
     greedy: Tensor,
@@ -82,8 +83,8 @@ def decode(
     A prompt is read once, however many rows answer it, and rows that have stopped leave the batch.
 
     Args:
-        network: A causal language model with whole weights.
-        prompts: N rows; only their prompts are read, and `group` if rows share them.
+        context: Has read the prompts.
+        prompts: N rows; only their prompts are read.
         noise: [N, R] uniform in [0, 1).
         greedy: [N] bool, rows that take the likeliest token.
         stops: [S] token ids that end an answer.
@@ -91,7 +92,6 @@ def decode(
         temperature: Divides the logits.
         over: Whether to end, given whether all rows have stopped: shards need all ranks' steps.
     """
-    context = Context(network, prompts)
     answers = Answers(prompts, noise, greedy, pad)
     every = 1 if noise.device.type == "cpu" else LOOK_EVERY
     for step in range(noise.shape[1]):
@@ -100,7 +100,7 @@ def decode(
             speaking = (~answers.done).nonzero().squeeze(-1)
             if over(len(speaking) == 0):
                 break
-            if 0 < len(speaking) <= CROWDED * len(chosen):
+            if 0 < len(speaking) <= context.crowded * len(chosen):
                 context.keep(speaking)
                 chosen = answers.keep(speaking, chosen)
         if step + 1 < noise.shape[1]:
@@ -157,8 +157,11 @@ class Context:
         prompts: N rows; rows of one `group` share a prompt, which is read once.
     """
 
+    crowded = 0.75  # share of rows that must still speak, or the others leave the batch
+
     def __init__(self, network: PreTrainedModel, prompts: Experience):
-        self.network, self.cache = network, DynamicCache(config=network.config)
+        self.network = network
+        self.cache: Cache = DynamicCache(config=network.config)
         layer = network.get_output_embeddings()
         self.head, self.bias = head_factor(layer.weight), layer.bias
         groups = prompts.group if "group" in prompts.fields() else list(range(len(prompts)))

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from lit_align.batches import Experience, Tokens
 from lit_align.functional.logprobs import chosen_logprobs
 from lit_align.models.backbone import Backbone
-from lit_align.models.decoding import Responses, Sampling, decode
+from lit_align.models.decoding import Context, Responses, Sampling, decode
+from lit_align.models.fixed_context import FixedContext
 from lit_align.models.layout import scored_places
 from lit_align.models.sharding import on_all_ranks
 
@@ -21,14 +22,29 @@ class Policy(Backbone):
     Args:
         path: Hub id or folder of the weights.
         temperature: Divides the logits when sampling and when scoring.
+        fixed_cache: Answer from keys and values in fixed places, so that a GPU replays a recorded
+            step: for small networks, whose kernels take less time than to launch them. Takes the
+            memory of answers of full length at once.
     """
 
     auto = AutoModelForCausalLM
     task = "CAUSAL_LM"
     reads = "language"
 
-    def __init__(self, path: str | None = None, temperature: float = 1.0, **kwargs: Any):
+    def __init__(
+        self,
+        path: str | None = None,
+        temperature: float = 1.0,
+        fixed_cache: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(path, **kwargs)
+        if fixed_cache and not self.packs:
+            raise ValueError(
+                f"fixed_cache needs full attention in every layer by sdpa, and {self.name} has "
+                f"another one: leave out fixed_cache."
+            )
+        self.fixed_cache = fixed_cache
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {temperature}.")
         self.temperature = temperature
@@ -66,7 +82,14 @@ class Policy(Backbone):
         ends = torch.tensor(list(stops), dtype=torch.long, device=device)
         given = (prompts, noise, rows, ends, pad, self.temperature, sampling)
         over = bool if self.gathers else on_all_ranks
-        responses: Responses = self(decode, self.network, *given, over)
+
+        def answers() -> Responses:
+            context = Context(self.network, prompts)
+            if self.fixed_cache:
+                context = FixedContext(context, noise.shape[1])
+            return decode(context, *given, over)
+
+        responses: Responses = self(answers)
         return responses
 
     def logprobs(self, batch: Experience | Tokens) -> Tensor:

@@ -1,9 +1,12 @@
 """The decode loop reads no more than it must."""
 
+import pytest
 import torch
+from harness import tiny
 
 from lit_align.batches import Experience
-from lit_align.models.decoding import Sampling
+from lit_align.models.decoding import Context, Sampling
+from lit_align.models.fixed_context import FixedContext
 from lit_align.models.policy import Policy
 
 
@@ -57,3 +60,37 @@ def alone_of(policy: Policy, prompts: Experience, row: int, stops: list[int]):
     noise = torch.rand(len(prompts), 16, generator=torch.Generator().manual_seed(5))[[row]]
     said = policy.respond(prompts.rows([row]), noise, [False], stops, 0, Sampling())
     return said.tokens[0], said.logprobs[0]
+
+
+def test_a_fixed_cache_says_the_same(prompts):
+    """Rows leave the batch twice, prompts are shared, half of the rows are greedy."""
+    rows = prompts.rows([row for row in range(4) for _ in range(8)])
+    rows.group = [row for row in range(4) for _ in range(8)]
+    noise = torch.rand(32, 16, generator=torch.Generator().manual_seed(5))
+    greedy = [row % 2 == 1 for row in range(32)]
+    stops = list(range(0, 32, 4))
+    said = [
+        tiny(fixed_cache=fixed).respond(rows, noise, greedy, stops, 0, Sampling())
+        for fixed in (False, True)
+    ]
+    assert torch.equal(said[0].tokens, said[1].tokens)
+    torch.testing.assert_close(said[0].logprobs, said[1].logprobs, atol=1e-5, rtol=0)
+    ends = [len({step for step in row if step}) for row in said[0].tokens.tolist()]
+    assert min(ends) < max(ends)
+
+
+def test_a_fixed_cache_keeps_its_places(tiny_policy, prompts):
+    """What a graph reads and writes stays where it was when it was recorded."""
+    context = FixedContext(Context(tiny_policy.network, prompts), 3)
+    mine = [context.tokens, context.positions, context.mask, context.cache.layers[0].keys]
+    places = [tensor.data_ptr() for tensor in mine]
+    for _ in range(3):
+        context.append(torch.tensor([3, 4, 5, 6]))
+    mine = [context.tokens, context.positions, context.mask, context.cache.layers[0].keys]
+    assert places == [tensor.data_ptr() for tensor in mine]
+    assert context.mask.sum(-1).tolist() == [int(n) + 3 for n in prompts.prompt_mask.sum(-1)]
+
+
+def test_a_fixed_cache_is_refused_where_a_layer_looks_back_only_so_far():
+    with pytest.raises(ValueError, match="leave out fixed_cache"):
+        tiny(fixed_cache=True, attention="eager")
