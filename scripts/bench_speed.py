@@ -2,7 +2,7 @@
 
     python scripts/bench_speed.py            # 1 M and 7 M parameters on the CPU
     python scripts/bench_speed.py --quick    # 1 M alone, beside TRL alone
-    python scripts/bench_speed.py --device cuda --models 0.5B 1.5B --parts trl papers
+    python scripts/bench_speed.py --device cuda --models 0.5B 1.5B --parts trl loop papers limits
 
 What is compared takes turns, a step each. `clock` and `work` say how many times more samples a
 second lit_align makes: by the clock, and by the seconds that the process had a processor, which
@@ -27,7 +27,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 import datasets
 import torch
 import transformers
-from bench import growth, loop, material, ours, papers
+from bench import growth, limits, loop, material, ours, papers
 from bench.case import OFFLINE, ONLINE, Case, shapes
 from bench.memory import apart, peak
 from bench.turns import Seconds, seconds
@@ -115,7 +115,20 @@ def growing(args: argparse.Namespace) -> None:
     growth.save(growth.measure(), Path(args.picture))
 
 
-PARTS = {"trl": beside_trl, "loop": beside_loop, "papers": paper_claims, "growth": growing}
+def near_limits(args: argparse.Namespace) -> None:
+    """Shares of what the device can do, and the price of greedy rows."""
+    print("near the device's limits")
+    for model in args.models:
+        limits.report(Case("grpo", model, shapes("grpo", args.device)[0], args.device))
+
+
+PARTS = {
+    "trl": beside_trl,
+    "loop": beside_loop,
+    "papers": paper_claims,
+    "growth": growing,
+    "limits": near_limits,
+}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The speed benchmark runs: every algorithm of both sides at a size of nothing."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def test_the_papers_algorithms_step(bench, name, tmp_path):
     papers.prepare(tmp_path)
     papers.run(name, case, tmp_path, 1, lambda: steps.append(1))
     assert len(steps) == 1
+
+
+def test_shares_of_what_the_device_can_do(bench, monkeypatch, capsys):
+    from bench import limits
+
+    for name, small in {"ROUNDS": 1, "BATCH": 2, "PROMPT": 8, "ANSWER": 4}.items():
+        monkeypatch.setattr(limits, name, small)
+    limits.report(bench.Case("grpo", "tiny", bench.shapes("grpo", "cpu")[0]))
+    line = capsys.readouterr().out
+    assert line.startswith("tiny: ")
+    assert all(int(share) > 0 for share in re.findall(r"(\d+)% of the rate", line))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
