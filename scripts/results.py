@@ -35,8 +35,9 @@ OVERLAY = "docs/examples/stories.yaml"
 PHASES = ("load", "rollout", "score", "prepare", "update")
 MEASURED = 3  # iterations of the runs that count bytes
 LORA = "--model.policy.lora.rank 16 --model.policy.lora.alpha 32"
-CRITIC = "--data.batch_size 128 --model.lam 1.0 --model.critic_lr 2e-3 --model.critic_warmup 2"
-HYDRA = f"{CRITIC} {LORA} --model.policy.path {{folder}}/hydra_sft/hf --model.optimizer.lr 2e-3"
+VALUED = "--data.batch_size 128 --model.lam 1.0"
+CRITIC = f"{VALUED} --model.critic_lr 2e-3 --model.critic_warmup 2"
+HYDRA = f"{LORA} --model.policy.path {{folder}}/hydra_sft/hf --model.optimizer.lr 2e-3"
 
 
 class Run(NamedTuple):
@@ -82,8 +83,14 @@ RUNS = [
         "--model.optimizer.lr 2e-3",
         "dynamic LoRA",
     ),
-    Run("HydraPPO", "hydra_ppo", HYDRA, start="hydra"),
-    Run("HydraPPO", "joint_hydra_ppo", HYDRA, "one adapter", start="hydra"),
+    Run("HydraPPO", "hydra_ppo", f"{CRITIC} {HYDRA}", start="hydra"),
+    Run(
+        "HydraPPO",
+        "joint_hydra_ppo",
+        f"{VALUED} {HYDRA} --model.value_coef 0.1",
+        "one adapter",
+        start="hydra",
+    ),
 ]
 
 
