@@ -1,7 +1,6 @@
 """Every config that ships runs, and every overlay fits what it is laid over."""
 
 import csv
-import json
 
 import pytest
 import yaml
@@ -77,7 +76,7 @@ def test_an_overlay_parses_over_each_config(config, overlay, capsys):
 def test_an_overlay_applies_where_it_fits():
     open_rooms()
     line = fit_overlays(["fit", "--config", "sft", "--config", "toy"])
-    toy = json.loads(line[4])
+    toy = yaml.safe_load(line[4])
     assert {"policy", "optimizer", "warmup"} <= set(toy["model"]["init_args"])
     assert not {"reward_model", "kl_coef"} & set(toy["model"]["init_args"])
     assert not {"rollout", "reward"} & set(toy)
