@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_align.callbacks.run_folder import RunFolder
+from lit_align.cli.main import main
 from lit_align.functional.masks import through_first, whiten
 from lit_align.functional.returns import group_relative, leave_one_out
 from lit_align.rewards.base import RewardError
@@ -91,3 +92,25 @@ def test_a_report_holds_any_answers(rows, folder):
     data = page.split('<script id="data" type="application/json">')[1].split("</script>")[0]
     assert json.loads(data)["answers"] == shown["answers"]
     assert len(shown["answers"]) == len(rows)
+
+
+KEYS = st.sampled_from(["model", "data", "trainer", "rollout", "init_args", "class_path"]) | TEXT
+CONFIG = st.recursive(
+    VALUE, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=3)
+)
+
+
+@ANY
+@given(settings=CONFIG)
+@example(settings={"model": {"class_path": "ReMax", "init_args": HUGE}})
+@example(settings={"model": None, "data": []})
+def test_a_config_may_hold_anything(settings, tmp_path, capsys):
+    file = tmp_path / "any.yaml"
+    file.write_text(json.dumps(settings))
+    try:
+        status = main(["fit", "--config", str(file), "--config", "toy"])
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "lit-align:" in line]
+    assert len(said) == 1

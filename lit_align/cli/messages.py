@@ -38,6 +38,7 @@ EVALUATION_FULL = (  # the phases of an iteration say it themselves
     "Out of memory in phase evaluate: lower --data.eval_batch_size or --model.microbatch_tokens, "
     "or set --model.policy.dtype bfloat16."
 )
+ABOUT_DEVICES = " --trainer.accelerator auto and --trainer.devices auto take what this machine has."
 WRITERS = re.compile(  # who writes into the run folder
     r"/fsspec/|/tensorboard/|lightning/(fabric|pytorch)/loggers/|lit_align/(callbacks|cli)/"
 )
@@ -141,7 +142,11 @@ def explained(error: Exception) -> str | None:
     said = ours and (frames[-1].line or "").startswith("raise ")
     if frames and ABOUT_SETTINGS.search(Path(frames[-1].filename).as_posix()):
         text = " ".join(str(error).split())
-        return text if len(text) < 300 else f"{text[:300]}..."
+        text = text if len(text) < 300 else f"{text[:300]}..."
+        device = re.search(
+            "/accelerators/|accelerator_connector", Path(frames[-1].filename).as_posix()
+        )
+        return f"{text}{ABOUT_DEVICES}" if device else text
     if not said and is_full(error):
         named = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return (

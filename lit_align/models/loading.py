@@ -73,8 +73,8 @@ def read(
     if empty is not None:
         return empty
     network, report = auto.from_pretrained(
-        place, config=settings, output_loading_info=True, **options
-    )
+        place, config=settings, output_loading_info=True, use_safetensors=True, **options
+    )  # files of pickles are never read
     return network, sorted(report["missing_keys"]), None
 
 

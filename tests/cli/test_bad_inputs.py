@@ -235,6 +235,9 @@ FILES = {  # what the cases below find in their folder
     "ragged.csv": "prompt,answer\na,b\nc,d,e\n",
     "answers.pkl": "",
     "folder/readme": "",
+    "adapter/adapter_model.safetensors": "",
+    "pickled/config.json": '{"model_type": "llama", "vocab_size": 192}',
+    "pickled/pytorch_model.bin": "",
     "one_answer.jsonl": '{"prompt": "a film", "chosen": "b"}',
     "good.jsonl": "\n".join(json.dumps({"prompt": f"a film {i}"}) for i in range(8)),
     "mine.py": "def short(completions): return [0.0]\n"
@@ -341,6 +344,37 @@ CASES |= {
     "a device that is not there": (
         (*ONLINE, "--trainer.accelerator", "tpu"),
         r"Requirement 'torch_xla>=.*' not met",
+    ),
+    "an accelerator of another machine": (
+        (*ONLINE, "--trainer.accelerator", "mps"),
+        r"accelerator is not available.* --trainer.accelerator auto and --trainer.devices auto",
+    ),
+    "a loss that is no number": (
+        (*ONLINE, *FAST, "--data.batch_size", "1", "--model.kl_coef", ".nan"),
+        r"The loss is not finite: rows 0 \('review of .* iteration 1, .*checkpoint: none",
+    ),
+    "an adapter's folder without its configuration": (
+        (*ONLINE, "--model.policy.path", "./adapter"),
+        r"\./adapter could not be loaded: ",
+    ),
+    "a model of pickles": (
+        (*ONLINE, "--model.policy.path", "./pickled"),
+        r"\./pickled could not be loaded: .*safetensors",
+    ),
+    "a judge that is not there": (
+        (
+            "evaluate",
+            "folder",
+            "--config",
+            "remax",
+            "--config",
+            "toy",
+            "--judge",
+            "x",
+            "--reward",
+            "null",
+        ),
+        r"folder: no config.json and no adapter_config.json",
     ),
     "an accelerator that is none": (
         (*ONLINE, "--trainer.accelerator", "gpuu"),
