@@ -104,6 +104,11 @@ CONFIG = st.recursive(
 @given(settings=CONFIG)
 @example(settings={"model": {"class_path": "ReMax", "init_args": HUGE}})
 @example(settings={"model": None, "data": []})
+@example(settings={"model": True})
+@example(settings={"model": {"class_path": 3}})
+@example(settings={"data": {"init_args": [1]}})
+@example(settings={"model": {"class_path": "", "init_args": {"": None}}})
+@example(settings={"trainer": 0, "rollout": [], "reward": {"init_args": {}}})
 def test_a_config_may_hold_anything(settings, tmp_path, capsys):
     file = tmp_path / "any.yaml"
     file.write_text(json.dumps(settings))

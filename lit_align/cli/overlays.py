@@ -34,7 +34,26 @@ def read(name: str) -> Settings:
     for section in SECTIONS:  # `model: ReMax` is short for a class without arguments
         if isinstance(settings.get(section), str):
             settings[section] = {"class_path": settings[section]}
+        check_section(name, section, settings.get(section))
     return settings
+
+
+def check_section(config: str, section: str, found: Any) -> None:
+    """Refuses what is neither a class's name nor a class with arguments.
+
+    Args:
+        config: Its name.
+        section: model or data.
+        found: What stands there.
+    """
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"--config {config}: {section} must be a class_path with init_args, "
+                         f"found a {type(found).__name__}.")  # fmt: skip
+    for key, wanted in (("class_path", str), ("init_args", dict)):
+        value = (found or {}).get(key)
+        if value is not None and not isinstance(value, wanted):
+            raise ValueError(f"--config {config}: {section}.{key} must be a {wanted.__name__}, "
+                             f"found a {type(value).__name__}.")  # fmt: skip
 
 
 def inline(settings: Settings) -> str:
