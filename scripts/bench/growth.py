@@ -110,7 +110,10 @@ def save(points: list[Point], picture: Path) -> None:
     for column, axis in enumerate(AXES):
         there = [point for point in points if point.axis == axis]
         for panel, of in zip(panels[:, column], ("seconds", "bytes"), strict=True):
-            panel.loglog([point.size for point in there], [getattr(p, of) for p in there], "o-")
+            sizes = [point.size for point in there]
+            panel.loglog(sizes, [getattr(p, of) for p in there], "o-")
+            panel.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+            panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             panel.set_title(f"slope {slope(there, of):.2f}")
             panel.set(xlabel=axis, ylabel=of)
             panel.grid(True, which="both", alpha=0.3)
