@@ -7,7 +7,7 @@ from pathlib import Path
 from lit_align.cli.packaged import configs
 from lit_align.version import __version__
 
-TOOLS = ("chat", "evaluate", "export", "report")  # modules of this room, each with a `main`
+TOOLS = ("chat", "evaluate", "export", "plan", "report")  # modules of this room, each with a `main`
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,8 +139,13 @@ def _to(grad: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _factor_dtype(hidden: Tensor) -> torch.dtype:
     """At least fp32; half-precision factors with fp32 sums exist on a GPU only."""
-    half = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
+    half = _sums_halves(hidden.device) and hidden.dtype in (torch.bfloat16, torch.float16)
     return hidden.dtype if half else _sum_dtype(hidden)
+
+
+def _sums_halves(device: torch.device) -> bool:
+    """Whether a device multiplies halves with sums in fp32."""
+    return device.type == "cuda"
 
 
 def _sum_dtype(hidden: Tensor) -> torch.dtype:

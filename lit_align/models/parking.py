@@ -89,8 +89,12 @@ def state_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 def movable(tensor: Tensor) -> bool:
     """Whether a tensor is on a device that it can leave."""
-    hooked = tensor.requires_grad and distributed.is_initialized()
-    return tensor.device.type != "cpu" and not isinstance(tensor, DTensor) and not hooked
+    return tensor.device.type != "cpu" and not stays(tensor)
+
+
+def stays(tensor: Tensor) -> bool:
+    """Whether a tensor may not leave its device: a shard, or a weight that trains under DDP."""
+    return isinstance(tensor, DTensor) or (tensor.requires_grad and distributed.is_initialized())
 
 
 def place_for(tensor: Tensor) -> Tensor:

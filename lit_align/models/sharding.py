@@ -127,18 +127,27 @@ def free_memory(device: torch.device) -> int:
 
 
 def fits(model: Backbone) -> bool:
-    """Whether whole weights take at most half of the memory that training leaves, on every rank.
+    """Whether whole weights take at most half of the memory that training leaves, on every rank."""
+    weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
+    device = torch.device(weights[0].device_mesh.device_type)
+    room = torch.tensor(room_for(model, free_memory(device)), dtype=torch.float64, device=device)
+    distributed.all_reduce(room, op=distributed.ReduceOp.MIN)
+    return bool(room >= 0)
+
+
+def room_for(model: Backbone, free: int) -> float:
+    """Bytes that half of the memory which training leaves has beyond whole weights.
 
     Gradients and AdamW's moments, three times the trained shards, may still be to come; the other
     half is for keys, values and activations.
+
+    Args:
+        model: Sharded.
+        free: Bytes that this rank may still take.
     """
     weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
     local = [weight.to_local() for weight in weights if weight.requires_grad]
-    device = torch.device(weights[0].device_mesh.device_type)
-    free = free_memory(device) - 3 * sum(weight.nbytes for weight in local)
-    room = torch.tensor(free / 2 - model.gathered_size, dtype=torch.float64, device=device)
-    distributed.all_reduce(room, op=distributed.ReduceOp.MIN)
-    return bool(room >= 0)
+    return (free - 3 * sum(weight.nbytes for weight in local)) / 2 - model.gathered_size
 
 
 def on_all_ranks(fact: bool) -> bool:

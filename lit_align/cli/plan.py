@@ -1,0 +1,79 @@
+"""`lit-align plan`: whether a run fits, before a GPU is rented for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+from lit_align.cli.messages import quieten
+from lit_align.cli.overlays import fit_overlays
+from lit_align.cli.planned import PlannedCLI
+from lit_align.cli.rooms import open_rooms
+from lit_align.cli.words import Words
+from lit_align.tools.plan import simulated
+from lit_align.tools.plan_report import Plan, as_json, table, verdict
+
+ABOUT = (
+    "Peak memory of a run by phase, from the real code on tensors without values: no GPU, no "
+    "weights, no data, no network. Takes all that `lit-align fit` takes, and paths such as "
+    "shape:llama-3-8b or a config.json. Status 0: fits, 1: does not, 2: bad input."
+)
+UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+
+
+def main(args: list[str]) -> int:
+    """Parses the words behind `plan`, simulates, prints."""
+    given, words = parser().parse_known_args(args)
+    quieten()
+    open_rooms()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # of a run that is none
+    sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as for `fit`
+    plan = planned(words, given)
+    if given.json:
+        print(json.dumps(as_json(plan)))
+    else:
+        Console(width=max(Console().width, 110)).print(table(plan))
+        print(verdict(plan))
+    return 0 if plan.fits else 1
+
+
+def planned(words: list[str], given: argparse.Namespace) -> Plan:
+    """What a run takes.
+
+    Args:
+        words: As of `fit`.
+        given: The arguments of `plan`.
+    """
+    cli = PlannedCLI(fit_overlays(words), given.prompt_tokens)
+    machine = cli.machine._replace(memory=given.gpu)
+    return Plan(simulated(cli.build, machine), given.gpu)
+
+
+def parser() -> Words:
+    """The arguments of `plan` alone."""
+    words = Words(prog="lit-align plan", description=ABOUT, allow_abbrev=False)
+    help_of = {
+        "gpu": "Memory of a GPU: a number and GB (10^9 bytes) or GiB (2^30).",
+        "prompt_tokens": "Tokens of each prompt, or text; by default the most that data allow.",
+        "json": "All bytes, for machines.",
+    }
+    words.add_argument("--gpu", type=size, default="80GB", metavar="80GB", help=help_of["gpu"])
+    words.add_argument("--prompt_tokens", type=int, help=help_of["prompt_tokens"])
+    words.add_argument("--json", action="store_true", help=help_of["json"])
+    return words
+
+
+def size(text: str) -> int:
+    """Bytes of a text such as 80GB."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})?", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text} is no size; give a number and GB, as in 80GB")
+    return int(float(found[1]) * UNITS[found[2] or "GB"])

@@ -1,0 +1,69 @@
+"""The end of a rollout, with the cache that all tokens before it would have left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_align.batches import Experience
+from lit_align.models.decoding import Answers, Context, Responses, Sampling
+
+LAST = 2  # tokens that are decoded; each is the largest so far
+
+
+def last_tokens(
+    network: PreTrainedModel,
+    prompts: Experience,
+    noise: Tensor,
+    greedy: Tensor,
+    stops: Tensor,
+    pad: int,
+    temperature: float,
+    sampling: Sampling,
+    over: Callable[[bool], bool] = bool,
+) -> Responses:
+    """`decode` where no answer ends early, without the tokens between the first and the last.
+
+    Args:
+        network: As in `decode`, and so are the others.
+        prompts: N rows.
+        noise: [N, R].
+        greedy: [N] bool.
+        stops: [S] token ids.
+        pad: Token id.
+        temperature: Divides the logits.
+        sampling: What may be chosen.
+        over: Never asked, since no row stops.
+    """
+    context, length = Context(network, prompts), noise.shape[1]
+    answers = Answers(prompts, noise, greedy, pad)
+    for step in [0, *range(max(length - LAST, 1), length)]:
+        chosen = answers.say(step, context.likely(temperature), stops, sampling)
+        if step == 0:
+            lengthen(context, max(length - LAST, 1) - 1)
+        if step + 1 < length:
+            context.append(chosen)
+    return Responses(answers.tokens, answers.logprobs)
+
+
+def lengthen(context: Context, tokens: int) -> None:
+    """The context after so many more tokens."""
+    context.mask = torch.cat([context.mask, context.mask.new_ones(len(context.mask), tokens)], 1)
+    context.positions = context.positions[:, -1:] + tokens
+    for layer in context.cache.layers:
+        window = layer.sliding_window - 1 if layer.is_sliding else None
+        if layer.is_sliding:
+            layer.cumulative_length += tokens
+        layer.keys, layer.values = (
+            longer(old, tokens, window) for old in (layer.keys, layer.values)
+        )
+
+
+def longer(old: Tensor, tokens: int, most: int | None) -> Tensor:
+    """[N, heads, t, d] keys or values of more tokens, of `most` at most."""
+    shape = list(old.shape)
+    shape[-2] = min(shape[-2] + tokens, most or shape[-2] + tokens)
+    return old.new_zeros(shape)

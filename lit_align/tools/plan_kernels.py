@@ -1,0 +1,78 @@
+"""Memory of operators that fake tensors do not show: scratch of the CPU's, attention of a GPU's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by the kernel that torch chooses on a GPU.
+
+    Flash attention for halves without a mask, the memory-efficient kernel with one (or in fp32),
+    plain products where neither can: groups of heads with a mask.
+
+    Args:
+        query: [N, heads, t, d].
+        key: [N, groups, s, d].
+        value: [N, groups, s, d].
+        attn_mask: Bool or added, that broadcasts to [N, heads, t, s].
+        dropout_p: As in torch.
+        is_causal: As in torch.
+        scale: As in torch.
+        enable_gqa: Whether heads share keys and values.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    if query.dtype in HALVES and attn_mask is None and query.shape[-1] <= 256:
+        found = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )
+    elif query.shape[1] == key.shape[1]:
+        bias = None if attn_mask is None else added(attn_mask, query, key)
+        trains = torch.is_grad_enabled() and query.requires_grad
+        found = aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, trains, dropout_p, is_causal, scale=scale
+        )
+    else:
+        given = (query, key, value, attn_mask, dropout_p, is_causal)
+        found = aten._scaled_dot_product_attention_math(*given, scale=scale, enable_gqa=enable_gqa)
+    attended: Tensor = found[0]
+    return attended
+
+
+def added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """[N, heads, t, s] what a mask adds to the products.
+
+    Args:
+        mask: Bool or added.
+        query: [N, heads, t, d].
+        key: [N, heads, s, d].
+    """
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def flash_on_cpu(query: Tensor, key: Tensor, *others: object) -> int:
+    """Bytes that the CPU's flash attention takes inside, forward, per thread."""
+    rows, columns = query.shape[-2], key.shape[-2]
+    split = 256 if rows >= 768 else 64 if rows >= 192 else 32
+    split, across = min(split, rows), min(512, columns)
+    return torch.get_num_threads() * 4 * split * (across + 2 + query.shape[-1])
+
+
+SCRATCH = {aten._scaled_dot_product_flash_attention_for_cpu.default: flash_on_cpu}
