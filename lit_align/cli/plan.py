@@ -16,15 +16,17 @@ from lit_align.cli.messages import quieten
 from lit_align.cli.overlays import fit_overlays
 from lit_align.cli.planned import PlannedCLI
 from lit_align.cli.rooms import open_rooms
+from lit_align.cli.sweep import SIZES, sweep
 from lit_align.cli.words import Words
 from lit_align.tools.plan import simulated
-from lit_align.tools.plan_report import Plan, as_json, table, verdict
+from lit_align.tools.plan_report import GIB, Plan, as_json, table, verdict
 
 ABOUT = (
     "Peak memory of a run by phase, from the real code on tensors without values: no GPU, no "
     "weights, no data, no network. Takes all that `lit-align fit` takes, and paths such as "
     "shape:llama-3-8b or a config.json. Status 0: fits, 1: does not, 2: bad input."
 )
+PHASES = ("load", "rollout", "score", "prepare", "update")
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
@@ -36,6 +38,8 @@ def main(args: list[str]) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # of a run that is none
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as for `fit`
+    if given.sweep:
+        return swept(given, words)
     plan = planned(words, given)
     if given.json:
         print(json.dumps(as_json(plan)))
@@ -57,17 +61,35 @@ def planned(words: list[str], given: argparse.Namespace) -> Plan:
     return Plan(simulated(cli.build, machine), given.gpu)
 
 
+def swept(given: argparse.Namespace, words: list[str]) -> int:
+    """Every method at one size, a line each as soon as it is known."""
+    if words:
+        raise ValueError(f"--sweep has settings of its own and takes no {words[0]}.")
+    lines = []
+    for line in sweep(SIZES[given.sweep], given.gpu):
+        lines.append(line)
+        peaks = {phase: line.peak(phase) for phase in PHASES}
+        row = {"method": line.method, "by": line.by, **peaks, "static": line.static}
+        shown = "  ".join(f"{phase} {peak / GIB:6.2f}" for phase, peak in peaks.items())
+        print(
+            json.dumps(row) if given.json else f"{line.method:<16}{line.by:<8} {shown}", flush=True
+        )
+    return int(any(max(map(line.peak, PHASES)) > given.gpu for line in lines))
+
+
 def parser() -> Words:
     """The arguments of `plan` alone."""
     words = Words(prog="lit-align plan", description=ABOUT, allow_abbrev=False)
     help_of = {
         "gpu": "Memory of a GPU: a number and GB (10^9 bytes) or GiB (2^30).",
         "prompt_tokens": "Tokens of each prompt, or text; by default the most that data allow.",
+        "sweep": "Compares all methods at Llama 2 7B on 8 GPUs or 70B on 64, 512 + 512 tokens.",
         "json": "All bytes, for machines.",
     }
     words.add_argument("--gpu", type=size, default="80GB", metavar="80GB", help=help_of["gpu"])
     words.add_argument("--prompt_tokens", type=int, help=help_of["prompt_tokens"])
     words.add_argument("--json", action="store_true", help=help_of["json"])
+    words.add_argument("--sweep", choices=sorted(SIZES), help=help_of["sweep"])
     return words
 
 

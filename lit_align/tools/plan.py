@@ -202,7 +202,7 @@ class Clerk(Callback):
 
     def begin(self, phase: str) -> None:
         """A phase begins, of the algorithm's."""
-        for weight in Memory.weights(self):  # type: ignore[arg-type]
+        for weight in Memory.weights(self) if phase != "load" else ():  # type: ignore[arg-type]
             self.ledger.tell(weight, Kind.PARAMETERS)
         self.ledger.begin(phase)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lit_align.functional import sparse_low_rank
 
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
@@ -75,4 +80,13 @@ def flash_on_cpu(query: Tensor, key: Tensor, *others: object) -> int:
     return torch.get_num_threads() * 4 * split * (across + 2 + query.shape[-1])
 
 
-SCRATCH = {aten._scaled_dot_product_flash_attention_for_cpu.default: flash_on_cpu}
+def drawn_on_cpu(values: Tensor, size: int, seed: int) -> int:
+    """Bytes that `draw_support` takes beside its result: sorting keeps five copies of a draw."""
+    few = min(len(values), size - len(values))
+    return size + 8 * len(values) if few < len(values) else 36 * few
+
+
+SCRATCH: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: flash_on_cpu,
+    sparse_low_rank.draw_support._opoverload: drawn_on_cpu,
+}

@@ -49,7 +49,8 @@ class Longest(LightningDataModule):
                 f"--prompt_tokens {self.width} is more than the {most} that the data allow."
             )
         self.answer_tokens, self.num_stored = answer_tokens, num_stored
-        self.tokenizer, self.stop_ids = SimpleNamespace(pad_token_id=0), [2]
+        self.tokenizer = SimpleNamespace(pad_token_id=0)
+        self.stop_ids: list[int] = []  # no answer ends early
 
     def decode(self, ids: list[int]) -> str:
         """No text: nothing here reads one."""

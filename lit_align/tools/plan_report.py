@@ -10,6 +10,7 @@ from rich.table import Table
 from lit_align.tools.plan import Heights
 from lit_align.tools.plan_ledger import Height, Kind, Place
 
+ORDER = ("load", "rollout", "score", "prepare", "update")
 GIB = 2**30  # bytes
 
 
@@ -47,7 +48,7 @@ def table(plan: Plan) -> Table:
     shown = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1))
     for name in ("phase", *Kind, "peak", "host"):
         shown.add_column(name, justify="left" if name == "phase" else "right")
-    for phase, places in plan.heights.items():
+    for phase, places in sorted(plan.heights.items(), key=lambda item: ORDER.index(item[0])):
         device, host = places[Place.DEVICE], places[Place.HOST]
         kinds = [gib(device.by_kind.get(kind, 0)) for kind in Kind]
         shown.add_row(phase, *kinds, gib(device.total), gib(host.total))

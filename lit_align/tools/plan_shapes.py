@@ -28,14 +28,16 @@ def config_of(path: str, revision: str | None = None, trust: bool = False) -> Pr
     """The architecture that a path means, without the network.
 
     Args:
-        path: `shape:` and a name, a JSON file, a folder with config.json, or a hub id of a
-            built-in shape or of what has been downloaded before.
+        path: `shape:` and a name, a JSON file or its text, a folder with config.json, or a hub id
+            of a built-in shape or of what has been downloaded before.
         revision: On the hub.
         trust: Whether code may be run that comes with a config.
     """
-    place = Path(path).expanduser()
+    if path.startswith("{"):
+        return AutoConfig.for_model(**json.loads(path))
     if path.startswith(PREFIX):
         return built_in(path.removeprefix(PREFIX))
+    place = Path(path).expanduser()
     if place.is_file():
         return from_json(place)
     if place.is_dir() and not (place / "config.json").is_file():

@@ -73,7 +73,6 @@ class Judge:
             self.ledger.tell(weight, Kind.PARAMETERS, Place.DEVICE)
         there: dict[str, Any] = {"encode": partial(self.texts, source)}
         vars(source).update(there)
-        vars(source.scalar)["to"] = lambda device: source.scalar
 
     def texts(self, source: LearnedReward, batch: Experience) -> list[list[int]]:
         """Token ids for two full passes of a reward model, as long as the policy's own."""

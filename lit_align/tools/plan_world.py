@@ -175,6 +175,7 @@ def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(replaced(FakeTensor, __deepcopy__=copied))
+        stack.enter_context(replaced(nn.Module, _apply=applied))
         stack.enter_context(replaced(masking_utils, find_packed_sequence_indices=no_packed_rows))
         stack.enter_context(replaced(backbone, load_network=load))
         stack.enter_context(replaced(learned, load_tokenizer=lambda *given: None))
@@ -185,6 +186,24 @@ def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
             kinds = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(replaced(module, _foreach_supported_types=kinds))
         yield
+
+
+def applied(
+    module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
+    """`Module._apply` for fake weights, which torch's own would swap; most changes are none."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            with torch.no_grad():
+                other = change(weight)
+            if other is not weight:
+                module._parameters[name] = nn.Parameter(other, weight.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
 
 
 def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
