@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lit_align.batches import Experience
 from lit_align.models.decoding import Answers, Context, Responses, Sampling
+from lit_align.models.fixed_context import FixedContext
 
 LAST = 2  # tokens that are decoded; each is the largest so far
 
 
 def last_tokens(
-    network: PreTrainedModel,
+    context: Context,
     prompts: Experience,
     noise: Tensor,
     greedy: Tensor,
@@ -28,7 +28,7 @@ def last_tokens(
     """`decode` where no answer ends early, without the tokens between the first and the last.
 
     Args:
-        network: As in `decode`, and so are the others.
+        context: As in `decode`, and so are the others.
         prompts: N rows.
         noise: [N, R].
         greedy: [N] bool.
@@ -38,7 +38,7 @@ def last_tokens(
         sampling: What may be chosen.
         over: Never asked, since no row stops.
     """
-    context, length = Context(network, prompts), noise.shape[1]
+    length = noise.shape[1]
     answers = Answers(prompts, noise, greedy, pad)
     for step in [0, *range(max(length - LAST, 1), length)]:
         chosen = answers.say(step, context.likely(temperature), stops, sampling)
@@ -51,6 +51,10 @@ def last_tokens(
 
 def lengthen(context: Context, tokens: int) -> None:
     """The context after so many more tokens."""
+    if isinstance(context, FixedContext):  # has room for all of them
+        context.filled += tokens
+        context.positions.add_(tokens)
+        return
     context.mask = torch.cat([context.mask, context.mask.new_ones(len(context.mask), tokens)], 1)
     context.positions = context.positions[:, -1:] + tokens
     for layer in context.cache.layers:
