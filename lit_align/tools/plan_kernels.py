@@ -39,24 +39,25 @@ def attention(
         scale: As in torch.
         enable_gqa: Whether heads share keys and values.
     """
-    if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(half), key.to(half), value.to(half)
+    query, key, value = (autocast(x) for x in (query, key, value))
+    given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
+    kernel, more = aten._scaled_dot_product_attention_math, {"enable_gqa": enable_gqa}
     if query.dtype in HALVES and attn_mask is None and query.shape[-1] <= 256:
-        found = aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )
+        kernel, more = aten._scaled_dot_product_flash_attention, {}
+        given = (query, key, value, dropout_p, is_causal, False)
     elif query.shape[1] == key.shape[1]:
+        kernel, more = aten._scaled_dot_product_efficient_attention, {}
         bias = None if attn_mask is None else added(attn_mask, query, key)
         trains = torch.is_grad_enabled() and query.requires_grad
-        found = aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, trains, dropout_p, is_causal, scale=scale
-        )
-    else:
-        given = (query, key, value, attn_mask, dropout_p, is_causal)
-        found = aten._scaled_dot_product_attention_math(*given, scale=scale, enable_gqa=enable_gqa)
-    attended: Tensor = found[0]
+        given = (query, key, value, bias, trains, dropout_p, is_causal)
+    attended: Tensor = kernel(*given, scale=scale, **more)[0]
     return attended
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """In the type of autocast, where that is on."""
+    on = torch.is_autocast_enabled("cpu")
+    return tensor.to(torch.get_autocast_dtype("cpu")) if on else tensor
 
 
 def added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -101,20 +101,44 @@ def replaced(owner: Any, **others: Any) -> Iterator[None]:
 def told(ledger: Ledger) -> Iterator[None]:
     """Caches, collectives and storages that change their size say so to the ledger."""
     resize = torch.UntypedStorage.resize_
+    shape_of = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         resize(storage, size)
         ledger.resized(storage)
         return storage
 
-    def as_kind(method: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
+    def unseen(*args: Any) -> Any:  # tensors of whole shapes without memory
+        with ledger.unseen():
+            return shape_of(*args)
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(ShardingPropagator, _propagate_tensor_meta_non_cached=unseen))
+        stack.enter_context(replaced(torch.UntypedStorage, resize_=resized))
+        stack.enter_context(replaced(FSDPParamGroup, **collectives(ledger)))
+        cached = of_kind(ledger, Kind.CACHE, DynamicCache, "update", "batch_select_indices")
+        stack.enter_context(replaced(DynamicCache, **cached))
+        yield
+
+
+def of_kind(ledger: Ledger, kind: Kind, owner: type, *names: str) -> dict[str, Callable[..., Any]]:
+    """Methods of a class, by name, that make what they make in one category."""
+
+    def marked(method: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
             with making(ledger, kind, Place.DEVICE):
                 return method(*args, **kwargs)
 
         return inside
 
-    reduce = as_kind(FSDPParamGroup.post_backward, Kind.GATHERED)
+    return {name: marked(getattr(owner, name)) for name in names}
+
+
+def collectives(ledger: Ledger) -> dict[str, Callable[..., Any]]:
+    """FSDP2's, by name: what they gather, and the gradients that they leave."""
+    names = ("unshard", "wait_for_unshard", "post_backward")
+    marked = of_kind(ledger, Kind.GATHERED, FSDPParamGroup, *names)
+    reduce = marked["post_backward"]
 
     def post_backward(group: FSDPParamGroup, *unused: Any) -> None:
         reduce(group, *unused)
@@ -124,26 +148,7 @@ def told(ledger: Ledger) -> Iterator[None]:
                 if gradient is not None:
                     ledger.tell(gradient, Kind.GRADIENTS)
 
-    collectives = {
-        name: as_kind(getattr(FSDPParamGroup, name), Kind.GATHERED)
-        for name in ("unshard", "wait_for_unshard")
-    }
-    caches = {
-        name: as_kind(getattr(DynamicCache, name), Kind.CACHE)
-        for name in ("update", "batch_select_indices")
-    }
-    shape_of = ShardingPropagator._propagate_tensor_meta_non_cached
-
-    def unseen(*args: Any) -> Any:  # tensors of whole shapes without memory
-        with ledger.unseen():
-            return shape_of(*args)
-
-    with ExitStack() as stack:
-        stack.enter_context(replaced(ShardingPropagator, _propagate_tensor_meta_non_cached=unseen))
-        stack.enter_context(replaced(torch.UntypedStorage, resize_=resized))
-        stack.enter_context(replaced(FSDPParamGroup, post_backward=post_backward, **collectives))
-        stack.enter_context(replaced(DynamicCache, **caches))
-        yield
+    return {**marked, "post_backward": post_backward}
 
 
 @contextmanager
