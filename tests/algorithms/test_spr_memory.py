@@ -196,5 +196,6 @@ def test_the_update_takes_the_memory_of_an_sft_step():
         loss_mask=torch.cat([~asked.bool(), said], 1),
         lengths=batch.lengths,
     )
-    assert peak(SPR, batch) == pytest.approx(peak(SFT, texts), rel=5e-3)
-    assert peak(SPR, batch.rows(range(8))) < 0.7 * peak(SFT, texts)
+    step = peak(SFT, texts)  # reads its head for the prompts, too: 7 places more per row
+    assert 0.99 * step < peak(SPR, batch) < 1.005 * step
+    assert peak(SPR, batch.rows(range(8))) < 0.7 * step
