@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed  ## SFT, reward model and ReMax on embedded data; 
 	$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/installed  ## the first tier: no network, under ten minutes on two cores
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not long"
 
 test-all: $(VENV)/installed  ## both tiers; PARTS="-k word" runs a part
 	$(BIN)/pytest $(PARTS)
