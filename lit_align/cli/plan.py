@@ -69,7 +69,7 @@ def swept(given: argparse.Namespace, words: list[str]) -> int:
     for line in sweep(SIZES[given.sweep], given.gpu):
         lines.append(line)
         peaks = {phase: line.peak(phase) for phase in PHASES}
-        row = {"method": line.method, "by": line.by, **peaks, "static": line.static}
+        row = {"method": line.method, "by": line.by, **peaks}
         shown = "  ".join(f"{phase} {peak / GIB:6.2f}" for phase, peak in peaks.items())
         print(
             json.dumps(row) if given.json else f"{line.method:<16}{line.by:<8} {shown}", flush=True

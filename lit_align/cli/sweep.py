@@ -10,7 +10,7 @@ from lit_align.cli.overlays import Settings, read
 from lit_align.cli.planned import PlannedCLI
 from lit_align.tools.plan import Heights, simulated
 from lit_align.tools.plan_blocks import extrapolated
-from lit_align.tools.plan_ledger import Kind, Place
+from lit_align.tools.plan_ledger import Place
 from lit_align.tools.plan_shapes import config_of
 
 LAYOUTS = ("ppo", "lora_ppo", "dl_ppo", "joint_hydra_ppo", "hydra_ppo")
@@ -61,12 +61,6 @@ class Line(NamedTuple):
     def peak(self, phase: str) -> int:
         """The most bytes of a phase on the device, 0 where there is no such phase."""
         return self.heights[phase][Place.DEVICE].total if phase in self.heights else 0
-
-    @property
-    def static(self) -> int:
-        """Bytes of weights, gradients and optimizer state over all ranks, as papers count them."""
-        kinds = self.heights["update"][Place.DEVICE].by_kind
-        return sum(kinds.get(kind, 0) for kind in (Kind.PARAMETERS, Kind.STATE))
 
 
 def sweep(size: Size, memory: int) -> Iterator[Line]:

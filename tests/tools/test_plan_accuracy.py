@@ -3,8 +3,6 @@
 The real bytes are the CPU allocator's own events (`CPUAllocations`), never the ledger's that plans.
 """
 
-import socket
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 import torch
 from harness import TINY, Count
 from lightning.pytorch import Trainer
-from ranks import Ranks
 from torch.optim import AdamW
 
 from lit_align.algorithms.dpo import DPO
@@ -45,6 +42,7 @@ from lit_align.rewards.base_reward import BaseReward
 from lit_align.tools.plan import Machine, Run, simulated
 from lit_align.tools.plan_ledger import Place
 from lit_align.tools.plan_material import Longest
+from lit_align.tools.plan_world import OneOfMany, group_of
 
 SMALL = {
     **TINY,
@@ -100,7 +98,7 @@ ONE = list(CASES)
 TWO = [name for name in CASES if " " not in name]
 
 
-def run(name: str, folder: str, ranks: int = 1) -> Run:
+def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> Run:
     """A fit of two batches, whose every row is as long as it may be."""
     kind, settings = CASES[name]
     own = {} if kind is RewardModel else {"policy": policy}
@@ -126,6 +124,7 @@ def run(name: str, folder: str, ranks: int = 1) -> Run:
         accelerator="cpu",
         devices=ranks,
         strategy="fsdp2" if ranks > 1 else "auto",
+        plugins=[OneOfMany(ranks, ranks)] if alone else None,
         max_epochs=1,
         limit_val_batches=0,
         logger=False,
@@ -141,9 +140,9 @@ def run(name: str, folder: str, ranks: int = 1) -> Run:
 
 
 def real(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
-    """What the allocator gave out at most, by phase; on several ranks, the first one's."""
+    """What the allocator gave out at most, by phase."""
     torch.set_num_threads(1)
-    made, memory = run(name, folder, ranks), Memory()
+    made, memory = run(name, folder, ranks, alone=ranks > 1), Memory()
     made.trainer.callbacks.insert(0, memory)
     made.trainer.fit(made.algorithm, made.data)
     return {phase: peak.peak for phase, peak in memory.peaks.items()}
@@ -152,28 +151,15 @@ def real(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
 def planned(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
     """What the plan says."""
     machine = Machine(ranks=ranks, is_card=False, grouped=ranks > 1)
-    build = partial(run, name, folder, ranks)
-    if ranks > 1:
-        build = partial(alone, name, folder, ranks)
+    build = partial(run, name, folder, ranks, alone=ranks > 1)
     heights = simulated(build, machine)
     return {phase: places[Place.DEVICE].total for phase, places in heights.items()}
-
-
-def alone(name: str, folder: str, ranks: int) -> Run:
-    """The first of several ranks that nobody starts."""
-    from lit_align.tools.plan_world import OneOfMany
-
-    made = run(name, folder, ranks)
-    environment = OneOfMany(ranks, ranks)
-    vars(made.trainer.strategy)["cluster_environment"] = environment
-    made.trainer._accelerator_connector.cluster_environment = environment
-    return made
 
 
 def compare(expected: dict[str, int], found: dict[str, int]) -> None:
     assert set(expected) == set(found)
     apart = {phase: found[phase] / size - 1 for phase, size in expected.items()}
-    assert max(map(abs, apart.values())) < 0.01, apart
+    assert all(abs(share) < 0.01 for share in apart.values()), str(apart)
 
 
 @pytest.fixture(autouse=True)
@@ -189,17 +175,13 @@ def test_a_plan_is_within_one_percent_of_the_allocator(name, tmp_path):
     compare(real(name, str(tmp_path)), planned(name, str(tmp_path)))
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = Ranks(2, port)
-    yield ranks
-    ranks.close()
-
-
 @pytest.mark.parametrize("name", TWO)
-def test_and_so_it_is_on_each_of_two_ranks(name, two_ranks, tmp_path):
-    first, _ = two_ranks(real, name, str(tmp_path), 2)
-    compare(first, planned(name, str(tmp_path), 2))
+def test_and_so_it_is_on_the_first_of_two_ranks(name, tmp_path):
+    """Real tensors, sharded by FSDP2, in a group whose other rank does not answer.
+
+    Gloo's threads free blocks, which the profiler hears of the main thread alone: bytes in use
+    then seem to grow without end, in any run of two processes.
+    """
+    with group_of(2):
+        expected = real(name, str(tmp_path), 2)
+    compare(expected, planned(name, str(tmp_path), 2))
