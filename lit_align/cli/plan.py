@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lit_align.cli.changes import candidates, changes
 from lit_align.cli.messages import quieten
 from lit_align.cli.overlays import fit_overlays
 from lit_align.cli.planned import PlannedCLI
@@ -40,17 +41,18 @@ def main(args: list[str]) -> int:
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as for `fit`
     if given.sweep:
         return swept(given, words)
-    plan = planned(words, given)
-    if given.json:
-        print(json.dumps(as_json(plan)))
-    else:
+    cli, plan = planned(words, given)
+    if not given.json:
         Console(width=max(Console().width, 110)).print(table(plan))
         print(verdict(plan))
+    others = [] if plan.fits else tried(words, given, cli)
+    if given.json:
+        print(json.dumps({**as_json(plan), "changes": others}))
     return 0 if plan.fits else 1
 
 
-def planned(words: list[str], given: argparse.Namespace) -> Plan:
-    """What a run takes.
+def planned(words: list[str], given: argparse.Namespace) -> tuple[PlannedCLI, Plan]:
+    """A run, and what it takes.
 
     Args:
         words: As of `fit`.
@@ -58,7 +60,27 @@ def planned(words: list[str], given: argparse.Namespace) -> Plan:
     """
     cli = PlannedCLI(fit_overlays(words), given.prompt_tokens)
     machine = cli.machine._replace(memory=given.gpu)
-    return Plan(simulated(cli.build, machine), given.gpu)
+    return cli, Plan(simulated(cli.build, machine), given.gpu)
+
+
+def tried(words: list[str], given: argparse.Namespace, cli: PlannedCLI) -> list[dict[str, object]]:
+    """Small changes of a run that does not fit, each printed as soon as it is known.
+
+    Args:
+        words: As of `fit`.
+        given: The arguments of `plan`.
+        cli: The run as it is.
+    """
+    found: list[dict[str, object]] = []
+    more = list(candidates(cli.config.fit, cli.machine.ranks))
+    for change in changes(more, lambda added: planned([*words, *added], given)[1]):
+        line, plan = " ".join(change.words), change.plan
+        told = f"refused: {plan}" if isinstance(plan, str) else verdict(plan)
+        size = {} if isinstance(plan, str) else {"peak": plan.peak[1].total, "phase": plan.peak[0]}
+        found.append({"words": line, "fits": change.fits, "told": told, **size})
+        if not given.json:
+            print(f"  with {line}: {told}", flush=True)
+    return found
 
 
 def swept(given: argparse.Namespace, words: list[str]) -> int:

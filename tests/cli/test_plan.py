@@ -5,7 +5,10 @@ import re
 
 import pytest
 
+from lit_align.cli.changes import changes
 from lit_align.cli.main import main
+from lit_align.tools.plan_ledger import Height, Place
+from lit_align.tools.plan_report import Plan
 
 LINE = ("plan", "--config", "remax", "--config", "toy")
 
@@ -52,3 +55,34 @@ def test_the_status_says_whether_it_fits(memory, expected, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["fits"] == (expected == 0)
     assert set(found["phases"]) == {"load", "rollout", "score", "prepare", "update"}
+
+
+def test_small_changes_of_what_does_not_fit_are_planned_as_well(capsys):
+    words = ("--gpu", "45MB", "--json", "--config", "lora")
+    assert status(*words) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    changes = {change["words"]: change for change in found["changes"]}
+    fewer = changes["--model.microbatch_tokens 2048"]
+    assert fewer["fits"]
+    assert fewer["peak"] < found["peak"]
+    assert changes["--config galore"]["told"].startswith("refused: GaLore would project none")
+    assert "--config lora" not in changes
+    assert all(" --" not in line or "fsdp2" in line for line in changes)  # one each is enough
+
+
+def of_size(size: int) -> Plan:
+    """A plan of so many bytes, of which 10 fit."""
+    return Plan({"update": {Place.DEVICE: Height(size, {}, "")}}, 10)
+
+
+def test_changes_are_put_together_where_none_is_enough():
+    saved = {"--a": 3, "--b": 4, "--c": 5}
+    words = [(name,) for name in saved]
+    tried = list(changes(words, lambda added: of_size(20 - sum(saved[word] for word in added))))
+    assert [(change.words, change.fits) for change in tried] == [
+        (("--a",), False),
+        (("--b",), False),
+        (("--c",), False),
+        (("--a", "--b"), False),
+        (("--a", "--b", "--c"), True),
+    ]
