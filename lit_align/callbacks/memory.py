@@ -84,7 +84,7 @@ class Memory(Callback):
 
     def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """All networks are there; some may have been built before anyone listened."""
-        self.allocations.at_least(bytes_of(self.weights(), self.device))
+        self.allocations.at_least(bytes_of(weights(self.trainer, self.algorithm), self.device))
         for optimizer in trainer.optimizers:
             optimizer.register_step_pre_hook(self.look)
 
@@ -134,22 +134,13 @@ class Memory(Callback):
     def end(self, phase: str) -> None:
         """Keeps the phase's peak, if it is the largest."""
         heard = self.allocations.end()
-        parameters = bytes_of(self.weights(), self.device)
+        parameters = bytes_of(weights(self.trainer, self.algorithm), self.device)
         state = [kept for optimizer in self.trainer.optimizers for kept in state_of(optimizer)]
         static = (parameters, self.gradients, bytes_of(state, self.device))
         peak = max(heard, sum(static))  # of weights that were there before, nobody heard
         self.latest[phase] = max(peak, self.latest.get(phase, 0))
         if phase not in self.peaks or peak > self.peaks[phase].peak:
             self.peaks[phase] = Peak(peak, *static, peak - sum(static))
-
-    def weights(self) -> Iterator[Tensor]:
-        """Those of all roles, and of the reward models."""
-        yield from self.algorithm.parameters()
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, Reward):
-                for source in callback.panel.sources.values():
-                    for role in source.cast():
-                        yield from role.network.parameters()
 
     # Where to -------------------------------------------------------------------------------------
 
@@ -174,3 +165,13 @@ class Memory(Callback):
             writer = csv.writer(file)
             writer.writerow(["phase", *Peak._fields])
             writer.writerows([phase, *peak] for phase, peak in self.peaks.items())
+
+
+def weights(trainer: Trainer, algorithm: Algorithm) -> Iterator[Tensor]:
+    """Those of all roles, and of the reward models."""
+    yield from algorithm.parameters()
+    for callback in trainer.callbacks:
+        if isinstance(callback, Reward):
+            for source in callback.panel.sources.values():
+                for role in source.cast():
+                    yield from role.network.parameters()

@@ -8,6 +8,8 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from lit_align.cli.planned import PlannedCLI
 from lit_align.cli.rooms import open_rooms
 from lit_align.cli.sweep import SIZES, sweep
 from lit_align.cli.words import Words
+from lit_align.models.loading import quiet_transformers
 from lit_align.tools.plan import simulated
 from lit_align.tools.plan_report import GIB, Plan, as_json, table, verdict
 
@@ -36,11 +39,34 @@ def main(args: list[str]) -> int:
     given, words = parser().parse_known_args(args)
     quieten()
     open_rooms()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of a run that is none
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as for `fit`
-    if given.sweep:
-        return swept(given, words)
+    with silent(), quiet_transformers():
+        return swept(given, words) if given.sweep else asked(words, given)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is heard of a run that is none, but its errors."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def asked(words: list[str], given: argparse.Namespace) -> int:
+    """One run, and if it does not fit, small changes of it.
+
+    Args:
+        words: As of `fit`.
+        given: The arguments of `plan`.
+    """
     cli, plan = planned(words, given)
     if not given.json:
         Console(width=max(Console().width, 110)).print(table(plan))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lit_align.algorithms.base import Algorithm
-from lit_align.callbacks.memory import Memory
+from lit_align.callbacks.memory import weights
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.models.fsdp2 import FSDP2
@@ -74,7 +74,7 @@ def simulated(build: Callable[[], Run], machine: Machine) -> Heights:
     ledger = Ledger(GRAIN if machine.is_card else 1)
     with world(ledger, machine):
         run = build()
-        prepare(run, ledger, machine)
+        prepare(run, ledger)
         run.trainer.fit(run.algorithm, run.data)
     return ledger.heights
 
@@ -96,7 +96,7 @@ def world(ledger: Ledger, machine: Machine) -> Iterator[None]:
         yield
 
 
-def prepare(run: Run, ledger: Ledger, machine: Machine) -> None:
+def prepare(run: Run, ledger: Ledger) -> None:
     """Puts the stand-ins into a run."""
     trainer, algorithm = run.trainer, run.algorithm
     silent(algorithm)
@@ -108,7 +108,7 @@ def prepare(run: Run, ledger: Ledger, machine: Machine) -> None:
             vars(callback)["measure"] = partial(longest_answers, callback)
         if isinstance(callback, Reward):
             vars(callback)["judge"] = Judge(callback, ledger)
-    clerk = Clerk(ledger, machine)
+    clerk = Clerk(ledger, run)
     callbacks.insert(0, clerk)
     algorithm.watchers.append(clerk)
     vars(trainer.strategy).update(
@@ -133,18 +133,15 @@ class Clerk(Callback):
 
     Args:
         ledger: To whom.
-        machine: Where the run is to be.
+        run: Whose.
     """
 
-    def __init__(self, ledger: Ledger, machine: Machine):
-        self.ledger, self.machine = ledger, machine
-        self.optimizers: list[Optimizer] = []
-
-    def setup(self, trainer: Trainer, algorithm: LightningModule, stage: str) -> None:
-        """Whose weights they are."""
-        self.trainer, self.algorithm = trainer, algorithm
-        strategy = trainer.strategy
+    def __init__(self, ledger: Ledger, run: Run):
+        self.ledger = ledger
+        self.trainer, self.algorithm = run.trainer, run.algorithm
+        strategy = run.trainer.strategy
         self.offloads = isinstance(strategy, FSDP2) and strategy.cpu_offload
+        self.optimizers: list[Optimizer] = []
 
     def arrive(self, algorithm: LightningModule) -> None:
         """Networks come to the device, shards that sleep on the host apart."""
@@ -202,7 +199,7 @@ class Clerk(Callback):
 
     def begin(self, phase: str) -> None:
         """A phase begins, of the algorithm's."""
-        for weight in Memory.weights(self) if phase != "load" else ():  # type: ignore[arg-type]
+        for weight in weights(self.trainer, self.algorithm) if phase != "load" else ():
             self.ledger.tell(weight, Kind.PARAMETERS)
         self.ledger.begin(phase)
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _foreach_utils
@@ -82,6 +83,7 @@ def group_of(ranks: int) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+        _clear_sharding_prop_cache()  # equal meshes share its answers, which are of this rank
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """`lit-align plan`: what it prints, its status, and what it refuses in a sentence."""
 
 import json
+import logging
 import re
+import warnings
 
 import pytest
+from runs import FSDP2, saves, succeed, words
 
 from lit_align.cli.changes import changes
 from lit_align.cli.main import main
@@ -86,3 +89,18 @@ def test_changes_are_put_together_where_none_is_enough():
         (("--a", "--b"), False),
         (("--a", "--b", "--c"), True),
     ]
+
+
+def test_what_a_plan_silences_is_heard_again(capsys):
+    assert status("--gpu", "1GB", "--data.batch_size", "4") == 0
+    assert logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO)
+    with pytest.warns(UserWarning, match="heard"):
+        warnings.warn("heard", UserWarning, stacklevel=1)
+
+
+def test_ranks_that_are_forked_after_a_plan_save_shares_of_their_own(tmp_path):
+    """torch keeps answers about equal meshes, in which the planned rank is the first."""
+    assert status("--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--gpu", "1GB") == 0
+    folder = tmp_path / "run"
+    succeed(words(folder, "sft", *FSDP2, *saves(2, 1)), tmp_path / "log", 2)
+    assert (folder / "checkpoints" / "iteration_000008.ckpt").is_dir()
