@@ -89,9 +89,10 @@ def sweep(folder: Path) -> None:
 
 def unwritten(error: BaseException) -> bool:
     """Whether a file could not be written; torch says that of its own archives in its own words."""
-    return isinstance(error, OSError | CheckpointException) or bool(
-        re.search("inline_container|PytorchStreamWriter", str(error))
-    )
+    if isinstance(error, CheckpointException):  # of sharded checkpoints, by rank
+        return any(unwritten(cause) for cause, _ in error.failures.values())
+    archive = re.search("inline_container|PytorchStreamWriter", str(error))
+    return isinstance(error, OSError) or archive is not None
 
 
 def set_aside(paths: list[Path], folder: Path) -> None:

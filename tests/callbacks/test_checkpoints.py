@@ -10,6 +10,7 @@ from harness import RandomPrompts, tiny, trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.remax import ReMax
@@ -142,3 +143,17 @@ def test_a_slurm_job_goes_back_into_the_queue_after_its_warning(
     signals.received = number
     signals.requeue(SimpleNamespace(strategy=strategy, is_global_zero=True))
     assert told.read_text() == asked
+
+
+@pytest.mark.parametrize(
+    ("error", "of_the_disk"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos 64"), True),
+        (RuntimeError("shapes differ"), False),
+        (CheckpointException("", {1: (OSError(28, "No space left on device"), None)}), True),
+        (CheckpointException("", {0: (ValueError("Failed to validate global plan"), None)}), False),
+    ],
+)
+def test_only_what_the_disk_refuses_is_told_as_such(error, of_the_disk):
+    assert files.unwritten(error) is of_the_disk
