@@ -126,11 +126,11 @@ def last(folder: Path) -> dict[str, Any]:
     return CheckpointIO().load_checkpoint(saved(folder / "checkpoints")[-1])
 
 
-def metrics(folder: Path) -> list[dict[str, str]]:
-    """What was logged, digit by digit, but for what a clock says."""
+def metrics(folder: Path, since: int = 0) -> list[dict[str, str]]:
+    """What was logged from an optimizer step on, digit by digit, but for what a clock says."""
     with (folder / "metrics.csv").open() as file:
-        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-    return [{k: v for k, v in row.items() if not timed(k)} for row in rows]
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) >= since]
+    return [{k: v for k, v in row.items() if v and not timed(k)} for row in rows]
 
 
 def timed(metric: str) -> bool:

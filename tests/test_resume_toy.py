@@ -1,12 +1,12 @@
 """A run that is stopped in the middle of an epoch and resumed is the run that was not."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from runs import metrics, same
 
 from lit_align.cli.main import main
 
@@ -35,29 +35,10 @@ def fit(folder: Path, config: str, *more: str) -> None:
     assert main([*words, *more]) == 0
 
 
-def metrics(folder: Path, since: int = 0) -> list[dict[str, str]]:
-    """What was logged from an optimizer step on, digit by digit, but for what a clock says."""
-    with (folder / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) >= since]
-    of_the_clock = ("time/", "tokens_per_second")
-    return [{k: v for k, v in row.items() if v and not k.startswith(of_the_clock)} for row in rows]
-
-
 def last(folder: Path) -> dict[str, Any]:
     """The checkpoint at the end of the run."""
     (path,) = folder.glob("checkpoints/*.ckpt")
     return torch.load(path, weights_only=True)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nested containers are equal, tensors bit by bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 @pytest.mark.parametrize(
