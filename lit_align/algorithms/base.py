@@ -122,13 +122,13 @@ class Algorithm(Measuring):
                 summed += total.detach()
         return {"loss": self.over_ranks(summed) / world, **self.step()}
 
-    def synchronise(self, wanted: bool) -> None:
+    def synchronise(self, last: bool) -> None:
         """Whether the next backward averages gradients over the ranks, or only adds them up."""
         for role in self.roles.values():
-            synchronise(role, wanted)
+            synchronise(role, last)
         replica = self.trainer.strategy.model
         if isinstance(replica, DistributedDataParallel):
-            replica.require_backward_grad_sync = wanted
+            replica.require_backward_grad_sync = last
 
     def step(self) -> dict[str, Tensor]:
         """Clips each role, steps once; the gradient norms before clipping."""

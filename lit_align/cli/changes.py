@@ -43,8 +43,7 @@ def candidates(config: Namespace, ranks: int) -> Iterator[Words]:
         yield "--model.microbatch_tokens", str(max(model.microbatch_tokens // 4, 1024))
     if not network.checkpointing:
         yield f"--model.{role}.checkpointing", "true"
-    if str(trainer.strategy).startswith("fsdp") and "offload" not in str(trainer.strategy):
-        yield "--trainer.strategy", "fsdp2_cpu_offload"
+    yield from of_shards(trainer.strategy)
     words = ("--trainer.devices", str(2 * ranks // trainer.num_nodes))
     yield words if ranks > 1 else (*words, "--trainer.strategy", "fsdp2")
     if data.batch_size > 1:
@@ -53,6 +52,23 @@ def candidates(config: Namespace, ranks: int) -> Iterator[Words]:
         yield "--config", "galore"
     if network.lora is None:
         yield "--config", "lora"
+
+
+def of_shards(strategy: Namespace | str) -> Iterator[Words]:
+    """What FSDP2 may be told to keep less of.
+
+    Args:
+        strategy: A word or a class, of any kind.
+    """
+    if isinstance(strategy, Namespace) and strategy.class_path.endswith(".FSDP2"):
+        if strategy.init_args.sum_once:
+            yield "--trainer.strategy.sum_once", "false"
+        if not strategy.init_args.cpu_offload:
+            yield "--trainer.strategy.cpu_offload", "true"
+    elif strategy in ("fsdp", "fsdp2"):
+        as_class = ("--trainer.strategy", "lit_align.models.fsdp2.FSDP2")
+        yield *as_class, "--trainer.strategy.sum_once", "false"
+        yield *as_class, "--trainer.strategy.cpu_offload", "true"
 
 
 def changes(words: list[Words], planned: Callable[[Words], Plan]) -> Iterator[Change]:

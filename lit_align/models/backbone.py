@@ -65,6 +65,7 @@ class Backbone(nn.Module):
     network: PreTrainedModel
     missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
     gathers: bool | None = True  # whether answering gathers whole weights; None: not yet known
+    sums_once: bool = True  # whether gradients cross the ranks at the last micro-batch alone
     gathered_size: int = 0  # bytes of whole weights, where ranks share them
     files: WeightFiles | None = None  # where weights are that come when the network is sharded
 

@@ -34,6 +34,9 @@ class FSDP2(ModelParallelStrategy):
         checkpointing: Keep only the inputs of blocks, of all networks, and compute the rest again.
         gather: Whether answering and scoring first gather whole weights, instead of each block
             each time; by default where an estimate says that they fit.
+        sum_once: Sum gradients over the ranks once per step, at the last micro-batch; until then
+            each rank keeps whole ones. Without, after each micro-batch: more traffic, and a rank
+            never has more than its share and a block.
     """
 
     def __init__(
@@ -42,13 +45,14 @@ class FSDP2(ModelParallelStrategy):
         cpu_offload: bool = False,
         checkpointing: bool = False,
         gather: bool | None = None,
+        sum_once: bool = True,
         **kwargs: Any,
     ):
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, **kwargs)
         if num_replicas < 0:
             raise ValueError(f"num_replicas is 0 (one per node) or more, found {num_replicas}.")
         self.num_replicas, self.cpu_offload = num_replicas, cpu_offload
-        self.checkpointing, self.gather = checkpointing, gather
+        self.checkpointing, self.gather, self.sum_once = checkpointing, gather, sum_once
 
     @property
     def sharding(self) -> Sharding:
@@ -62,6 +66,7 @@ class FSDP2(ModelParallelStrategy):
             offload=self.cpu_offload,
             checkpointing=self.checkpointing,
             gather=self.gather,
+            sum_once=self.sum_once,
         )
 
     @property

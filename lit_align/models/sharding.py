@@ -37,6 +37,7 @@ class Sharding(NamedTuple):
         offload: Shards sleep in host memory.
         checkpointing: Blocks keep their inputs alone.
         gather: Whether whole weights are gathered to generate; None asks an estimate.
+        sum_once: Gradients are summed at the last micro-batch; until then each rank's are whole.
     """
 
     compute: torch.dtype | None = None
@@ -44,6 +45,7 @@ class Sharding(NamedTuple):
     offload: bool = False
     checkpointing: bool = False
     gather: bool | None = None
+    sum_once: bool = True
 
 
 def shard(model: Model, mesh: DeviceMesh | None, how: Sharding | None = None) -> Model:
@@ -58,6 +60,7 @@ def shard(model: Model, mesh: DeviceMesh | None, how: Sharding | None = None) ->
         return model
     how = how or Sharding()
     model.gathers, model.gathered_size = how.gather, whole_size(model, how.compute)
+    model.sums_once = how.sum_once
     names = mesh.mesh_dim_names or ()
     line = mesh["data_parallel"] if "data_parallel" in names else mesh
     offload = (
@@ -96,10 +99,15 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def synchronise(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward averages gradients over the ranks, or only adds them up here."""
+def synchronise(model: Backbone, last: bool) -> None:
+    """Whether the next backward averages gradients over the ranks, or only adds them up here.
+
+    Args:
+        model: Sharded, or whole, where nothing is to be said.
+        last: Whether no micro-batch follows.
+    """
     for module in shards(model):
-        module.set_requires_gradient_sync(wanted, recurse=False)
+        module.set_requires_gradient_sync(last or not model.sums_once, recurse=False)
 
 
 def whole_size(model: Backbone, compute: torch.dtype | None) -> int:

@@ -7,6 +7,7 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_align.algorithms.sft import SFT
+from lit_align.models.fsdp2 import FSDP2
 
 BLOCKS_AND_ROOT = 3
 STEPS = 3
@@ -35,10 +36,11 @@ def run_on_two(folder, strategy, tokens, counted):
     return weights(algorithm.policy), len(passes)
 
 
-def sharded(folder, tokens):
+def sharded(folder, tokens, sum_once=True):
     """Weights, passes, and how often gradients were scattered, once per block and for the root."""
+    strategy = FSDP2(sum_once=sum_once)
     with Scattered() as seen:
-        trained, passes = run_on_two(folder, "fsdp2", tokens, lambda model: None)
+        trained, passes = run_on_two(folder, strategy, tokens, lambda model: None)
     return trained, passes, seen.number
 
 
@@ -63,3 +65,11 @@ def test_only_the_last_micro_batch_synchronises(two_ranks, tmp_path, function, s
             assert sent == STEPS * sums
             trained.append(found)
     assert max(distance(found, trained[0]) for found in trained) < 1e-5
+
+
+def test_gradients_are_shared_out_after_each_micro_batch_on_request(two_ranks, tmp_path):
+    once, _, _ = two_ranks(sharded, tmp_path, 9)[0]
+    for found, taken, sent in two_ranks(sharded, tmp_path, 9, False):
+        assert taken == 2 * STEPS
+        assert sent == taken * BLOCKS_AND_ROOT
+        assert distance(found, once) < 1e-5
