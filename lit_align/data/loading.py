@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.batches import Batch
 from lit_align.data.forms import rename
 from lit_align.data.order import Order, Rows
-from lit_align.data.rows import Row, Source, load_rows
+from lit_align.data.rows import Row, Source, load_rows, refuse_missing
 from lit_align.data.text import load_tokenizer, stop_ids
 from lit_align.data.unwanted import Unwanted
 
@@ -128,6 +128,11 @@ class TextData(LightningDataModule):
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+    def setup(self, stage: str) -> None:
+        """Refuses files that are not there before a model is loaded; rows are read when needed."""
+        for path in [source.path for source in self.sources] + [self.eval_path or "toy"]:
+            refuse_missing(path)
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Batches in an order by seed and epoch, without the last incomplete one."""

@@ -43,6 +43,18 @@ class Source:
     header: list[str] | None = None
 
 
+def refuse_missing(path: str) -> None:
+    """Refuses a path that means a file or folder which is not there; a hub id is not looked up.
+
+    Args:
+        path: As of `load_rows`.
+    """
+    place = Path(path).expanduser()
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if (looks_local or place.suffix in SUFFIXES) and not place.exists():
+        raise FileNotFoundError(f"there is no file or folder '{path}'")
+
+
 def load_rows(
     path: str,
     name: str | None = None,
@@ -61,8 +73,8 @@ def load_rows(
         max_rows: At most so many rows, the first ones.
         header: Column names of tables without a line of them.
     """
+    refuse_missing(path)
     place = Path(path).expanduser()
-    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if path == "toy":
         rows: Iterator[Row] = iter(toy_rows(split))
     elif place.is_dir():
@@ -74,8 +86,6 @@ def load_rows(
                 "or data.eval_fraction"
             )
         rows = file_rows(place, separator, header)
-    elif looks_local or place.suffix in SUFFIXES:
-        raise FileNotFoundError(f"there is no file or folder '{path}'")
     else:
         rows = hub_rows(path, name, split)
     loaded = list(islice(rows, max_rows))

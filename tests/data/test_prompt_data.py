@@ -105,3 +105,9 @@ def test_the_same_prompt_is_never_trained_on_and_evaluated(rows, chat_path):
     assert len(trained) == 8
     assert len(held_out) == 10
     assert trained.isdisjoint(held_out)
+
+
+@pytest.mark.parametrize("paths", [{"path": "no.jsonl"}, {"path": "toy", "eval_path": "no.jsonl"}])
+def test_files_that_are_not_there_are_refused_before_a_model_is_loaded(paths):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder 'no.jsonl'"):
+        PromptData(**paths, tokenizer="toy").setup("fit")
