@@ -45,6 +45,7 @@ def load_network(
         raise FileNotFoundError(f"{path}: no such folder; give a hub id or a folder of weights.")
     place = str(folder) if folder.is_dir() else path
     if (folder / "adapter_config.json").is_file():
+        check_format(place)
         base = PeftConfig.from_pretrained(place).base_model_name_or_path
         network, missing, _ = load_network(auto, base, configure, ("score.weight",), options)
         return *merged(network, missing, place, new_weights), None
@@ -109,11 +110,25 @@ def check_base(folder: str, name: str) -> None:
     """
     if not (Path(folder).expanduser() / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder}: no adapter_config.json, so no adapter is saved there.")
+    check_format(folder)
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path or "random weights"
     if base != name and Path(base).resolve() != Path(name).resolve():
         raise ValueError(
             f"The adapter {folder} was trained on {base}, and the base here is {name}: its "
             f"log-ratios would mean nothing. Take the same base, or give the whole model."
+        )
+
+
+def check_format(folder: str) -> None:
+    """Refuses an adapter whose weights are no safetensors: files of pickles are never read.
+
+    Args:
+        folder: Of the adapter.
+    """
+    if not (Path(folder).expanduser() / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no adapter_model.safetensors; peft writes one from an older .bin by "
+            f"save_pretrained(folder, safe_serialization=True)."
         )
 
 

@@ -238,6 +238,8 @@ FILES = {  # what the cases below find in their folder
     "adapter/adapter_model.safetensors": "",
     "pickled/config.json": '{"model_type": "llama", "vocab_size": 192}',
     "pickled/pytorch_model.bin": "",
+    "pickled_adapter/adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "a"}',
+    "pickled_adapter/adapter_model.bin": "",
     "one_answer.jsonl": '{"prompt": "a film", "chosen": "b"}',
     "good.jsonl": "\n".join(json.dumps({"prompt": f"a film {i}"}) for i in range(8)),
     "mine.py": "def short(completions): return [0.0]\n"
@@ -360,6 +362,10 @@ CASES |= {
     "a model of pickles": (
         (*ONLINE, "--model.policy.path", "./pickled"),
         r"\./pickled could not be loaded: .*safetensors",
+    ),
+    "an adapter of pickles": (
+        (*ONLINE, "--model.policy.path", "./pickled_adapter"),
+        r"pickled_adapter: no adapter_model\.safetensors",
     ),
     "a judge that is not there": (
         (
