@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from equality_cases import CASES, Based, adapter_on, rto_adapter, sgd
+from equality_cases import CASES, Based, adam, adapter_on, remax, rto_adapter, sgd
 from harness import TINY, RandomPrompts, distance, tiny, trained, trainer, weights
 from ranks import Ranks
 from torch import distributed
@@ -89,6 +89,14 @@ def test_two_ranks_with_a_dpo_adapter_on_the_base_equal_one(two_ranks, tmp_path,
     case = partial(rto_adapter, base, dpo), RandomPrompts, 1e-5
     ranks = two_ranks(fit_sharded, tmp_path, *case[:2], strategy, 2)
     compare(ranks, case, *fit(tmp_path, case[0](), RandomPrompts(3, 4)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_that_compile_their_blocks_equal_one(two_ranks, tmp_path, strategy):
+    case = partial(remax, partial(tiny, compile=True), adam), RandomPrompts, 1e-5
+    ranks = two_ranks(fit_sharded, tmp_path, *case[:2], strategy, 2)
+    compare(ranks, case, *fit(tmp_path, remax(tiny, adam), RandomPrompts(3, 4)))
 
 
 @pytest.mark.long

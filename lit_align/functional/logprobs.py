@@ -158,7 +158,8 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: floa
     logits = _matmul(hidden, head.T)
     if bias is not None:
         logits += bias
-    logits /= temperature
+    if temperature != 1:
+        logits /= temperature
     return logits.sub_(logits.amax(-1, keepdim=True))
 
 

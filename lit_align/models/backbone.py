@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -16,26 +15,22 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lit_align.batches import Experience, Tokens
+from lit_align.models.compiling import compile_blocks
 from lit_align.models.layout import is_trimmed, reading
-from lit_align.models.loading import (
-    check_base,
-    check_task,
-    data_type,
-    load_network,
-    quiet_transformers,
-)
+from lit_align.models.loading import check_task, data_type, load_network, quiet_transformers
 from lit_align.models.lora import LoRA
 from lit_align.models.packing import let_pack
 from lit_align.models.quantised import Quantisation
 from lit_align.models.sltrain import SLTrain, with_dense_weights
 from lit_align.models.sparse_adapter import is_merged_when_saved, with_update_merged
 from lit_align.models.streaming import LATER, WeightFiles, light
+from lit_align.models.wearing import Wearer
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
-class Backbone(nn.Module):
+class Backbone(Wearer):
     """A network from the hub, from a folder, or from random weights; dropout is switched off.
 
     Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
@@ -53,16 +48,15 @@ class Backbone(nn.Module):
         trust_remote_code: Run code that comes with the weights.
         sltrain: Trains the blocks' weights as low-rank plus sparse ones; with a config alone.
         quantisation: Codes the frozen weights of the blocks in 8 or 4 bits; with adapters alone.
+        compile: Compile the blocks: for a GPU, whose first steps then take a minute longer.
     """
 
     auto: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the wanted head
-    task: ClassVar[str]  # peft's name of it
     reads: ClassVar[str]  # the head's name for people: language or score
     new_weights: ClassVar[tuple[str, ...]] = ()  # what a checkpoint may lack
     overrides: ClassVar[dict[str, Any]] = {}  # what the head asks of the configuration
     adapts: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
 
-    network: PreTrainedModel
     missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
     gathers: bool | None = True  # whether answering gathers whole weights; None: not yet known
     sums_once: bool = True  # whether gradients cross the ranks at the last micro-batch alone
@@ -81,14 +75,10 @@ class Backbone(nn.Module):
         trust_remote_code: bool = False,
         sltrain: SLTrain | None = None,
         quantisation: Quantisation | None = None,
+        compile: bool = False,
     ):
         super().__init__()
-        if path is None and config is None:
-            raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
-        if sltrain is not None:
-            sltrain.refuse(path)
-        if quantisation is not None:
-            quantisation.refuse(self.adapts or lora is not None, lora, sltrain)
+        self.refuse(path, config, lora, sltrain, quantisation)
         self.path, self.sltrain = path, sltrain
         self.name = path or f"{(config or {}).get('model_type')} from random weights"
         self.reading: dict[str, Any] = {
@@ -109,6 +99,25 @@ class Backbone(nn.Module):
             self.adapted = self.adapt(lora)
         if sltrain is not None:
             sltrain.replace(self.blocks)
+        self.compiles = compile
+        if compile:
+            compile_blocks(self.blocks)
+
+    def refuse(
+        self,
+        path: str | None,
+        config: dict[str, Any] | None,
+        lora: LoRA | None,
+        sltrain: SLTrain | None,
+        quantisation: Quantisation | None,
+    ) -> None:
+        """Says what does not go together; all as given."""
+        if path is None and config is None:
+            raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
+        if sltrain is not None:
+            sltrain.refuse(path)
+        if quantisation is not None:
+            quantisation.refuse(self.adapts or lora is not None, lora, sltrain)
 
     def load(
         self, config: dict[str, Any] | None, dtype: torch.dtype
@@ -221,59 +230,6 @@ class Backbone(nn.Module):
         """[n, t, H]: the last hidden state of token ids [n, t]."""
         hidden: Tensor = self.network.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden
-
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """The base alone: what the network was before an adapter learnt anything."""
-        if self.adapted is None:
-            yield
-            return
-        with self.adapted.disable_adapter():
-            self.thaw()  # peft froze all: weights gathered now, under FSDP2, would stay frozen
-            yield
-        self.thaw()
-
-    def lend(self, folder: str, adapter: str) -> None:
-        """Takes in a frozen adapter that was trained on this very base; it is not put on.
-
-        Args:
-            folder: As peft saved it.
-            adapter: Its name from now on.
-        """
-        check_base(folder, self.name)
-        check_task(folder, self.task)
-        with light(self.network):
-            if self.adapted is None:
-                self.adapted = PeftModel.from_pretrained(self.network, folder, adapter_name=adapter)
-            else:
-                self.adapted.load_adapter(folder, adapter_name=adapter)
-        self.thaw()
-
-    def wear(self, adapter: str) -> None:
-        """Switches to one adapter, until another is asked for: backward needs it, too.
-
-        Args:
-            adapter: Its name in peft.
-        """
-        assert self.adapted is not None
-        if self.adapted.active_adapter != adapter:
-            self.adapted.set_adapter(adapter)
-            self.thaw()
-
-    @contextmanager
-    def wearing(self, adapter: str) -> Iterator[None]:
-        """One adapter for a while without gradients, then the one that was on before."""
-        assert self.adapted is not None
-        before = self.adapted.active_adapter
-        self.wear(adapter)
-        yield
-        self.wear(before)
-
-    def thaw(self) -> None:
-        """Lets all adapters train that shall; on any switch, peft freezes all but the active."""
-        assert self.adapted is not None
-        for name in self.adapted.peft_config:
-            self.adapted.set_requires_grad(name, name in self.trained_adapters)
 
     @property
     def saved_whole(self) -> bool:

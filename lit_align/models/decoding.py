@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lit_align.batches import Experience
 from lit_align.functional.logprobs import head_factor, head_logits
+from lit_align.models.compiling import eager_trunk
 
 
 class Responses(NamedTuple):
@@ -100,7 +101,7 @@ def decode(
             speaking = (~answers.done).nonzero().squeeze(-1)
             if over(len(speaking) == 0):
                 break
-            if 0 < len(speaking) <= context.crowded * len(chosen):
+            if context.crowds(len(speaking), len(chosen)):
                 context.keep(speaking)
                 chosen = answers.keep(speaking, chosen)
         if step + 1 < noise.shape[1]:
@@ -157,10 +158,8 @@ class Context:
         prompts: N rows; rows of one `group` share a prompt, which is read once.
     """
 
-    crowded = 0.75  # share of rows that must still speak, or the others leave the batch
-
     def __init__(self, network: PreTrainedModel, prompts: Experience):
-        self.network = network
+        self.network, self.trunk = network, eager_trunk
         self.cache: Cache = DynamicCache(config=network.config)
         layer = network.get_output_embeddings()
         self.head, self.bias = head_factor(layer.weight), layer.bias
@@ -176,17 +175,22 @@ class Context:
 
     def read(self, tokens: Tensor) -> None:
         """Takes in [N, t] token ids at `positions`; `hidden` [N, H] is what the head sees next."""
-        self.hidden: Tensor = self.network.base_model(
+        self.hidden = self.trunk(
+            self.network,
             input_ids=tokens,
             attention_mask=self.mask,
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
+        )[:, -1]
 
     def likely(self, temperature: float) -> Tensor:
         """[N, V] nats of the next token, of softmax(logits / temperature)."""
         return head_logits(self.hidden, self.head, self.bias, temperature).log_softmax(-1)
+
+    def crowds(self, speaking: int, rows: int) -> bool:
+        """Whether so few of the batch's rows still speak that the others shall leave it."""
+        return 0 < speaking <= 0.75 * rows
 
     def keep(self, rows: Tensor) -> None:
         """The rows at [n] places of the batch, each as often as it is named."""

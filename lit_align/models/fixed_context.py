@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from lit_align.models.compiling import compiled_trunk, of_any_size
 from lit_align.models.decoding import Context
+
+ALIGNED = 64  # tokens: attention's kernels copy masks of other widths
 
 
 class FixedContext(Context):
@@ -18,16 +21,19 @@ class FixedContext(Context):
     Args:
         begun: A context that has read its prompts; all layers have full attention.
         room: R, tokens of the longest answer.
+        compiles: Whether a step is compiled.
     """
 
-    crowded = 0.5  # to record anew costs more than to copy
-
-    def __init__(self, begun: Context, room: int):
+    def __init__(self, begun: Context, room: int, compiles: bool = False):
         self.network, self.head, self.bias = begun.network, begun.head, begun.bias
+        self.trunk = compiled_trunk if compiles else begun.trunk
         self.hidden, self.cache = begun.hidden, begun.cache
-        self.mask, self.positions = begun.mask, begun.positions
-        self.filled = self.mask.shape[1]  # tokens in the cache
-        self.size = self.filled + room
+        self.positions = begun.positions
+        self.filled = begun.mask.shape[1]  # tokens in the cache
+        self.size = -(-(self.filled + room) // ALIGNED) * ALIGNED
+        self.mask = self.hidden.new_full((len(begun.mask), 1, 1, self.size), -torch.inf)
+        seen = self.mask[:, 0, 0, : self.filled]
+        seen.masked_fill_(begun.mask.bool(), 0)
         self.fix(torch.arange(len(self.mask), device=self.mask.device))
 
     def fix(self, rows: Tensor) -> None:
@@ -35,14 +41,19 @@ class FixedContext(Context):
         cache = StaticCache(config=self.network.config, max_cache_len=self.size)
         for number, layer in enumerate(self.cache.layers):
             keys, values = (each[rows, :, : self.filled] for each in (layer.keys, layer.values))
-            cache.update(keys, values, number)
+            for tensor in cache.update(keys, values, number):
+                of_any_size(tensor, 0, 2)
+            layer.keys = layer.values = keys.new_empty(0)  # one layer at a time is there twice
         self.cache = cache
-        mask = self.mask.new_zeros(len(rows), self.size)
-        mask[:, : self.filled] = self.mask[rows, : self.filled]
-        self.mask, self.positions = mask, self.positions[rows, -1:].clone()
-        self.tokens = self.positions.clone()
+        self.mask = of_any_size(self.mask[rows], 0, 3)
+        self.positions = of_any_size(self.positions[rows, -1:].clone(), 0)
+        self.tokens = of_any_size(self.positions.clone(), 0)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False  # whether a step was made whose kernels can now be recorded
+
+    def crowds(self, speaking: int, rows: int) -> bool:
+        """Whether it pays to record a smaller step; one for a single row is compiled anew."""
+        return 1 < speaking <= 0.5 * rows
 
     def keep(self, rows: Tensor) -> None:
         """The rows at [n] places of the batch, each as often as it is named."""
@@ -53,7 +64,7 @@ class FixedContext(Context):
         """Goes on with [N] token ids."""
         self.tokens.copy_(tokens.unsqueeze(-1))
         self.positions.add_(1)
-        self.mask[:, self.filled] = 1
+        self.mask[..., self.filled] = 0
         self.filled += 1
         if self.graph is None and self.warm and tokens.is_cuda:
             self.graph = torch.cuda.CUDAGraph()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -83,12 +84,37 @@ def attention(
             module, query, key, value, mask, scaling=scaling, **kwargs
         )
         return mixed, None
+    mixed = uncompiled(module, query, key, value, packed, scaling)
+    return mixed, None
+
+
+def text_by_text(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed,
+    scaling: float | None,
+) -> Tensor:
+    """[1, T, heads, D] with each text by itself.
+
+    Args:
+        module: The layer.
+        query: [1, heads, T, D].
+        key: [1, fewer heads or as many, T, D].
+        value: Of the key's shape.
+        packed: The texts in the row.
+        scaling: Of the products.
+    """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     if kind == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        three = (query.to(dtype), key.to(dtype), value.to(dtype))
-        return by_kernel(*three, packed, scaling), None
-    return run_by_run(module, query, key, value, packed, scaling), None
+        return by_kernel(query.to(dtype), key.to(dtype), value.to(dtype), packed, scaling)
+    return run_by_run(module, query, key, value, packed, scaling)
+
+
+# Compiled, it would be so anew for each list of lengths.
+uncompiled: Callable[..., Tensor] = torch.compiler.disable(text_by_text)
 
 
 def run_by_run(

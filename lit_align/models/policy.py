@@ -23,8 +23,8 @@ class Policy(Backbone):
         path: Hub id or folder of the weights.
         temperature: Divides the logits when sampling and when scoring.
         fixed_cache: Answer from keys and values in fixed places, so that a GPU replays a recorded
-            step: for small networks, whose kernels take less time than to launch them. Takes the
-            memory of answers of full length at once.
+            step instead of launching its kernels one by one. Takes the memory of answers of full
+            length at once. By default on a GPU, where all layers have full attention.
     """
 
     auto = AutoModelForCausalLM
@@ -35,7 +35,7 @@ class Policy(Backbone):
         self,
         path: str | None = None,
         temperature: float = 1.0,
-        fixed_cache: bool = False,
+        fixed_cache: bool | None = None,
         **kwargs: Any,
     ):
         super().__init__(path, **kwargs)
@@ -85,12 +85,19 @@ class Policy(Backbone):
 
         def answers() -> Responses:
             context = Context(self.network, prompts)
-            if self.fixed_cache:
-                context = FixedContext(context, noise.shape[1])
+            if self.stays(device):
+                context = FixedContext(context, noise.shape[1], self.compiles)
             return decode(context, *given, over)
 
         responses: Responses = self(answers)
         return responses
+
+    def stays(self, device: torch.device) -> bool:
+        """Whether keys and values have fixed places: never where each layer gathers its weights."""
+        wanted = self.fixed_cache
+        if wanted is None:
+            wanted = self.packs and device.type == "cuda"
+        return wanted and bool(self.gathers)
 
     def logprobs(self, batch: Experience | Tokens) -> Tensor:
         """[N, R] nats, log-probability of each scored token in its context; 0 elsewhere.
@@ -149,7 +156,8 @@ class Policy(Backbone):
 
         Soft caps and logit scales come after the head, and scoring would not see them.
         """
-        difference, tolerance, is_last = self(self._faithful)
+        with torch.compiler.set_stance("force_eager"):
+            difference, tolerance, is_last = self(self._faithful)
         if not difference <= tolerance or not is_last:
             raise ValueError(
                 f"{self.name} changes its logits after the output head (log-probs differ by "

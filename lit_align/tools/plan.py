@@ -84,6 +84,7 @@ def world(ledger: Ledger, machine: Machine) -> Iterator[None]:
     """All that makes tensors weightless and watched."""
     place = Place.HOST if machine.is_card else Place.DEVICE
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         if machine.grouped:
             stack.enter_context(group_of(machine.ranks))
         stack.enter_context(told(ledger))

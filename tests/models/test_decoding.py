@@ -88,7 +88,19 @@ def test_a_fixed_cache_keeps_its_places(tiny_policy, prompts):
         context.append(torch.tensor([3, 4, 5, 6]))
     mine = [context.tokens, context.positions, context.mask, context.cache.layers[0].keys]
     assert places == [tensor.data_ptr() for tensor in mine]
-    assert context.mask.sum(-1).tolist() == [int(n) + 3 for n in prompts.prompt_mask.sum(-1)]
+    seen = (context.mask == 0).sum(-1).flatten().tolist()
+    assert seen == [int(n) + 3 for n in prompts.prompt_mask.sum(-1)]
+
+
+def test_a_fixed_cache_frees_what_it_has_copied(tiny_policy, prompts):
+    """Keys and values are never there twice, but for one layer's."""
+    begun = Context(tiny_policy.network, prompts)
+    before = [layer.keys for layer in begun.cache.layers]
+    old = begun.cache
+    fixed = FixedContext(begun, 3)
+    assert [layer.keys.numel() for layer in old.layers] == [0] * len(before)
+    copied = fixed.cache.layers[0].keys
+    assert torch.equal(copied[:, :, : fixed.filled - 0], before[0])
 
 
 def test_a_fixed_cache_is_refused_where_a_layer_looks_back_only_so_far():

@@ -1,0 +1,62 @@
+"""Blocks and decode steps as fewer, larger kernels: torch.compile where it pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+KINDS = 64  # of passes: a network, with or without gradients, with one adapter or another
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Lets each block compile itself where it is first called, for texts of any length.
+
+    What is compiled for one block serves all that are alike. Keys of a state dict stay.
+
+    Args:
+        blocks: The transformer blocks of a network.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, KINDS)
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
+    """[N, t, H]: the last hidden state.
+
+    Args:
+        network: A causal language model.
+        **inputs: Of its base model.
+    """
+    hidden: Tensor = network.base_model(**inputs).last_hidden_state
+    return hidden
+
+
+compiled_trunk = torch.compile(trunk, fullgraph=True)  # when it is first called
+
+
+def eager_trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
+    """The same without what blocks have compiled: keys and values that grow are each layer's own.
+
+    Args:
+        network: A causal language model.
+        **inputs: Of its base model.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        return trunk(network, **inputs)
+
+
+def of_any_size(tensor: Tensor, *dims: int) -> Tensor:
+    """The tensor, whose dimensions need not be what they are when it is next compiled for.
+
+    Args:
+        tensor: Any.
+        dims: Which.
+    """
+    torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
+    return tensor
