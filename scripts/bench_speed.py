@@ -2,7 +2,7 @@
 
     python scripts/bench_speed.py            # 1 M and 7 M parameters on the CPU
     python scripts/bench_speed.py --quick    # 1 M alone, beside TRL alone
-    python scripts/bench_speed.py --device cuda --models 0.5B 1.5B --parts trl loop papers limits
+    python scripts/bench_speed.py --device cuda --models 0.5B 1.5B --parts trl papers limits
 
 What is compared takes turns, a step each. `clock` and `work` say how many times more samples a
 second lit_align makes: by the clock, and by the seconds that the process had a processor, which
@@ -30,10 +30,10 @@ import transformers
 from bench import growth, limits, loop, material, ours, papers
 from bench.case import OFFLINE, ONLINE, Case, shapes
 from bench.memory import apart, peak
-from bench.turns import Seconds, seconds
+from bench.turns import Step, steps_of
 
 Side = Callable[..., None]  # of (case, folder, steps, stepped)
-HEAD = "               model shape    clock   work  memory  MiB  other MiB  seconds  other"
+HEAD = "               model shape    clock   work  memory   MiB other MiB  seconds  other"
 
 
 def quiet() -> None:
@@ -49,12 +49,11 @@ def quiet() -> None:
 def written(case: Case, folder: Path, steps: int) -> None:
     """What the runs read."""
     material.make(case, folder, steps)
-    papers.prepare(folder)
 
 
-def timed(case: Case, folder: Path, sides: list[Side], rounds: int) -> list[list[Seconds]]:
-    """Seconds of each step of each side, in turns."""
-    return seconds([partial(side, case, folder) for side in sides], rounds)
+def timed(case: Case, folder: Path, sides: list[Side], rounds: int) -> list[list[Step]]:
+    """Each step of each side, in turns."""
+    return steps_of([partial(side, case, folder) for side in sides], rounds)
 
 
 def weighed(case: Case, folder: Path, side: Side) -> int:
@@ -62,19 +61,24 @@ def weighed(case: Case, folder: Path, side: Side) -> int:
     return peak(lambda: side(case, folder, 2, lambda: None), case.device)
 
 
-def compare(name: str, case: Case, sides: list[Side], rounds: int) -> None:
-    """Prints one line: the first side beside the second, each measurement in a new process."""
-    with tempfile.TemporaryDirectory() as path:
-        folder = Path(path)
-        apart(written, case, folder, rounds + 2)
-        spent = apart(timed, case, folder, sides, rounds)
+def compare(name: str, case: Case, sides: list[Side], args: argparse.Namespace) -> None:
+    """Prints one line: the first side beside the second.
+
+    On a CPU each measurement has a process of its own; a GPU's allocator tells sides apart.
+    """
+    folder = Path(args.folder) / case.place
+    apart(written, case, folder, args.rounds + 2)
+    one, other = apart(timed, case, folder, sides, args.rounds)
+    if case.device == "cpu":
         mine, its = (apart(weighed, case, folder, side) for side in sides)
-    one, other = (list(zip(*side, strict=True)) for side in spent)
-    clock, work = (median(b) / median(a) for a, b in zip(one, other, strict=True))
+    else:
+        mine, its = (max(step.bytes for step in steps) for steps in (one, other))
+    clock, its_clock = (median(step.clock for step in steps) for steps in (one, other))
+    work, its_work = (median(step.work for step in steps) for steps in (one, other))
     print(
-        f"{name:<14} {case.model:>5} {case.shape.name:<7} {clock:>6.2f} {work:>6.2f} "
-        f"{mine / its:>7.2f} {mine / 2**20:>4.0f} {its / 2**20:>10.0f} "
-        f"{median(one[1]):>8.2f} {median(other[1]):>6.2f}",
+        f"{name:<14} {case.model:>5} {case.shape.name:<7} {its_clock / clock:>6.2f} "
+        f"{its_work / work:>6.2f} {mine / its:>7.2f} {mine / 2**20:>5.0f} {its / 2**20:>9.0f} "
+        f"{clock:>8.2f} {its_clock:>6.2f}",
         flush=True,
     )
 
@@ -88,7 +92,18 @@ def beside_trl(args: argparse.Namespace) -> None:
         for algorithm in args.algorithms:
             for shape in shapes(algorithm, args.device):
                 case = Case(algorithm, model, shape, args.device)
-                compare(algorithm, case, [ours.run, theirs.run], args.rounds)
+                compare(algorithm, case, [ours.run, theirs.run], args)
+
+
+def beside_batching(args: argparse.Namespace) -> None:
+    """lit_align beside TRL that answers by transformers' continuous batching."""
+    from bench import theirs
+
+    print(f"beside TRL with continuous batching\n{HEAD}")
+    for model in args.models:
+        for shape in shapes("grpo", args.device):
+            case = Case("grpo", model, shape, args.device)
+            compare("grpo", case, [ours.run, partial(theirs.run, batched=True)], args)
 
 
 def beside_loop(args: argparse.Namespace) -> None:
@@ -96,7 +111,7 @@ def beside_loop(args: argparse.Namespace) -> None:
     print(f"beside a bare loop\n{HEAD}")
     for algorithm in ("grpo", "sft"):
         case = Case(algorithm, args.models[-1], shapes(algorithm, args.device)[0], args.device)
-        compare(algorithm, case, [ours.run, loop.run], args.rounds)
+        compare(algorithm, case, [ours.run, loop.run], args)
 
 
 def paper_claims(args: argparse.Namespace) -> None:
@@ -106,8 +121,10 @@ def paper_claims(args: argparse.Namespace) -> None:
         for shape in shapes("grpo", args.device):
             alone = shape._replace(num_samples=1)
             case = Case("grpo", args.models[-1], alone, args.device)
+            apart(written, case, Path(args.folder) / case.place, args.rounds + 2)
+            apart(papers.prepare, Path(args.folder) / case.place)
             sides: list[Side] = [partial(papers.run, name) for name in (one, other)]
-            compare(f"{one} / {other}"[:14], case, sides, args.rounds)
+            compare(f"{one} / {other}"[:14], case, sides, args)
 
 
 def growing(args: argparse.Namespace) -> None:
@@ -124,6 +141,7 @@ def near_limits(args: argparse.Namespace) -> None:
 
 PARTS = {
     "trl": beside_trl,
+    "batching": beside_batching,
     "loop": beside_loop,
     "papers": paper_claims,
     "growth": growing,
@@ -148,8 +166,9 @@ def main() -> None:
         args.models, args.parts = args.models[:1], ["trl"]
     torch.set_num_threads(1)
     quiet()
-    for part in args.parts:
-        PARTS[part](args)
+    with tempfile.TemporaryDirectory() as args.folder:
+        for part in args.parts:
+            PARTS[part](args)
 
 
 if __name__ == "__main__":

@@ -41,22 +41,22 @@ def written(bench, algorithm: str, folder: Path, mean: int = 3):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_our_side_steps(bench, algorithm, tmp_path):
     from bench import ours
-    from bench.turns import seconds
+    from bench.turns import steps_of
 
     case = written(bench, algorithm, tmp_path)
-    (steps,) = seconds([lambda *args: ours.run(case, tmp_path, *args)], rounds=2)
+    (steps,) = steps_of([lambda *args: ours.run(case, tmp_path, *args)], rounds=2)
     assert len(steps) == 2
-    assert all(clock > 0 for clock, _ in steps)
+    assert all(step.clock > 0 for step in steps)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL: the extra `bench`")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_their_side_steps(bench, algorithm, tmp_path):
     from bench import theirs
-    from bench.turns import seconds
+    from bench.turns import steps_of
 
     case = written(bench, algorithm, tmp_path)
-    (steps,) = seconds([lambda *args: theirs.run(case, tmp_path, *args)], rounds=2)
+    (steps,) = steps_of([lambda *args: theirs.run(case, tmp_path, *args)], rounds=2)
     assert len(steps) == 2
 
 
@@ -108,15 +108,19 @@ def test_the_papers_algorithms_step(bench, name, tmp_path):
     assert len(steps) == 1
 
 
+@pytest.mark.long  # writes and compiles C++
 def test_shares_of_what_the_device_can_do(bench, monkeypatch, capsys):
     from bench import limits
 
     for name, small in {"ROUNDS": 1, "BATCH": 2, "PROMPT": 8, "ANSWER": 4}.items():
         monkeypatch.setattr(limits, name, small)
     limits.report(bench.Case("grpo", "tiny", bench.shapes("grpo", "cpu")[0]))
-    line = capsys.readouterr().out
-    assert line.startswith("tiny: ")
-    assert all(int(share) > 0 for share in re.findall(r"(\d+)% of the rate", line))
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("tiny: ")
+    assert [line.split()[1] for line in lines] == ["plain", "recorded", "compiled"]
+    shares = [int(share) for line in lines for share in re.findall(r"(\d+)% of the rate", line)]
+    assert len(shares) == 3
+    assert all(share > 0 for share in shares[:2])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

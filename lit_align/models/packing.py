@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -79,6 +80,8 @@ def attention(
     Returns:
         [N, T, heads, D].
     """
+    if packed is None and query.shape[2] == 1:
+        return next_token(query, key, value, mask, scaling), None
     if packed is None:
         mixed, _ = sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, **kwargs
@@ -86,6 +89,25 @@ def attention(
         return mixed, None
     mixed = uncompiled(module, query, key, value, packed, scaling)
     return mixed, None
+
+
+def next_token(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """[N, 1, heads, D] of the last token; heads that share keys are read as if they were tokens.
+
+    So no key is copied for each of them, which is most of what a decode step reads.
+
+    Args:
+        query: [N, heads, 1, D].
+        key: [N, fewer heads or as many, T, D].
+        value: Of the key's shape.
+        mask: [N, 1, 1, T], of the scores' dtype or bool.
+        scaling: Of the products.
+    """
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+    mixed = scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    return mixed.flatten(1, 2).unsqueeze(1)
 
 
 def text_by_text(

@@ -11,16 +11,18 @@ MEDIUM = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num
 LARGE = {
     "vocab_size": 32768,
     "hidden_size": 1024,
-    "intermediate_size": 4096,
+    "intermediate_size": 4608,
     "num_hidden_layers": 26,
     "num_attention_heads": 16,
+    "num_key_value_heads": 4,
 }
 HUGE = {
     "vocab_size": 32768,
     "hidden_size": 2048,
-    "intermediate_size": 6144,
+    "intermediate_size": 8192,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
+    "num_key_value_heads": 4,
 }
 MODELS = {"1M": SMALL, "7M": MEDIUM, "0.5B": LARGE, "1.5B": HUGE}
 
@@ -73,6 +75,11 @@ class Case(NamedTuple):
         return self.algorithm in ONLINE
 
     @property
+    def place(self) -> str:
+        """A folder's name: cases of one name read the same model."""
+        return f"{self.model} {self.shape.mean if self.online else 'texts'}"
+
+    @property
     def bf16(self) -> bool:
         """Whether weights are bfloat16."""
         return self.device != "cpu"
@@ -81,10 +88,10 @@ class Case(NamedTuple):
 def shapes(algorithm: str, device: str) -> list[Shape]:
     """All answers of full length, and geometric lengths as a real stop gives them."""
     if device != "cpu":
-        mean, rows, part = (128, 64, 16) if algorithm in ONLINE else (256, 64, 16)
+        rows = 128 if algorithm in ONLINE else 64
         return [
-            Shape("full", rows, 8, 128, 512, 0, part),
-            Shape("ragged", rows, 8, 128, 1024, mean, part),
+            Shape("full", rows, 8, 128, 256, 0, 16),
+            Shape("ragged", rows, 8, 128, 512, 128, 16),
         ]
     if algorithm in ONLINE:
         return [Shape("full", 32, 8, 32, 64, 0, 8), Shape("ragged", 32, 8, 32, 128, 32, 8)]

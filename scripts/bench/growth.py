@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bench import material, ours
 from bench.case import MODELS, Case, Shape
 from bench.memory import apart, peak
-from bench.turns import seconds
+from bench.turns import steps_of
 
 AXES = {
     "prompts": [2, 4, 8, 16],
@@ -65,8 +65,8 @@ def parameters(case: Case) -> int:
 
 def timed(case: Case, folder: Path) -> float:
     """Seconds of a step."""
-    (steps,) = seconds([partial(ours.run, case, folder)], 3)
-    return median(work for _, work in steps)
+    (steps,) = steps_of([partial(ours.run, case, folder)], 3)
+    return median(step.work for step in steps)
 
 
 def weighed(case: Case, folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from lit_align.batches import Experience, Tokens
 from lit_align.models.decoding import Sampling
 from lit_align.models.policy import Policy
 
-BATCH, PROMPT, ANSWER = 64, 128, 64
-ROUNDS = 5
+BATCH, PROMPT, ANSWER = 64, 128, 256
+ROUNDS = 3
 
 
 class Limits(NamedTuple):
@@ -62,12 +63,13 @@ def limits(device: str, dtype: torch.dtype) -> Limits:
     return Limits(2 * size**3 / product, 2 * block.nbytes / move)
 
 
-def policy(case: Case, fixed_cache: bool = False) -> Policy:
+def policy(case: Case, **settings: bool) -> Policy:
     """A random network of the case's size."""
     size = {"num_attention_heads": 4, **MODELS[case.model]}
     config = {"model_type": "llama", "max_position_embeddings": 2048, **size}
-    built = Policy(config=config, dtype="bfloat16" if case.bf16 else None, fixed_cache=fixed_cache)
-    return built.to(case.device)
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        return Policy(config=config, dtype="bfloat16" if case.bf16 else None, **settings)
 
 
 def prompts(case: Case, number: int) -> Experience:
@@ -93,40 +95,58 @@ def update(network: Policy, batch: Tokens) -> None:
 
 
 def texts(case: Case) -> Tokens:
-    """Texts of 640 tokens; fewer of them on a CPU."""
-    shape = (16 if case.bf16 else 2, PROMPT + 8 * ANSWER)
+    """Texts of 1,024 tokens; fewer and shorter ones on a CPU."""
+    shape = (16, 1024) if case.bf16 else (2, PROMPT + ANSWER)
     ids = torch.randint(3, MODELS[case.model]["vocab_size"], shape)
     mask = torch.ones_like(ids, dtype=torch.bool)
     batch = Tokens(tokens=ids, token_mask=mask, loss_mask=mask, lengths=[shape[1]] * shape[0])
     return batch.to(torch.device(case.device))
 
 
+def moved(network: Policy) -> int:
+    """Bytes that answers of BATCH rows read at least: weights, keys and values for each token."""
+    config, weight = network.network.config, network.head.weight
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    cache = 2 * config.num_hidden_layers * heads * config.head_dim * BATCH * (PROMPT + ANSWER / 2)
+    return round(ANSWER * (inner(network) + cache) * weight.element_size())
+
+
+def inner(network: Policy) -> int:
+    """Numbers of all weights that products read: those but the input embedding's."""
+    weights = sum(weight.numel() for weight in network.parameters())
+    return weights - network.network.get_input_embeddings().weight.numel()
+
+
+def operations(network: Policy, batch: Tokens) -> int:
+    """Floating point operations of a forward and a backward pass over full texts."""
+    config, tokens = network.network.config, batch.tokens.numel()
+    width = config.num_attention_heads * config.head_dim
+    attention = 6 * config.num_hidden_layers * width * tokens * batch.tokens.shape[1]
+    return 6 * inner(network) * tokens + attention  # half of the attention's, as it is causal
+
+
 def report(case: Case) -> None:
-    """Prints shares of the limits for one size."""
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
-    most = limits(case.device, dtype)
-    plain, fixed, alone = policy(case), policy(case, fixed_cache=True), prompts(case, BATCH)
-    both, learnt = alone.repeat(2), texts(case)
-    answered, replayed, greedy, passed = seconds(
-        [
-            lambda: respond(plain, alone, 0),
-            lambda: respond(fixed, alone, 0),
-            lambda: respond(plain, both, BATCH),
-            lambda: update(plain, learnt),
-        ],
-        case.device,
-    )
-    size, head = plain.network.config, plain.network.config.vocab_size
-    weights = sum(weight.numel() for weight in plain.parameters()) - head * size.hidden_size
-    cache = 2 * size.num_hidden_layers * size.hidden_size * BATCH * (PROMPT + ANSWER / 2)
-    moved = ANSWER * (weights + cache) * dtype.itemsize
-    tokens = learnt.tokens.numel()
-    attention = 6 * size.num_hidden_layers * size.hidden_size * tokens * learnt.tokens.shape[1]
+    """Prints shares of the limits for one size, of each way to decode and to update."""
+    most = limits(case.device, torch.bfloat16 if case.bf16 else torch.float32)
     print(
-        f"{case.model}: {most.rate / 1e12:.3f} Tflop/s, {most.bandwidth / 1e9:.0f} GB/s at most; "
-        f"decoding {BATCH} rows {moved / most.bandwidth / answered:.0%} of the bandwidth, "
-        f"{moved / most.bandwidth / replayed:.0%} from a fixed cache; as many greedy rows more "
-        f"{greedy / answered - 1:.0%} more time; update "
-        f"{(6 * weights * tokens + attention) / most.rate / passed:.0%} of the rate",
-        flush=True,
+        f"{case.model}: {most.rate / 1e12:.3f} Tflop/s, {most.bandwidth / 1e9:.0f} GB/s", flush=True
     )
+    alone, learnt = prompts(case, BATCH), texts(case)
+    both = alone.repeat(2)
+    ways = {"plain": {"fixed_cache": False}, "recorded": {"fixed_cache": True}}
+    ways["compiled"] = {"fixed_cache": True, "compile": True}
+    for name, settings in ways.items():
+        network = policy(case, **settings)
+        works = [
+            partial(respond, network, alone, 0),
+            partial(respond, network, both, BATCH),
+            partial(update, network, learnt),
+        ]
+        answered, greedy, passed = seconds(works, case.device)
+        print(
+            f"{case.model} {name:<9} {BATCH} rows {answered / ANSWER * 1e3:.2f} ms a token, "
+            f"{moved(network) / most.bandwidth / answered:.0%} of the bandwidth; as many greedy "
+            f"rows more {greedy / answered - 1:.0%} more time; update {passed * 1e3:.0f} ms, "
+            f"{operations(network, learnt) / most.rate / passed:.0%} of the rate",
+            flush=True,
+        )

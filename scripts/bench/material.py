@@ -24,10 +24,10 @@ def reward(completions: list[str], **columns: object) -> list[float]:
 
 
 def make(case: Case, folder: Path, steps: int) -> None:
-    """Writes `model`, with its tokenizer, and `rows.jsonl` for so many optimizer steps."""
-    size = MODELS[case.model]
-    save_tokenizer(size["vocab_size"], folder / "model")
-    save_model(case, folder / "model")
+    """Writes `rows.jsonl` for so many optimizer steps, and `model`, if there is none."""
+    if not (folder / "model").exists():
+        save_tokenizer(MODELS[case.model]["vocab_size"], folder / "model")
+        save_model(case, folder / "model")
     source = random.Random(0)
     rows = steps * case.shape.num_rows // (case.shape.num_samples if case.online else 1)
     with (folder / "rows.jsonl").open("w") as file:
@@ -59,7 +59,8 @@ def save_model(case: Case, folder: Path) -> None:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    with torch.device(case.device):
+        model = LlamaForCausalLM(config)
     with torch.no_grad():
         if case.online and not shape.mean:
             model.model.embed_tokens.weight[:, 0] = 8.0

@@ -28,7 +28,9 @@ CLAIMS = [("remax", "ppo"), ("hydra_ppo", "lora_ppo")]
 
 
 def prepare(folder: Path) -> None:
-    """A reward model and a two-headed model beside the policy, of the same size."""
+    """A reward model and a two-headed model beside the policy, of the same size, if lacking."""
+    if (folder / "two_headed").exists():
+        return
     model = str(folder / "model")
     Scalar(model).save(folder / "reward")
     TwoHeaded(model).save(folder / "two_headed")

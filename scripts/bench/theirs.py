@@ -53,8 +53,8 @@ class Pause(TrainerCallback):
         self.stepped()
 
 
-def settings(case: Case, folder: Path, steps: int) -> dict[str, Any]:
-    """Of the configuration class."""
+def settings(case: Case, folder: Path, steps: int, batched: bool) -> dict[str, Any]:
+    """Of the configuration class; `batched` answers by transformers' continuous batching."""
     shape = case.shape
     own: dict[str, Any] = {"max_length": shape.longest}
     if case.online:
@@ -66,6 +66,7 @@ def settings(case: Case, folder: Path, steps: int) -> dict[str, Any]:
             "top_k": 0,
         }
         own |= {"loss_type": "grpo"} if case.algorithm == "grpo" else {}
+        own |= {"use_transformers_continuous_batching": True} if batched else {}
     return own | {
         "output_dir": str(folder / "trl"),
         "per_device_train_batch_size": shape.part,
@@ -83,7 +84,9 @@ def settings(case: Case, folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def run(case: Case, folder: Path, steps: int, stepped: Callable[[], None]) -> None:
+def run(
+    case: Case, folder: Path, steps: int, stepped: Callable[[], None], batched: bool = False
+) -> None:
     """So many optimizer steps; `stepped` is called after each."""
     kind, config = KINDS[case.algorithm]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -92,7 +95,7 @@ def run(case: Case, folder: Path, steps: int, stepped: Callable[[], None]) -> No
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
     trainer = kind(
         model=auto.from_pretrained(folder / "model", dtype="auto", **options),
-        args=config(**settings(case, folder, steps)),
+        args=config(**settings(case, folder, steps, batched)),
         train_dataset=Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder)),
         processing_class=tokenizer,
         callbacks=[Pause(stepped)],

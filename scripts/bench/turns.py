@@ -5,12 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
-Seconds = tuple[float, float]  # on the clock, and of this process on a processor
 Stepped = Callable[[], None]
 Run = Callable[[int, Stepped], None]  # makes so many steps and calls after each
+
+
+class Step(NamedTuple):
+    """What a step took.
+
+    Args:
+        clock: Seconds.
+        work: Seconds that this process had a processor.
+        bytes: Of this run on a GPU at most, 0 elsewhere.
+    """
+
+    clock: float
+    work: float
+    bytes: int
 
 
 class Turn:
@@ -24,6 +38,7 @@ class Turn:
     def __init__(self, run: Run, steps: int):
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
+        self.held = 0  # bytes on a GPU that this run has between its turns
         self.thread = threading.Thread(target=self.work, args=(run, steps), daemon=True)
         self.thread.start()
 
@@ -44,20 +59,28 @@ class Turn:
         self.done.release()
         self.go.acquire()
 
-    def step(self) -> Seconds:
-        """Seconds of the next step: on the clock, and of this process on the processor."""
+    def step(self) -> Step:
+        """What the next step takes."""
+        before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+        others = before - self.held
+        if before:
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter(), time.process_time()
         self.go.release()
         self.done.acquire()
         if self.error is not None:
             raise self.error
-        return time.perf_counter() - start[0], time.process_time() - start[1]
+        clock, work = time.perf_counter() - start[0], time.process_time() - start[1]
+        if not torch.cuda.is_initialized():
+            return Step(clock, work, 0)
+        self.held += torch.cuda.memory_allocated() - before
+        return Step(clock, work, torch.cuda.max_memory_allocated() - others)
 
 
-def seconds(runs: Sequence[Run], rounds: int) -> list[list[Seconds]]:
-    """Seconds of each step of each run; the first step of each, with all loading, is left out."""
+def steps_of(runs: Sequence[Run], rounds: int) -> list[list[Step]]:
+    """Each step of each run; the first step of each, with all loading, is left out."""
     turns = [Turn(run, rounds + 1) for run in runs]
-    spent: list[list[Seconds]] = [[] for _ in runs]
+    spent: list[list[Step]] = [[] for _ in runs]
     for turn in turns:
         turn.step()
     for number in range(rounds):
