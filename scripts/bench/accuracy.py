@@ -1,0 +1,279 @@
+"""Short fits of every kind, whose memory is planned on one machine and measured on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import AdamW
+
+from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.dpo import DPO
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.ppo import PPO
+from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.reward_model import RewardModel
+from lit_align.algorithms.sft import SFT
+from lit_align.algorithms.spr import SPR
+from lit_align.batches import Experience
+from lit_align.callbacks.memory import Memory
+from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
+from lit_align.data.instructions import InstructionData
+from lit_align.data.preferences import PreferenceData
+from lit_align.data.prompts import PromptData
+from lit_align.models import packing
+from lit_align.models.hydra import Hydra
+from lit_align.models.lora import LoRA
+from lit_align.models.parking import Sleeper
+from lit_align.models.policy import Policy
+from lit_align.models.scalar import Scalar
+from lit_align.optim.galore import GaLore
+from lit_align.rewards.base import RewardFunction
+from lit_align.rewards.base_reward import BaseReward
+from lit_align.rewards.learned import LearnedReward, TrainedScalar
+from lit_align.tools.plan_material import FIRST, Longest
+from lit_align.tools.plan_shapes import config_of
+
+TOY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 192,
+    "hidden_size": 64,
+    "intermediate_size": 168,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+class Size(NamedTuple):
+    """How large the runs are.
+
+    Args:
+        config: Of every network.
+        prompt: Tokens of a prompt.
+        answer: Tokens of an answer.
+        rows: Texts of a step.
+        passes: Texts of a micro-batch.
+        rank: Of GaLore's matrices and of adapters.
+    """
+
+    config: dict[str, Any]
+    prompt: int
+    answer: int
+    rows: int
+    passes: int
+    rank: int
+
+
+def size_of(model: str) -> Size:
+    """The runs of a model: `toy`, or a built-in shape of the plan.
+
+    Args:
+        model: Its name.
+    """
+    endless = {"eos_token_id": None}  # as a plan has it: no answer ends early
+    if model == "toy":
+        return Size(TOY | endless, 16, 24, 8, 3, 8)
+    config = config_of(f"shape:{model}").to_diff_dict()
+    return Size(config | endless, 384, 128, 16, 6, 64)
+
+
+class Fit(NamedTuple):
+    """What is fitted.
+
+    Args:
+        trainer: For one pass over `data`.
+        algorithm: Not yet fitted.
+        data: Batches of the longest texts.
+    """
+
+    trainer: Trainer
+    algorithm: Algorithm
+    data: Longest
+
+
+class Judging(LearnedReward):
+    """A reward model of random weights, which reads token ids without any text.
+
+    Args:
+        size: Of the runs.
+    """
+
+    def __init__(self, size: Size):
+        super().__init__("random weights", dtype="bfloat16", tokens_per_pass=4 * tokens(size))
+        self.size = size
+
+    def setup(self, algorithm: LightningModule) -> None:
+        """Builds the network."""
+        scalar = TrainedScalar(config=dict(self.size.config), dtype=self.dtype)
+        self.scalar = scalar.eval().requires_grad_(False)
+        self.sleeper = Sleeper(self.scalar.parameters, frozen=True)
+
+    def encode(self, batch: Experience) -> list[list[int]]:
+        """[N] texts as long as the policy's."""
+        return [[FIRST] * tokens(self.size)] * len(batch)
+
+
+class Counting(RewardFunction):
+    """How often a token stands in the response."""
+
+    def __call__(self, batch: Experience) -> Tensor:
+        """[N] numbers."""
+        return ((batch.responses == FIRST) & batch.response_mask).sum(-1).float()
+
+
+class Method(NamedTuple):
+    """What is run.
+
+    Args:
+        kind: The algorithm.
+        settings: Its own, from a size.
+        judge: Of answers, from a size.
+    """
+
+    kind: type[Algorithm]
+    settings: Callable[[Size], dict[str, Any]]
+    judge: Callable[[Size], RewardFunction] = lambda size: Counting()
+
+
+def tokens(size: Size) -> int:
+    """Of a whole text."""
+    return size.prompt + size.answer
+
+
+def network(kind: type, size: Size, **settings: Any) -> Callable[[], Any]:
+    """Builds a network of random weights."""
+    return partial(kind, config=dict(size.config), **settings)
+
+
+def policy(size: Size) -> dict[str, Any]:
+    """A policy that trains whole."""
+    return {"policy": network(Policy, size)}
+
+
+def acting(size: Size) -> dict[str, Any]:
+    """A policy and a critic that train whole."""
+    return {**policy(size), "critic": network(Scalar, size)}
+
+
+def adapters(size: Size) -> dict[str, Any]:
+    """A policy and a critic of adapters on frozen bases."""
+    half = {"dtype": "bfloat16", "lora": LoRA(rank=size.rank, alpha=2 * size.rank)}
+    both = (("policy", Policy), ("critic", Scalar))
+    return {role: network(kind, size, **half) for role, kind in both}
+
+
+def by_galore(size: Size) -> dict[str, Any]:
+    """GaLore's optimizer, of its own rank."""
+    return {**policy(size), "optimizer": partial(GaLore, rank=size.rank, lr=1e-5)}
+
+
+def hydra(size: Size) -> dict[str, Any]:
+    """One frozen base with an actor's and a critic's adapter."""
+    half = {"dtype": "bfloat16", "lora": LoRA(rank=size.rank, alpha=2 * size.rank)}
+    return {"policy": network(Hydra, size, **half)}
+
+
+def lean(size: Size) -> dict[str, Any]:
+    """A policy that keeps the inputs of blocks alone."""
+    return {"policy": network(Policy, size, checkpointing=True)}
+
+
+METHODS: dict[str, Method] = {
+    "SFT": Method(SFT, policy),
+    "SFT-checkpointing": Method(SFT, lean),
+    "SFT-GaLore": Method(SFT, by_galore),
+    "DPO": Method(DPO, policy),
+    "RewardModel": Method(RewardModel, lambda size: {"reward_model": network(Scalar, size)}),
+    "GRPO": Method(GRPO, lambda size: {**policy(size), "num_samples": 4}),
+    "ReMax": Method(ReMax, policy, Judging),
+    "SPR": Method(SPR, lambda size: {**policy(size), "num_samples": 4}),
+    "PPO": Method(PPO, acting, Judging),
+    "LoRA-PPO": Method(PPO, adapters, lambda size: BaseReward()),
+    "Hydra-PPO": Method(HydraPPO, hydra, lambda size: BaseReward()),
+}
+PAIRED = (DPO, RewardModel)
+
+
+def run(name: str, size: Size, folder: str, accelerator: str) -> Fit:
+    """A fit of two batches, whose every row is as long as it may be.
+
+    Args:
+        name: Of the method.
+        size: Of networks, texts and batches.
+        folder: For what it writes.
+        accelerator: Lightning's word.
+    """
+    method = METHODS[name]
+    paired, online = method.kind in PAIRED, issubclass(method.kind, OnlineAlgorithm)
+    settings = {
+        "optimizer": partial(AdamW, lr=1e-6, fused=True),
+        "microbatch_tokens": size.passes * tokens(size),
+        **method.settings(size),
+    }
+    algorithm = method.kind(**settings)
+    data: Any = PreferenceData if paired else InstructionData
+    if isinstance(algorithm, OnlineAlgorithm):
+        rows = size.rows // algorithm.num_samples
+        module: Any = PromptData("none", max_prompt_tokens=size.prompt, batch_size=rows)
+        stored = algorithm.num_stored
+    else:
+        rows, stored = size.rows // (2 if paired else 1), 0
+        module = data("none", max_tokens=tokens(size), batch_size=rows)
+    asked = [Rollout(max_new_tokens=size.answer), Reward(method.judge(size))]
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision="bf16-mixed",
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=asked if online else [],
+    )
+    vocabulary = size.config["vocab_size"]
+    return Fit(trainer, algorithm, Longest(module, None, size.answer, stored, vocabulary))
+
+
+def measured(name: str, model: str, folder: str, device: str) -> dict[str, int]:
+    """Bytes at the height of each phase as the allocator has counted them, from a fit.
+
+    Args:
+        name: Of the method.
+        model: Of all networks.
+        folder: For what the run writes.
+        device: cpu, or cuda.
+    """
+    share_keys()
+    torch.manual_seed(0)
+    made = run(name, size_of(model), folder, "cpu" if device == "cpu" else "gpu")
+    callbacks: list[Callback] = vars(made.trainer)["callbacks"]
+    memory = Memory()
+    callbacks.insert(0, memory)
+    made.trainer.fit(made.algorithm, made.data)
+    return {phase: peak.peak for phase, peak in memory.peaks.items()}
+
+
+def share_keys() -> None:
+    """Lets torch before 2.13 attend, whose kernel shares keys among heads without being told."""
+    kernel = packing.varlen_attn
+    if "enable_gqa" in signature(kernel).parameters:
+        return
+
+    def attend(*given: Any, enable_gqa: bool, **more: Any) -> Any:
+        return kernel(*given, **more)
+
+    vars(packing)["varlen_attn"] = attend
