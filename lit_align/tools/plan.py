@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -21,14 +22,12 @@ from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.models.fsdp2 import FSDP2
 from lit_align.models.parking import state_of
-from lit_align.tools.plan_kernels import SCRATCH
+from lit_align.tools.plan_kernels import KEPT, SCRATCH, SCRATCH_ON_CARD, counted_on_card
 from lit_align.tools.plan_ledger import Height, Kind, Ledger, Place
 from lit_align.tools.plan_material import Longest
 from lit_align.tools.plan_stand_ins import Judge, Once, longest_answers, refuse_nothing, silent
 from lit_align.tools.plan_tracking import Tracking, making
 from lit_align.tools.plan_world import as_on_a_card, group_of, told, without_values
-
-GRAIN = 512  # bytes that a GPU's allocator rounds up to
 
 
 class Machine(NamedTuple):
@@ -71,7 +70,7 @@ def simulated(build: Callable[[], Run], machine: Machine) -> Heights:
         build: Makes the run; called where tensors have no values.
         machine: Where it is to be.
     """
-    ledger = Ledger(GRAIN if machine.is_card else 1)
+    ledger = Ledger(counted_on_card if machine.is_card else int)
     with world(ledger, machine):
         run = build()
         prepare(run, ledger)
@@ -93,7 +92,8 @@ def world(ledger: Ledger, machine: Machine) -> Iterator[None]:
             stack.enter_context(as_on_a_card(ledger))
         stack.enter_context(making(ledger, Kind.PARAMETERS, place))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(Tracking(ledger, {} if machine.is_card else SCRATCH))
+        inside, kept = (SCRATCH_ON_CARD, KEPT) if machine.is_card else (SCRATCH, 0)
+        stack.enter_context(Tracking(ledger, inside, kept))
         yield
 
 
@@ -114,6 +114,7 @@ def prepare(run: Run, ledger: Ledger) -> None:
     algorithm.watchers.append(clerk)
     vars(trainer.strategy).update(
         model_to_device=partial(clerk.arrive, algorithm),
+        tensor_init_context=partial(clerk.built, trainer.strategy.tensor_init_context),
         setup_environment=real(trainer.strategy.setup_environment),
         teardown=lambda: None,
     )
@@ -143,6 +144,17 @@ class Clerk(Callback):
         strategy = run.trainer.strategy
         self.offloads = isinstance(strategy, FSDP2) and strategy.cpu_offload
         self.optimizers: list[Optimizer] = []
+
+    @contextmanager
+    def built(self, context: Callable[..., AbstractContextManager[None]]) -> Iterator[None]:
+        """Networks come into being on the device, unless they are split first.
+
+        Args:
+            context: The strategy's own.
+        """
+        place = None if isinstance(self.trainer.strategy, ModelParallelStrategy) else Place.DEVICE
+        with making(self.ledger, place=place), context():
+            yield
 
     def arrive(self, algorithm: LightningModule) -> None:
         """Networks come to the device, shards that sleep on the host apart."""

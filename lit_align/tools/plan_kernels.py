@@ -1,4 +1,4 @@
-"""Memory of operators that fake tensors do not show: scratch of the CPU's, attention of a GPU's."""
+"""Memory that fake tensors do not show: inside of operators, of libraries, of an allocator."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import varlen
 
 from lit_align.functional import sparse_low_rank
+from lit_align.models.packing import Packed, by_kernel, run_by_run
 
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
+MIB = 2**20  # bytes
+KEPT = 32 * MIB  # cuBLAS's workspace per thread on Hopper; older cards have 8
 
 
 def attention(
@@ -54,6 +58,30 @@ def attention(
     return attended
 
 
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed,
+    scaling: float | None,
+) -> Tensor:
+    """`run_by_run` as `lit_align.models.packing.attention` has it on a GPU: halves in one launch.
+
+    Args:
+        module: The layer.
+        query: [1, heads, T, D].
+        key: [1, fewer heads or as many, T, D].
+        value: Of the key's shape.
+        packed: The texts in the row.
+        scaling: Of the products.
+    """
+    three = (autocast(query), autocast(key), autocast(value))
+    if three[0].dtype in HALVES:
+        return by_kernel(*three, packed, scaling)
+    return run_by_run(module, query, key, value, packed, scaling)
+
+
 def autocast(tensor: Tensor) -> Tensor:
     """In the type of autocast, where that is on."""
     on = torch.is_autocast_enabled("cpu")
@@ -87,7 +115,37 @@ def drawn_on_cpu(values: Tensor, size: int, seed: int) -> int:
     return size + 8 * len(values) if few < len(values) else 36 * few
 
 
+def flash_backward(grad: Tensor, query: Tensor, key: Tensor, *others: Tensor) -> int:
+    """Bytes inside the backward of packed flash attention: sums in fp32, keys of all heads.
+
+    Args:
+        grad: [T, heads, D].
+        query: [T, heads, D].
+        key: [T, fewer heads or as many, D].
+        *others: value, output, normaliser, and where texts end, [n + 1].
+    """
+    tokens, heads, width = query.shape
+    padded = tokens + 128 * (len(others[3]) - 1)
+    sums = 4 * padded * heads * (-(-width // 32) * 32 + 1)
+    return sums + (4 * tokens * heads * width if key.shape[1] < heads else 0)
+
+
+def counted_on_card(size: int) -> int:
+    """What a GPU's allocator counts for a block of so many bytes.
+
+    A multiple of 512. From 10 MiB on, memory comes in multiples of 2 MiB, of which a rest of at
+    most 1 MiB serves nobody else.
+    """
+    whole = -(-size // (2 * MIB)) * 2 * MIB
+    if size >= 10 * MIB and whole - size <= MIB:
+        return whole
+    return -(-size // 512) * 512
+
+
 SCRATCH: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: flash_on_cpu,
     sparse_low_rank.draw_support._opoverload: drawn_on_cpu,
+}
+SCRATCH_ON_CARD: dict[Any, Callable[..., int]] = {
+    varlen._varlen_attn_backward._opoverload: flash_backward,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -69,11 +69,11 @@ class Ledger:
     """Counts storages while they live; a watcher of an algorithm's phases.
 
     Args:
-        grain: Bytes that an allocator rounds a block up to.
+        rounded: Bytes that an allocator counts for a block of so many.
     """
 
-    def __init__(self, grain: int = 1):
-        self.grain = grain
+    def __init__(self, rounded: Callable[[int], int] = int):
+        self.rounded = rounded
         self.blocks: dict[int, Block] = {}  # by the storage's identity
         self.held: dict[Place, Counter[Kind]] = {place: Counter() for place in Place}
         self.total: dict[Place, int] = dict.fromkeys(Place, 0)
@@ -149,7 +149,7 @@ class Ledger:
 
     def resize(self, block: Block, size: int) -> None:
         """A storage has so many bytes from now on."""
-        rounded = -(-size // self.grain) * self.grain
+        rounded = self.rounded(size)
         self.held[block.place][block.kind] += rounded - block.size
         self.total[block.place] += rounded - block.size
         block.size = rounded

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lit_align.tools.plan_ledger import Kind, Ledger, Place
 
 aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.mm.dtype, aten.addmm.default, aten.bmm.default}
 SUMS = {aten.add.Tensor, aten.clone.default, aten.new_empty_strided.default}
 
 
@@ -28,11 +29,13 @@ class Tracking(TorchDispatchMode):
     Args:
         ledger: What is written.
         scratch: Bytes that an operator takes inside and gives back, of its arguments.
+        kept: Bytes that a library of products takes of the device and keeps, per thread.
     """
 
-    def __init__(self, ledger: Ledger, scratch: dict[Any, Callable[..., int]]):
+    def __init__(self, ledger: Ledger, scratch: dict[Any, Callable[..., int]], kept: int = 0):
         super().__init__()
-        self.ledger, self.scratch = ledger, scratch
+        self.ledger, self.scratch, self.kept = ledger, scratch, kept
+        self.workspaces: dict[bool, Tensor] = {}  # by whether backward's thread has them
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -48,12 +51,20 @@ class Tracking(TorchDispatchMode):
             return value_of(args[0].dtype)
         if function is aten.nonzero.default:
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if self.kept and function in PRODUCTS and self.ledger.new[0] is Place.DEVICE:
+            self.work_in_backward(torch._C._current_graph_task_id() != -1)
         result = function(*args, **(kwargs or {}))
         kind = Kind.ACTIVATIONS if torch.is_grad_enabled() else Kind.TEMPORARIES
         new = [self.ledger.see(tensor.untyped_storage(), kind) for tensor in tensors(result)]
         if any(new) and not is_sum_of_the_engine(function):
             self.ledger.note(function, self.inside(function, args))
         return result
+
+    def work_in_backward(self, backward: bool) -> None:
+        """A thread multiplies: it has a workspace from the first time on."""
+        if backward not in self.workspaces:
+            self.workspaces[backward] = torch.empty(self.kept, dtype=torch.uint8)
+            self.ledger.tell(self.workspaces[backward], Kind.TEMPORARIES)
 
     def inside(self, function: Any, args: Any) -> int:
         """Bytes that an operator takes and gives back."""
