@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ class Memory(Callback):
         self.peaks: dict[str, Peak] = {}  # the largest of the run, by phase
         self.latest: dict[str, int] = {}  # bytes since the last log, by phase
         self.gradients = 0  # bytes when the optimizer stepped
+        self.planned: Mapping[str, int] = {}  # bytes by phase, where somebody has foretold them
 
     # When -----------------------------------------------------------------------------------------
 
@@ -163,8 +164,10 @@ class Memory(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"memory{rank}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["phase", *Peak._fields])
-            writer.writerows([phase, *peak] for phase, peak in self.peaks.items())
+            extra = ["planned"] if self.planned else []
+            writer.writerow(["phase", *Peak._fields, *extra])
+            for phase, peak in self.peaks.items():
+                writer.writerow([phase, *peak, *[self.planned.get(phase, 0) for _ in extra]])
 
 
 def weights(trainer: Trainer, algorithm: Algorithm) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from lit_align.callbacks.curves import Curves
 from lit_align.callbacks.environment import Environment
 from lit_align.callbacks.export import Export
 from lit_align.callbacks.finite import Finite
+from lit_align.callbacks.foretold import Foretold
 from lit_align.callbacks.memory import Memory
 from lit_align.callbacks.progress import Progress
 from lit_align.callbacks.reward import Reward
@@ -38,10 +39,17 @@ class AlignCLI(LightningCLI):
     Args:
         args: The command line without the program's name, its configs read.
         typed: The same as the user typed it.
+        planned: Bytes at the height of each phase, if this rank has planned the fit; None if
+            nobody has.
     """
 
-    def __init__(self, args: list[str], typed: list[str] | None = None):
-        self.typed = tuple(typed or ())
+    def __init__(
+        self,
+        args: list[str],
+        typed: list[str] | None = None,
+        planned: dict[str, int] | None = None,
+    ):
+        self.typed, self.planned = tuple(typed or ()), planned
         super().__init__(
             Algorithm,
             TextData,
@@ -150,12 +158,16 @@ class AlignCLI(LightningCLI):
         ]
         others = [each for each in trainer.callbacks if each not in early]
         early += [kind() for kind in self.measures(trainer) if kind not in given]
+        if self.planned is not None:
+            memory = next(each for each in early if isinstance(each, Memory))
+            writers.append(Foretold(self.planned, memory))
         trainer.callbacks[:] = [*early, *sections, *others, *writers]  # saved before a rollout
         return trainer
 
     def measures(self, trainer: Trainer) -> list[type[Callback]]:
         """What watches the phases of every fit; counting memory costs nothing but on a CPU."""
-        return [Timing] if trainer.strategy.root_device.type == "cpu" else [Timing, Memory]
+        free = trainer.strategy.root_device.type != "cpu"
+        return [Timing, Memory] if free or self.planned is not None else [Timing]
 
     def saving(self, config: Namespace) -> dict[str, Any]:
         """Our checkpoints in the place of Lightning's, and the one that this command goes on from.

@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     if args in ([], ["--help"], ["-h"]):
         print(
             f"beside the Trainer's: lit-align {' | '.join(['configs', *TOOLS])}, each with --help\n"
+            "`fit --plan` says first what the fit will take, and afterwards how far that was off\n"
         )
     try:
         if args[:1] == ["configs"]:
@@ -51,7 +52,14 @@ def run(args: list[str]) -> int:
     quieten()
     open_rooms()
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as python itself would find them
-    AlignCLI(fit_overlays(args), args)
+    plans = args[0] == "fit" and "--plan" in args
+    read = fit_overlays([word for word in args if not (plans and word == "--plan")])
+    planned = None
+    if plans:
+        from lit_align.cli.foretelling import foretold
+
+        planned = foretold(read[1:])
+    AlignCLI(read, args, planned)
     return 0
 
 
