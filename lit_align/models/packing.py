@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -106,7 +105,7 @@ def next_token(
         scaling: Of the products.
     """
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-    mixed = scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    mixed = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
     return mixed.flatten(1, 2).unsqueeze(1)
 
 

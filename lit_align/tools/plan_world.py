@@ -245,9 +245,15 @@ def as_on_a_card(ledger: Ledger) -> Iterator[None]:
     def lists() -> list[str]:
         return ["cpu"]
 
+    stay = Policy.stays
+
+    def recorded(policy: Policy, device: torch.device) -> bool:
+        return stay(policy, torch.device("cuda"))
+
     with ExitStack() as stack:
         stack.enter_context(replaced(Sleeper, park=park, wake=wake))
         stack.enter_context(replaced(torch.nn.functional, scaled_dot_product_attention=attention))
+        stack.enter_context(replaced(Policy, stays=recorded))
         stack.enter_context(replaced(packing, run_by_run=packed_attention))
         stack.enter_context(replaced(logprobs, _sums_halves=lambda device: True))
         for module in (torch_optimizer, _foreach_utils):
