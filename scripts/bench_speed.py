@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -68,7 +69,12 @@ def compare(name: str, case: Case, sides: list[Side], args: argparse.Namespace) 
     """
     folder = Path(args.folder) / case.place
     apart(written, case, folder, args.rounds + 2)
-    one, other = apart(timed, case, folder, sides, args.rounds)
+    try:
+        one, other = apart(timed, case, folder, sides, args.rounds)
+    except RuntimeError as failure:  # its own words stand above
+        print(f"{name:<14} {case.model:>5} {case.shape.name:<7} {failure}", flush=True)
+        args.failed = True
+        return
     if case.device == "cpu":
         mine, its = (apart(weighed, case, folder, side) for side in sides)
     else:
@@ -162,6 +168,7 @@ def main() -> None:
     parser.add_argument("--picture", default="docs/pictures/growth.png")
     parser.add_argument("--quick", action="store_true", help="the smallest model beside TRL")
     args = parser.parse_args()
+    args.failed = False
     if args.quick:
         args.models, args.parts = args.models[:1], ["trl"]
     torch.set_num_threads(1)
@@ -169,6 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as args.folder:
         for part in args.parts:
             PARTS[part](args)
+    sys.exit(int(args.failed))
 
 
 if __name__ == "__main__":

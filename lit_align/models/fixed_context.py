@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import Cache, StaticLayer
 
 from lit_align.models.compiling import compiled_trunk, of_any_size
 from lit_align.models.decoding import Context
 
 ALIGNED = 64  # tokens: attention's kernels copy masks of other widths
+
+
+class FixedLayer(StaticLayer):
+    """transformers' fixed places; under autocast keys are fp32 and values are not."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, once these have been added; as in transformers."""
+        values = value_states.to(key_states.dtype)
+        found: tuple[Tensor, Tensor] = super().update(key_states, values, *args, **kwargs)
+        return found
 
 
 class FixedContext(Context):
@@ -38,7 +52,7 @@ class FixedContext(Context):
 
     def fix(self, rows: Tensor) -> None:
         """Moves the rows at [n] places of the batch to tensors of their own."""
-        cache = StaticCache(config=self.network.config, max_cache_len=self.size)
+        cache = Cache(layers=[FixedLayer(self.size) for _ in self.cache.layers])
         for number, layer in enumerate(self.cache.layers):
             keys, values = (each[rows, :, : self.filled] for each in (layer.keys, layer.values))
             for tensor in cache.update(keys, values, number):

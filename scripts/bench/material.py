@@ -65,7 +65,7 @@ def save_model(case: Case, folder: Path) -> None:
         if case.online and not shape.mean:
             model.model.embed_tokens.weight[:, 0] = 8.0
             model.lm_head.weight[EOS] = 0.0
-            model.lm_head.weight[EOS, 0] = -1000.0
+            model.lm_head.weight[EOS, 0] = -40 / config.hidden_size**0.5  # nats of the stop
     stops = [EOS]
     if shape.mean and case.online:
         stops += range(FIRST_WORD, FIRST_WORD + round(config.vocab_size / shape.mean))

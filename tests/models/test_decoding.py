@@ -79,6 +79,18 @@ def test_a_fixed_cache_says_the_same(prompts):
     assert min(ends) < max(ends)
 
 
+def test_a_fixed_cache_says_the_same_in_mixed_precision(prompts):
+    """Keys are fp32 there and values are not."""
+    noise = torch.rand(4, 6, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        said = [
+            tiny(fixed_cache=fixed).respond(prompts, noise, [False] * 4, [2], 0, Sampling())
+            for fixed in (False, True)
+        ]
+    assert torch.equal(said[0].tokens, said[1].tokens)
+    torch.testing.assert_close(said[0].logprobs, said[1].logprobs, atol=0.02, rtol=0)
+
+
 def test_a_fixed_cache_keeps_its_places(tiny_policy, prompts):
     """What a graph reads and writes stays where it was when it was recorded."""
     context = FixedContext(Context(tiny_policy.network, prompts), 3)
