@@ -19,11 +19,12 @@ from lit_align.cli.messages import quieten
 from lit_align.cli.overlays import fit_overlays
 from lit_align.cli.planned import PlannedCLI
 from lit_align.cli.rooms import open_rooms
-from lit_align.cli.sweep import SIZES, sweep
+from lit_align.cli.sweep import SIZES, Size, sweep
 from lit_align.cli.words import Words
 from lit_align.models.loading import quiet_transformers
 from lit_align.tools.plan import simulated
 from lit_align.tools.plan_report import GIB, Plan, as_json, table, verdict
+from lit_align.tools.plan_shapes import config_of
 
 ABOUT = (
     "Peak memory of a run by phase, from the real code on tensors without values: no GPU, no "
@@ -31,6 +32,7 @@ ABOUT = (
     "shape:llama-3-8b or a config.json. Status 0: fits, 1: does not, 2: bad input."
 )
 PHASES = ("load", "rollout", "score", "prepare", "update")
+EVEN = 0.01  # share of the peak by which traces of few blocks may miss a line
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
@@ -111,18 +113,40 @@ def tried(words: list[str], given: argparse.Namespace, cli: PlannedCLI) -> list[
 
 def swept(given: argparse.Namespace, words: list[str]) -> int:
     """Every method at one size, a line each as soon as it is known."""
-    if words:
-        raise ValueError(f"--sweep has settings of its own and takes no {words[0]}.")
     lines = []
-    for line in sweep(SIZES[given.sweep], given.gpu):
+    for line in sweep(sweeping(given, words), given.gpu):
         lines.append(line)
         peaks = {phase: line.peak(phase) for phase in PHASES}
-        row = {"method": line.method, "by": line.by, **peaks}
+        row = {"method": line.method, "by": line.by, **peaks, "bent": line.grown.bent}
         shown = "  ".join(f"{phase} {peak / GIB:6.2f}" for phase, peak in peaks.items())
+        if line.grown.bent > EVEN:
+            shown += f"  too low: blocks do not grow evenly, by {line.grown.bent:.1%}"
         print(
             json.dumps(row) if given.json else f"{line.method:<16}{line.by:<8} {shown}", flush=True
         )
     return int(any(max(map(line.peak, PHASES)) > given.gpu for line in lines))
+
+
+def sweeping(given: argparse.Namespace, words: list[str]) -> Size:
+    """The model and the machines that methods are compared at.
+
+    Args:
+        given: The arguments of `plan`.
+        words: Behind them, of which a sweep takes these few.
+    """
+    size = SIZES[given.sweep]
+    own = Words(prog="lit-align plan", allow_abbrev=False)
+    own.add_argument("--model.policy.path", dest="path", default=size.path)
+    own.add_argument("--trainer.devices", dest="devices", type=int, default=size.devices)
+    own.add_argument("--trainer.num_nodes", dest="nodes", type=int, default=size.nodes)
+    own.add_argument("--rollout.max_new_tokens", dest="answer", type=int, default=size.answer)
+    found, others = own.parse_known_args(words)
+    if others:
+        raise ValueError(f"--sweep has settings of its own and takes no {others[0]}.")
+    config_of(found.path)  # refuses what is no model
+    gather = size.gather if found.path == size.path else None
+    prompt = given.prompt_tokens or size.prompt
+    return Size(**vars(found), gather=gather, sum_once=size.sum_once, prompt=prompt)
 
 
 def parser() -> Words:
@@ -131,13 +155,17 @@ def parser() -> Words:
     help_of = {
         "gpu": "Memory of a GPU: a number and GB (10^9 bytes) or GiB (2^30).",
         "prompt_tokens": "Tokens of each prompt, or text; by default the most that data allow.",
-        "sweep": "Compares all methods at Llama 2 7B on 8 GPUs or 70B on 64, 512 + 512 tokens.",
+        "sweep": "Compares all methods at Llama 2 7B on 8 GPUs or 70B on 64, 512 + 512 tokens, or "
+        "at the --model.policy.path, --prompt_tokens, --rollout.max_new_tokens, --trainer.devices "
+        "and --trainer.num_nodes that are given.",
         "json": "All bytes, for machines.",
     }
     words.add_argument("--gpu", type=size, default="80GB", metavar="80GB", help=help_of["gpu"])
     words.add_argument("--prompt_tokens", type=int, help=help_of["prompt_tokens"])
     words.add_argument("--json", action="store_true", help=help_of["json"])
-    words.add_argument("--sweep", choices=sorted(SIZES), help=help_of["sweep"])
+    words.add_argument(
+        "--sweep", nargs="?", const="7b", choices=sorted(SIZES), help=help_of["sweep"]
+    )
     return words
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from lit_align.cli.overlays import Settings, read
 from lit_align.cli.planned import PlannedCLI
-from lit_align.tools.plan import Heights, simulated
-from lit_align.tools.plan_blocks import extrapolated
-from lit_align.tools.plan_ledger import Place
+from lit_align.tools.plan import traced
+from lit_align.tools.plan_blocks import Grown, extrapolated
+from lit_align.tools.plan_ledger import Ledger
 from lit_align.tools.plan_shapes import config_of
 
 LAYOUTS = ("ppo", "lora_ppo", "dl_ppo", "joint_hydra_ppo", "hydra_ppo")
 WHOLE = ("ppo", "remax", "grpo", "grpovi", "rto", "spr", "sft", "dpo")
 ROWS = 8  # texts that a rank learns from in a step
-BLOCKS = (2, 4)  # traced; the rest are like these
+BLOCKS = (2, 3, 4)  # traced; the rest are like these, and the first says whether they are
 SAMPLES = {"grpo": 4, "grpovi": 4, "spr": 4}  # of a prompt
 PAIRED = ("dpo",)  # two texts a row
 
@@ -25,23 +27,38 @@ class Size(NamedTuple):
     """A model and the machines for it.
 
     Args:
-        shape: As `--model.policy.path` takes it.
-        ranks: GPUs of all nodes, 8 to a node.
-        rank: Of GaLore's and SLTrain's matrices, as their papers have it for this size.
-        gather: Whether whole weights are gathered to answer.
-        tokens: Of a prompt, and of an answer.
+        path: As `--model.policy.path` takes it.
+        devices: GPUs of a node.
+        nodes: Of these.
+        gather: Whether whole weights are gathered to answer; None where an estimate says that
+            they fit.
+        sum_once: Whether whole gradients wait for the last micro-batch, as in `FSDP2`.
+        prompt: Tokens of a prompt.
+        answer: Tokens of an answer.
     """
 
-    shape: str
-    ranks: int
-    rank: int
-    gather: bool
-    tokens: int = 512
+    path: str
+    devices: int = 8
+    nodes: int = 1
+    gather: bool | None = None
+    sum_once: bool = True
+    prompt: int = 512
+    answer: int = 512
+
+    @property
+    def tokens(self) -> int:
+        """Of a whole text."""
+        return self.prompt + self.answer
+
+    @property
+    def rank(self) -> int:
+        """Of GaLore's and SLTrain's matrices: a quarter of the width, as their papers have it."""
+        return int(config_of(self.path).hidden_size) // 4
 
 
 SIZES = {
-    "7b": Size("shape:llama-2-7b", 8, 1024, True),
-    "70b": Size("shape:llama-2-70b", 64, 2048, False),
+    "7b": Size("shape:llama-2-7b", gather=True),
+    "70b": Size("shape:llama-2-70b", nodes=8, gather=False, sum_once=False),
 }
 
 
@@ -51,16 +68,17 @@ class Line(NamedTuple):
     Args:
         method: The packaged config.
         by: AdamW, GaLore or SLTrain.
-        heights: Of each phase.
+        grown: Of all blocks.
     """
 
     method: str
     by: str
-    heights: Heights
+    grown: Grown
 
     def peak(self, phase: str) -> int:
         """The most bytes of a phase on the device, 0 where there is no such phase."""
-        return self.heights[phase][Place.DEVICE].total if phase in self.heights else 0
+        heights = self.grown.heights
+        return heights[phase].total if phase in heights else 0
 
 
 def sweep(size: Size, memory: int) -> Iterator[Line]:
@@ -73,55 +91,66 @@ def sweep(size: Size, memory: int) -> Iterator[Line]:
     cases = [(method, "AdamW") for method in dict.fromkeys([*LAYOUTS, *WHOLE])]
     cases += [(method, by) for by in ("GaLore", "SLTrain") for method in WHOLE]
     for method, by in cases:
-        few, more = (traced(settings(method, by, size, each), memory) for each in BLOCKS)
-        number = config_of(size.shape).num_hidden_layers
-        yield Line(method, by, extrapolated(few, more, *BLOCKS, number))
+        traces = {blocks: with_blocks(method, by, size, blocks, memory) for blocks in BLOCKS}
+        yield Line(method, by, extrapolated(traces, config_of(size.path).num_hidden_layers))
 
 
-def traced(config: Settings, memory: int) -> Heights:
-    """One simulation."""
-    cli = PlannedCLI(["--config", json.dumps(config)])
-    return simulated(cli.build, cli.machine._replace(memory=memory))
-
-
-def settings(method: str, by: str, size: Size, blocks: int) -> Settings:
-    """A packaged config at this model, length and number of rows, with so many blocks.
+def with_blocks(method: str, by: str, size: Size, blocks: int, memory: int) -> Ledger:
+    """One simulation.
 
     Args:
         method: Of the config.
         by: AdamW, GaLore or SLTrain.
         size: The model.
         blocks: Of every network.
+        memory: Bytes of a device.
+    """
+    architecture = {**config_of(size.path).to_diff_dict(), "num_hidden_layers": blocks}
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(architecture))
+        config = settings(method, by, size, str(file))
+        cli = PlannedCLI(["--config", json.dumps(config)])
+        return traced(cli.build, cli.machine._replace(memory=memory))
+
+
+def settings(method: str, by: str, size: Size, path: str) -> Settings:
+    """A packaged config at this length and number of rows, with all networks of one shape.
+
+    Args:
+        method: Of the config.
+        by: AdamW, GaLore or SLTrain.
+        size: The model.
+        path: Of every network's config.json.
     """
     config = read(method)
-    architecture = {**config_of(size.shape).to_diff_dict(), "num_hidden_layers": blocks}
+    if "dpo_adapter" in config["model"]["init_args"]:  # its folder is not there: a whole model
+        whole_model = {"class_path": "Policy", "init_args": {"path": path}}
+        config["model"]["init_args"] |= {"dpo_adapter": None, "dpo": whole_model}
     for section in (config["model"], config.get("reward", {})):
         for network in networks(section):
-            network["path"] = json.dumps(architecture)
+            network["path"] = path
     arguments = config["model"]["init_args"]
-    arguments["microbatch_tokens"] = 2 * 2 * size.tokens
+    arguments["microbatch_tokens"] = 2 * size.tokens
     arguments.pop("minibatch_size", None)
     if method in SAMPLES:
         arguments["num_samples"] = SAMPLES[method]
     if "num_stored" in arguments:
         arguments["num_stored"] = 0
-    lengths: dict[str, Any] = {"max_tokens": 2 * size.tokens}
+    lengths: dict[str, Any] = {"max_tokens": size.tokens}
     if "rollout" in config:
-        lengths = {"max_prompt_tokens": size.tokens}
-        config["rollout"]["init_args"] = {"max_new_tokens": size.tokens}
-        whole: dict[str, Any] = {
-            "class_path": "LearnedReward",
-            "init_args": {"path": json.dumps(architecture)},
-        }
+        lengths = {"max_prompt_tokens": size.prompt}
+        config["rollout"]["init_args"] = {"max_new_tokens": size.answer}
         if config["reward"]["init_args"]["sources"]["class_path"] != "BaseReward":
-            whole["init_args"] |= {"dtype": "bfloat16", "tokens_per_pass": 4 * size.tokens}
+            half = {"path": path, "dtype": "bfloat16", "tokens_per_pass": 2 * size.tokens}
+            whole = {"class_path": "LearnedReward", "init_args": half}
             config["reward"]["init_args"]["sources"] = whole
     rows = ROWS // SAMPLES.get(method, 2 if method in PAIRED else 1)
     config["data"] = {
         "class_path": config["data"]["class_path"],
         "init_args": {"path": "none", "batch_size": rows, **lengths},
     }
-    change(arguments, by, size, architecture)
+    change(arguments, by, size, path)
     config["trainer"] = trainer(size)
     return config
 
@@ -135,14 +164,14 @@ def networks(section: Any) -> Iterator[dict[str, Any]]:
             yield from networks(value)
 
 
-def change(arguments: Settings, by: str, size: Size, architecture: Settings) -> None:
+def change(arguments: Settings, by: str, size: Size, path: str) -> None:
     """What trains does so by GaLore, or as low-rank and sparse weights.
 
     Args:
         arguments: Of the algorithm.
         by: AdamW, GaLore or SLTrain.
         size: The model.
-        architecture: Its config.
+        path: Of every network's config.json.
     """
     if by == "GaLore":
         galore = {"lr": 1e-5, "rank": size.rank}
@@ -155,7 +184,7 @@ def change(arguments: Settings, by: str, size: Size, architecture: Settings) -> 
         for role in ("policy", "critic"):
             network = (arguments.get(role) or {}).get("init_args")
             if network is not None:
-                network |= {"path": None, "config": architecture}
+                network |= {"path": None, "config": config_of(path).to_diff_dict()}
                 network["sltrain"] = {
                     "class_path": "lit_align.models.sltrain.SLTrain",
                     "init_args": sltrain,
@@ -164,10 +193,10 @@ def change(arguments: Settings, by: str, size: Size, architecture: Settings) -> 
 
 def trainer(size: Size) -> Settings:
     """FSDP2 with checkpointing over all GPUs."""
-    sharding = {"checkpointing": True, "gather": size.gather}
+    sharding = {"checkpointing": True, "gather": size.gather, "sum_once": size.sum_once}
     return {
-        "devices": 8,
-        "num_nodes": size.ranks // 8,
+        "devices": size.devices,
+        "num_nodes": size.nodes,
         "precision": "bf16-mixed",
         "strategy": {"class_path": "lit_align.models.fsdp2.FSDP2", "init_args": sharding},
     }

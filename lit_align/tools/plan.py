@@ -67,6 +67,16 @@ def simulated(build: Callable[[], Run], machine: Machine) -> Heights:
     """The most bytes of each phase, of the first rank, by place and kind.
 
     Args:
+        build: As in `traced`.
+        machine: Where it is to be.
+    """
+    return traced(build, machine).heights
+
+
+def traced(build: Callable[[], Run], machine: Machine) -> Ledger:
+    """All that is written down of a run.
+
+    Args:
         build: Makes the run; called where tensors have no values.
         machine: Where it is to be.
     """
@@ -75,7 +85,7 @@ def simulated(build: Callable[[], Run], machine: Machine) -> Heights:
         run = build()
         prepare(run, ledger)
         run.trainer.fit(run.algorithm, run.data)
-    return ledger.heights
+    return ledger
 
 
 @contextmanager

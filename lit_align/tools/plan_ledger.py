@@ -47,6 +47,10 @@ class Height(NamedTuple):
     moment: str
 
 
+Moment = tuple[Any, bool, bool]  # what was computed, in a backward or not, with gradients or not
+Moments = dict[Moment, Height]  # the most of the device at each
+
+
 class Block:
     """A storage that is there.
 
@@ -80,6 +84,7 @@ class Ledger:
         self.blind = False  # whether what is made now takes no bytes
         self.new: tuple[Place, Kind | None] = (Place.DEVICE, None)  # what is made now
         self.heights: dict[str, dict[Place, Height]] = {}
+        self.moments: dict[str, Moments] = {}  # by phase, the most at each of its moments
         self.most: dict[Place, Height] = {}
         self.begin("load")
 
@@ -89,6 +94,7 @@ class Ledger:
         """A phase starts: the highest so far is what is there."""
         self.phase = phase
         self.most = {place: self.height(place) for place in Place}
+        self.most_at: Moments = {("", False, False): self.most[Place.DEVICE]}
 
     def end(self, phase: str) -> None:
         """Keeps the phase's heights, where they are the largest."""
@@ -96,6 +102,10 @@ class Ledger:
         for place, height in self.most.items():
             if height.total > known[place].total:
                 known[place] = height
+        moments = self.moments.setdefault(self.phase, {})
+        for moment, height in self.most_at.items():
+            if moment not in moments or height.total > moments[moment].total:
+                moments[moment] = height
 
     def height(self, place: Place, function: Any = "", inside: int = 0) -> Height:
         """What is there now; `note` explains the arguments."""
@@ -115,6 +125,10 @@ class Ledger:
         for place, most in self.most.items():
             if self.total[place] + inside > most.total:
                 self.most[place] = self.height(place, function, inside)
+        backward = torch._C._current_graph_task_id() != -1
+        moment, known = (function, backward, torch.is_grad_enabled()), self.most_at
+        if moment not in known or self.total[Place.DEVICE] + inside > known[moment].total:
+            known[moment] = self.height(Place.DEVICE, function, inside)
 
     # Storages ------------------------------------------------------------------------------------
 

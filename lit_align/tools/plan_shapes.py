@@ -28,13 +28,11 @@ def config_of(path: str, revision: str | None = None, trust: bool = False) -> Pr
     """The architecture that a path means, without the network.
 
     Args:
-        path: `shape:` and a name, a JSON file or its text, a folder with config.json, or a hub id
-            of a built-in shape or of what has been downloaded before.
+        path: `shape:` and a name, a JSON file, a folder with config.json, or a hub id of a built-in
+            shape or of what has been downloaded before.
         revision: On the hub.
         trust: Whether code may be run that comes with a config.
     """
-    if path.startswith("{"):
-        return AutoConfig.for_model(**json.loads(path))
     if path.startswith(PREFIX):
         return built_in(path.removeprefix(PREFIX))
     place = Path(path).expanduser()
