@@ -44,8 +44,7 @@ def rows_of(file: Path, has_papers: bool) -> list[Row]:
     for line in map(json.loads, file.read_text().splitlines()):
         sizes = {phase: f"{line[phase] / GIB:.1f}" if line[phase] else "-" for phase in PHASES}
         said = PAPERS.get((line["method"], line["by"]), "-") if has_papers else "-"
-        uneven = f"{line['bent']:.1%}"
-        row = {"method": line["method"], "by": line["by"], **sizes, "uneven": uneven}
+        row = {"method": line["method"], "by": line["by"], **sizes}
         rows.append({**row, "paper, GB": said} if has_papers else row)
     return rows
 
@@ -66,10 +65,11 @@ def draw(rows: list[Row], title: str, file: Path) -> None:
         axes.barh(places, sizes, 0.16, color=colour, label=phase)
     axes.set_yticks(range(len(rows)), [f"{row['method']}, {row['by']}" for row in rows])
     axes.axvline(80e9 / GIB, color="black", linewidth=0.8, linestyle=":", label="80 GB")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("GiB of a GPU at the height of the phase, planned")
     axes.set_title(title)
-    axes.legend(loc="lower right", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(file, dpi=110)
 
 

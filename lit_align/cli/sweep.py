@@ -18,7 +18,7 @@ from lit_align.tools.plan_shapes import config_of
 LAYOUTS = ("ppo", "lora_ppo", "dl_ppo", "joint_hydra_ppo", "hydra_ppo")
 WHOLE = ("ppo", "remax", "grpo", "grpovi", "rto", "spr", "sft", "dpo")
 ROWS = 8  # texts that a rank learns from in a step
-BLOCKS = (2, 3, 4)  # traced; the rest are like these, and the first says whether they are
+BLOCKS = (3, 4, 5)  # traced; the rest are like these, and the first says whether they are
 SAMPLES = {"grpo": 4, "grpovi": 4, "spr": 4}  # of a prompt
 PAIRED = ("dpo",)  # two texts a row
 
