@@ -15,11 +15,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.batches import Batch
 from lit_align.data.forms import rename
+from lit_align.data.loader import Loader
 from lit_align.data.order import Order, Rows
 from lit_align.data.rows import Row, Source, load_rows, refuse_missing
 from lit_align.data.text import load_tokenizer, stop_ids
@@ -134,7 +134,7 @@ class TextData(LightningDataModule):
         for path in [source.path for source in self.sources] + [self.eval_path or "toy"]:
             refuse_missing(path)
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> Loader:
         """Batches in an order by seed and epoch, without the last incomplete one."""
         examples: list[Any] = []
         for source in self.sources:
@@ -142,16 +142,16 @@ class TextData(LightningDataModule):
             examples += weighted(kept, source.weight, self.seed)
         return self.loader(examples, self.batch_size, training=True)
 
-    def val_dataloader(self) -> StatefulDataLoader | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         """Batches of all evaluation rows; none in a fit without evaluation rows."""
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         return [] if fitting and not self.has_evaluation else self.eval_loader()
 
-    def test_dataloader(self) -> StatefulDataLoader:
+    def test_dataloader(self) -> Loader:
         """Batches of all evaluation rows."""
         return self.eval_loader()
 
-    def predict_dataloader(self) -> StatefulDataLoader:
+    def predict_dataloader(self) -> Loader:
         """Batches of all evaluation rows."""
         return self.eval_loader()
 
@@ -160,7 +160,7 @@ class TextData(LightningDataModule):
         """Whether there are rows to evaluate."""
         return bool(self.eval_path or self.eval_split or self.eval_fraction)
 
-    def eval_loader(self) -> StatefulDataLoader:
+    def eval_loader(self) -> Loader:
         """Batches of all evaluation rows in the data's order, with `counted` False for repeats."""
         if not self.has_evaluation:
             raise ValueError(
@@ -181,7 +181,7 @@ class TextData(LightningDataModule):
                 examples += self.halves(source)[1]
         return self.loader(examples, self.eval_batch_size, training=False)
 
-    def loader(self, examples: list[Any], batch_size: int, training: bool) -> StatefulDataLoader:
+    def loader(self, examples: list[Any], batch_size: int, training: bool) -> Loader:
         """This rank's batches."""
         rows = Rows(examples)
         order = Order(rows, batch_size, training, self.seed, **self.place(training))
@@ -190,7 +190,7 @@ class TextData(LightningDataModule):
             order.set_epoch(progress.processed)
         with warnings.catch_warnings():  # torchdata calls what newer versions of torch deprecate
             warnings.filterwarnings("ignore", message=".*set_vital")
-            return StatefulDataLoader(
+            return Loader(
                 rows,
                 batch_size=batch_size,
                 sampler=order,

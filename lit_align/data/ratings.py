@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_align.batches import Batch
 from lit_align.data.forms import canonical, missing, prompt_of
+from lit_align.data.loader import Loader
 from lit_align.data.loading import TextData
 from lit_align.data.preferences import Pair, pairs_of
 from lit_align.data.rows import Row
@@ -83,7 +83,7 @@ class RatedPairs(TextData):
         ids = example.ids[: example.num_prompt] if example.has_prompt else example.ids
         return ids.tobytes()
 
-    def loader(self, examples: list[Any], batch_size: int, training: bool) -> StatefulDataLoader:
+    def loader(self, examples: list[Any], batch_size: int, training: bool) -> Loader:
         """This rank's batches of pairs."""
         pairs = self.pairs(examples)
         kind = "train" if training else "evaluate"
