@@ -76,7 +76,7 @@ def load_rows(
     refuse_missing(path)
     place = Path(path).expanduser()
     if path == "toy":
-        rows: Iterator[Row] = iter(toy_rows(split))
+        rows: Iterator[Row] = iter(toy_rows(split, max_rows=max_rows))
     elif place.is_dir():
         rows = folder_rows(place, split, separator, header)
     elif place.is_file():

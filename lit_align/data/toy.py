@@ -94,12 +94,13 @@ POLARITY = {  # of each opinion word and verdict
 Row = dict[str, str]
 
 
-def toy_rows(split: str = "train", seed: int = 0) -> list[Row]:
+def toy_rows(split: str = "train", seed: int = 0, max_rows: int | None = None) -> list[Row]:
     """Rows with `prompt`, `completion`, `chosen` and `rejected`; no prompt comes twice.
 
     Args:
         split: train (6,000 rows) or test (500 rows with prompts that train has not).
         seed: Another seed is another data set.
+        max_rows: At most so many rows are written, the first ones.
     """
     if split not in ("train", "test"):
         raise ValueError(f"the toy data have no split '{split}'; there are train and test")
@@ -108,7 +109,7 @@ def toy_rows(split: str = "train", seed: int = 0) -> list[Row]:
     rng.shuffle(prompts)
     first, count = (0, NUM_TEST) if split == "test" else (NUM_TEST, NUM_TRAIN)
     rng = random.Random(f"{seed} {split}")
-    return [toy_row(prompt, rng) for prompt in prompts[first : first + count]]
+    return [toy_row(prompt, rng) for prompt in prompts[first : first + count][:max_rows]]
 
 
 def all_prompts() -> list[str]:

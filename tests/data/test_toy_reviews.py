@@ -36,6 +36,7 @@ def test_sizes_and_held_out_prompts(train, test):
 def test_rows_are_the_same_every_time(test):
     assert toy_rows("test") == test
     assert toy_rows("test", seed=1) != test
+    assert toy_rows("test", max_rows=7) == test[:7]
 
 
 def test_everything_that_is_written_parses(train, test):
