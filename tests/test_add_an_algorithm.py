@@ -1,12 +1,13 @@
 """The page on adding an algorithm is complete: its two files and its commands run as they stand."""
 
+import os
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from runs import run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "add_an_algorithm.md").read_text()
 FEW = "--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --data.max_rows 32"
@@ -32,11 +33,11 @@ def commands() -> list[str]:
     return re.findall(r"^    lit-align (.*)$", PAGE, re.MULTILINE)
 
 
-def run(folder: Path, words: list[str]) -> str:
-    program = [sys.executable, "-m", "lit_align.cli.main", *words]
-    done = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def printed(folder: Path, words: list[str]) -> str:
+    """What a command says that is given in the folder."""
+    log = folder / "log"
+    assert run(words, log, before=partial(os.chdir, folder)) == [0], log.read_text()
+    return log.read_text()
 
 
 def test_the_class_is_thirty_lines_long():
@@ -46,13 +47,13 @@ def test_the_class_is_thirty_lines_long():
 
 def test_its_help_comes_from_its_docstring(folder):
     (words,) = [command.split() for command in commands() if "help" in command]
-    assert "Samples per prompt, of which one is learnt" in run(folder, words)
+    assert "Samples per prompt, of which one is learnt" in printed(folder, words)
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_it_runs(folder, number):
     trained = [command.split() for command in commands() if "help" not in command][number]
-    printed = run(folder, [*trained, *FEW.split()])
-    assert "prompts x 8 samples = 32 rows" in printed or "prompts x 4 samples = 16 rows" in printed
-    assert "val/reward" in printed
+    said = printed(folder, [*trained, *FEW.split()])
+    assert "prompts x 8 samples = 32 rows" in said or "prompts x 4 samples = 16 rows" in said
+    assert "val/reward" in said
     assert (folder / "run" / "hf" / "model.safetensors").is_file()

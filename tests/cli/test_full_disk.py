@@ -2,11 +2,10 @@
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from runs import run
 
 from lit_align.callbacks.checkpoint_files import newest, saved
 from lit_align.callbacks.whole import whole_folder, write_whole
@@ -20,16 +19,19 @@ RUN = [
 
 def full_at(num_bytes: int, argv: list[str], folder: Path) -> tuple[int, list[str]]:
     """Status and what is said where no file may be larger."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_align.cli.main", *argv],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes)),
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, [line for line in done.stderr.splitlines() if "lit-align:" in line]
+
+    def fill() -> None:
+        os.chdir(folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+    reader, writer = os.pipe()  # a file of what is said would be full, too
+    (status,) = run(argv, Path(f"/dev/fd/{writer}"), before=fill)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    assert "Traceback" not in text, text
+    assert status is not None
+    return status, [line for line in text.splitlines() if "lit-align:" in line]
 
 
 def left(folder: Path) -> set[str]:
