@@ -14,28 +14,36 @@ from lit_align.models.lora import LoRA
 from lit_align.models.merging import merged
 from lit_align.models.policy import Policy
 
+LM, SCORER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 FRESH = """
 import sys, torch, transformers
 from peft import PeftModel
-kind, folder, out = sys.argv[1:4]
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-assert len(tokenizer) > 100
-if kind == "PeftModel":
-    base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[4])
-    model = PeftModel.from_pretrained(base, folder)
-else:
-    model = getattr(transformers, kind).from_pretrained(folder)
+logits = []
+for word in sys.argv[2:]:
+    kind, folder, *base = word.split("|")
+    assert len(transformers.AutoTokenizer.from_pretrained(folder)) > 100
+    if base:
+        base = transformers.AutoModelForCausalLM.from_pretrained(*base)
+        model = PeftModel.from_pretrained(base, folder)
+    else:
+        model = getattr(transformers, kind).from_pretrained(folder)
+    with torch.no_grad():
+        logits.append(model.eval()(torch.arange(5, 17)[None]).logits)
 assert "lit_align" not in sys.modules
-with torch.no_grad():
-    torch.save(model.eval()(torch.arange(5, 17)[None]).logits, out)
+torch.save(logits, sys.argv[1])
 """
 
 
-def fresh(kind: str, folder, out, *more) -> torch.Tensor:
-    """Logits of twelve tokens, from a process that has never heard of us."""
-    given = [str(part) for part in (folder, out, *more)]
-    subprocess.run([sys.executable, "-c", FRESH, kind, *given], check=True, cwd=out.parent)
-    return torch.load(out)
+def fresh(place, *models: tuple) -> list[torch.Tensor]:
+    """Logits of twelve tokens of each model, from a process that has never heard of us.
+
+    Args:
+        place: Folder in which it runs.
+        models: Class, folder and, of an adapter, the folder of its base.
+    """
+    words = ["|".join(map(str, model)) for model in models]
+    subprocess.run([sys.executable, "-c", FRESH, "logits", *words], check=True, cwd=place)
+    return torch.load(place / "logits")
 
 
 def export(folder, out, log, *more) -> str:
@@ -66,7 +74,7 @@ def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
     assert "wrote" in export(middle, tmp_path / "out", log)
     assert "trained by ReMax with" in (tmp_path / "out" / "README.md").read_text()
     export(run, tmp_path / "end", log)
-    found = fresh("AutoModelForCausalLM", tmp_path / "out", tmp_path / "logits")
+    (found,) = fresh(tmp_path, (LM, tmp_path / "out"))
     (run / "checkpoints" / "iteration_000004.ckpt").unlink()
     torch.testing.assert_close(found, logits_of(run, "policy"), rtol=0, atol=0)
     end = (tmp_path / "end" / "model.safetensors").read_bytes()
@@ -82,11 +90,10 @@ def test_policy_and_critic_of_a_sharded_checkpoint(tmp_path):
     succeed(words(run, "ppo", *TWO_RANKS, epochs=1), log, 2)
     assert (run / "checkpoints" / "iteration_000004.ckpt").is_dir()
     export(run, out, log)
-    found = fresh("AutoModelForCausalLM", out / "policy", tmp_path / "logits")
-    torch.testing.assert_close(found, logits_of(run, "policy"), rtol=0, atol=0)
-    found = fresh("AutoModelForSequenceClassification", out / "critic", tmp_path / "scores")
+    logits, scores = fresh(tmp_path, (LM, out / "policy"), (SCORER, out / "critic"))
+    torch.testing.assert_close(logits, logits_of(run, "policy"), rtol=0, atol=0)
     expected = logits_of(run, "critic", AutoModelForSequenceClassification)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0)
 
 
 def test_an_adapter_and_the_same_adapter_merged(tmp_path):
@@ -99,9 +106,8 @@ def test_an_adapter_and_the_same_adapter_merged(tmp_path):
     export(run, tmp_path / "merged", log, "--merge")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     assert not list((tmp_path / "merged").glob("adapter_*"))
-    plain = fresh("AutoModelForCausalLM", base / "hf", tmp_path / "a")
-    worn = fresh("PeftModel", tmp_path / "adapter", tmp_path / "b", base / "hf")
-    whole = fresh("AutoModelForCausalLM", tmp_path / "merged", tmp_path / "c")
+    worn_on = ("PeftModel", tmp_path / "adapter", base / "hf")
+    plain, worn, whole = fresh(tmp_path, (LM, base / "hf"), worn_on, (LM, tmp_path / "merged"))
     assert float((worn - plain).abs().max()) > 1e-2
     torch.testing.assert_close(whole, worn, rtol=1e-5, atol=1e-5)
 
@@ -112,11 +118,9 @@ def test_two_adapters_become_two_models(tmp_path):
     more = ("--rollout.max_new_tokens=4", "--model.optimizer.lr=0.01")
     succeed(words(run, "hydra_ppo", *more, epochs=1), log)
     export(run, out, log, "--merge")
-    actor = fresh("AutoModelForCausalLM", out / "actor", tmp_path / "a")
-    other = fresh("AutoModelForCausalLM", out / "critic", tmp_path / "b")
+    models = [(kind, out / role) for kind in (LM, SCORER) for role in ("actor", "critic")]
+    actor, other, reward, scores = fresh(tmp_path, *models)
     assert not torch.equal(actor, other)
-    scores = fresh("AutoModelForSequenceClassification", out / "critic", tmp_path / "c")
-    reward = fresh("AutoModelForSequenceClassification", out / "actor", tmp_path / "d")
     assert scores.shape == reward.shape == (1, 1)
     assert not torch.equal(scores, reward)
 
