@@ -94,8 +94,20 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "JointHydraPPO": (HydraPPO, {"policy": partial(network, JointHydra, **LOW_RANK)}),
 }
 PAIRED = ("DPO", "RewardModel", "HydraSFT")
-ONE = list(CASES)
-TWO = [name for name in CASES if " " not in name]
+FIRST = {  # of the first tier: one of each kind
+    1: {"SFT by GaLore", "SFT by SLTrain", "PPO of adapters", "DPO", "ReMax", "JointHydraPPO"},
+    2: {"SFT", "PPO"},
+}
+
+
+def in_tiers(names: list[str], ranks: int) -> list[Any]:
+    """The cases, of which most are of the second tier."""
+    return [name if name in FIRST[ranks] else pytest.param(name, marks=pytest.mark.long)
+            for name in names]  # fmt: skip
+
+
+ONE = in_tiers(list(CASES), 1)
+TWO = in_tiers([name for name in CASES if " " not in name], 2)
 
 
 def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> Run:
