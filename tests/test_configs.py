@@ -1,6 +1,7 @@
 """Every config that ships runs, and every overlay fits what it is laid over."""
 
 import csv
+from typing import Any
 
 import pytest
 import yaml
@@ -13,12 +14,18 @@ from lit_align.cli.rooms import open_rooms
 
 OVERLAYS = [name for name in packaged() if "class_path" not in (read(name).get("model") or {})]
 CONFIGS = [name for name in packaged() if name not in OVERLAYS]
+KINDS = {"sft", "dpo", "remax", "ppo"}  # of configs: one answer, two, and online with a critic
 FEW = [
     *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
     *("--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "."),
     *("--data.batch_size", "4", "--data.max_rows", "32", "--trainer.enable_checkpointing", "false"),
     *("--trainer.default_root_dir", "run"),
 ]
+
+
+def of(config: str) -> Any:
+    """The tier of what each config does alike."""
+    return () if config in KINDS else pytest.mark.long
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +51,11 @@ def test_there_is_something_to_test():
     assert {"toy", "lora", "fsdp"} <= set(OVERLAYS)
 
 
-@pytest.mark.parametrize("overlays", [("toy",), ("toy", "lora")], ids="+".join)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "overlays"),
+    [pytest.param(name, ("toy",), id=f"{name}-toy") for name in CONFIGS]
+    + [pytest.param(name, ("toy", "lora"), marks=of(name), id=f"{name}-lora") for name in CONFIGS],
+)
 def test_a_config_runs_on_toy_data(config, overlays):
     rows = fit(config, *overlays)
     norms = [name for name in rows[0] if name.startswith("grad_norm")]
@@ -62,7 +72,7 @@ def test_the_reference_is_the_policy_as_it_was_at_the_start(overlays):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [pytest.param(name, marks=of(name)) for name in CONFIGS])
 def test_an_overlay_parses_over_each_config(config, overlay, capsys):
     with pytest.raises(SystemExit) as left:
         main(["fit", "--config", config, "--config", overlay, "--print_config"])

@@ -44,7 +44,7 @@ def last(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "num_workers", "stops"),
     [
-        ("sft", 0, STOPS[1:]),
+        pytest.param("sft", 0, STOPS[1:], marks=pytest.mark.long),
         ("sft", 1, STOPS[1:]),
         (
             "sft --config galore --model.optimizer.rank 16 --model.optimizer.update_gap 3",
@@ -53,18 +53,18 @@ def last(folder: Path) -> dict[str, Any]:
         ),
         ("sft --config sltrain", 0, STOPS[1:]),
         ("reward_model", 0, STOPS[1:]),
-        ("dpo", 0, STOPS[1:]),
+        pytest.param("dpo", 0, STOPS[1:], marks=pytest.mark.long),
         ("dpo --model.precompute true", 0, STOPS[1:]),
         ("remax", 0, STOPS),
         ("grpo", 0, STOPS[1:]),
         ("grpovi --model.running_bounds true", 0, STOPS[1:]),
-        ("rloo", 0, STOPS[1:]),
+        pytest.param("rloo", 0, STOPS[1:], marks=pytest.mark.long),
         (f"ppo {ADAPTIVE} --model.critic_warmup 2", 0, STOPS),
-        ("spr", 0, STOPS[1:]),
+        pytest.param("spr", 0, STOPS[1:], marks=pytest.mark.long),
         ("spr --model.num_stored 3 --model.stored_decay 4", 1, STOPS[1:]),
         ("hydra_sft", 0, STOPS[1:]),
         ("hydra_ppo", 0, STOPS[1:]),
-        ("joint_hydra_ppo", 0, STOPS[1:]),
+        pytest.param("joint_hydra_ppo", 0, STOPS[1:], marks=pytest.mark.long),
         ("rto", 0, STOPS[1:]),
     ],
 )

@@ -24,7 +24,8 @@ def losses(folder: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")]
 
 
-@pytest.mark.parametrize("config", ["ppo", pytest.param("hydra_ppo", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["ppo", "hydra_ppo"])
 def test_ddp_trains_what_has_several_losses(tmp_path, config):
     words = ("--config", config, "--config", "toy", "--trainer.strategy", "ddp")
     status, text = ended(lit_align(tmp_path, *words, "--trainer.devices", "2"), 240)
