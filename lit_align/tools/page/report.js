@@ -91,8 +91,9 @@ function range(values) {
   return [low - room, high + room];
 }
 
-function plane(figure, xs, ys, height, axis) {
-  const width = Math.max(260, Math.round(figure.clientWidth) - 26 || 340);
+const room = (figure) => Math.max(260, Math.round(figure.clientWidth) - 26 || 340);
+
+function plane(figure, width, xs, ys, height, axis) {
   const left = 48, right = 10, top = 8, bottom = 32;
   const svg = draw(figure, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   const [x0, x1] = xs, [y0, y1] = ys;
@@ -113,18 +114,25 @@ function plane(figure, xs, ys, height, axis) {
 const line = (x, y, on) => x.map((place, i) => `${i ? "L" : "M"}${on.X(place).toFixed(1)} ${on.Y(y[i]).toFixed(1)}`).join("");
 const area = (x, low, high, on) => line(x, high, on) + line([...x].reverse(), [...low].reverse(), on).replace("M", "L") + "Z";
 
-function panel(place, { title, unit, metric }) {
-  const reading = make("span", { class: "reading" });
-  const caption = make("figcaption", {}, make("h3", { text: title }), make("span", { text: unit }), reading);
-  const figure = make("figure", { "data-metric": metric }, caption);
-  place.append(figure);
+function panels(place, metrics) {  // all frames first: their width is one layout of the page, not one for each
+  const frames = metrics.map(({ title, unit, metric }) => {
+    const reading = make("span", { class: "reading" });
+    const caption = make("figcaption", {}, make("h3", { text: title }), make("span", { text: unit }), reading);
+    return { title, metric, reading, figure: make("figure", { "data-metric": metric }, caption) };
+  });
+  place.replaceChildren(...frames.map((frame) => frame.figure));
+  const width = frames.length ? room(frames[0].figure) : 0;
+  for (const frame of frames) panel(frame, width);
+}
+
+function panel({ title, metric, reading, figure }, width) {
   const arms = data.arms.map((arm, number) => ({ number, name: arm.name, ...band(arm, metric) })).filter((arm) => arm.x && arm.x.length);
   const single = arms.every((arm) => arm.curves.length === 1);
   const raw = (arm) => arm.curves.flatMap((curve) => single ? [...(curve.lo || curve.y), ...(curve.hi || curve.y)] : []);
   const xs = arms.flatMap((arm) => arm.x);
   const few = xs.length && xs.length === arms.length;
   const span = range([0, ...xs, ...data.runs.map((run) => run.last)]);  // the same in all panels
-  const on = plane(figure, span, range(arms.flatMap((arm) => [...arm.low, ...arm.high, ...raw(arm)])), 190, data.axis);
+  const on = plane(figure, width, span, range(arms.flatMap((arm) => [...arm.low, ...arm.high, ...raw(arm)])), 190, data.axis);
   on.svg.setAttribute("aria-label", `${title}: ${arms.map((arm) => `${arm.name} ends at ${figures(arm.mean.at(-1))}`).join(", ")}`);
   for (const arm of arms) {
     const ink = colour(arm.number);
@@ -161,10 +169,8 @@ function follow(on, arms, reading) {
 
 function curves() {
   at("smoothing-value").textContent = weight.toFixed(2);
-  at("panels").replaceChildren();
-  data.panels.forEach((each) => panel(at("panels"), each));
-  at("rest").replaceChildren();
-  if (at("more").open) data.rest.forEach((each) => panel(at("rest"), each));
+  panels(at("panels"), data.panels);
+  panels(at("rest"), at("more").open ? data.rest : []);
   frontier();
 }
 
@@ -184,7 +190,7 @@ function frontier() {
   const points = clouds.flatMap((cloud) => cloud || []);
   const figure = make("figure", {});
   at("frontier").append(figure);
-  const on = plane(figure, range(points.map((p) => p.x)), range(points.map((p) => p.y)), 320, "KL to the reference, nats per response");
+  const on = plane(figure, room(figure), range(points.map((p) => p.x)), range(points.map((p) => p.y)), 320, "KL to the reference, nats per response");
   on.svg.setAttribute("aria-label", "Reward over KL to the reference, one point per rollout");
   clouds.forEach((cloud, run) => (cloud || []).forEach((p, i) => draw(on.svg, "circle", {
     cx: on.X(p.x).toFixed(1), cy: on.Y(p.y).toFixed(1), r: 2.4, fill: colour(armOf[run]), opacity: (0.12 + 0.5 * i / cloud.length).toFixed(2),
@@ -233,7 +239,7 @@ function bars(title, unit, rows, show, ink) {  // rows: [name, [[part, size], ..
   at("phases").append(figure);
   const names = [...new Set(rows.flatMap(([, parts]) => parts.map(([name]) => name)))];
   if (names.length > 1) figure.append(make("p", { class: "keys" }, ...names.map((name, i) => make("span", { class: "key" }, make("i", { colour: colour(ink + i) }), name.replace("_", " ")))));
-  const width = Math.max(260, Math.round(figure.clientWidth) - 26 || 340), left = 74, right = 82;
+  const width = room(figure), left = 74, right = 82;
   const most = Math.max(...rows.map(([, parts]) => parts.reduce((sum, [, size]) => sum + size, 0))) || 1;
   const svg = draw(figure, "svg", { viewBox: `0 0 ${width} ${rows.length * 26}`, role: "img", "aria-label": `${title}: ${rows.map(([name, parts]) => `${name} ${show(parts.reduce((sum, [, size]) => sum + size, 0))}`).join(", ")}` });
   rows.forEach(([name, parts], i) => {
@@ -292,7 +298,7 @@ function cards() {
     if (run !== "" && answer.r !== Number(run)) continue;
     if (moment !== "" && answer.t !== moment) continue;
     if (words && !data.prompts[answer.p].toLowerCase().includes(words) && !answer.c.toLowerCase().includes(words)) continue;
-    groups.set(answer.p, [...(groups.get(answer.p) || []), answer]);
+    if (groups.has(answer.p)) groups.get(answer.p).push(answer); else groups.set(answer.p, [answer]);
   }
   const found = [...groups.entries()].map(([prompt, answers]) => {
     const ordered = answers.sort((a, b) => a.r - b.r || a.o - b.o), scores = ordered.filter((a) => a.s !== undefined).map((a) => a.s);
