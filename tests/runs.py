@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.distributed import checkpoint as sharded
+from torch.utils import tensorboard
+from transformers.models.llama import modeling_llama
 
 from lit_align.callbacks.checkpoint_files import saved
 from lit_align.callbacks.checkpoint_io import CheckpointIO
@@ -28,7 +30,7 @@ TWO_RANKS = (
 FSDP2 = ("--data.batch_size=4", "--trainer.devices=2", "--trainer.strategy=fsdp2")
 ONLINE = {"remax", "grpo", "grpovi", "rloo", "ppo", "rto", "spr", "hydra_ppo", "joint_hydra_ppo"}
 ONLINE |= {"dl_ppo", "lora_ppo"}
-assert sharded  # imported before the fork
+assert all((sharded, tensorboard, modeling_llama))  # imported before the fork
 open_rooms()
 
 
