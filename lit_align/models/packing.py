@@ -86,8 +86,7 @@ def attention(
             module, query, key, value, mask, scaling=scaling, **kwargs
         )
         return mixed, None
-    mixed = uncompiled(module, query, key, value, packed, scaling)
-    return mixed, None
+    return uncompiled(module, query, key, value, packed, scaling), None
 
 
 def next_token(

@@ -133,7 +133,8 @@ def report(case: Case) -> None:
     )
     alone, learnt = prompts(case, BATCH), texts(case)
     both = alone.repeat(2)
-    ways = {"recorded": {"fixed_cache": True}, "compiled": {"fixed_cache": True, "compile": True}}
+    ways = {"plain": {"fixed_cache": False}, "recorded": {"fixed_cache": True}}
+    ways["compiled"] = {"fixed_cache": True, "compile": True}
     for name, settings in ways.items():
         network = policy(case, **settings)
         works = [
