@@ -128,9 +128,14 @@ def text_by_text(
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    if kind == "cuda" and dtype in (torch.float16, torch.bfloat16):
+    if has_kernel(kind) and dtype in (torch.float16, torch.bfloat16):
         return by_kernel(query.to(dtype), key.to(dtype), value.to(dtype), packed, scaling)
     return run_by_run(module, query, key, value, packed, scaling)
+
+
+def has_kernel(kind: str) -> bool:
+    """Whether a kind of device reads packed halves in one launch."""
+    return kind == "cuda"
 
 
 # Compiled, it would be so anew for each list of lengths.

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import varlen
 
 from lit_align.functional import sparse_low_rank
-from lit_align.models.packing import Packed, by_kernel, run_by_run
 
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)
@@ -56,30 +55,6 @@ def attention(
         given = (query, key, value, bias, trains, dropout_p, is_causal)
     attended: Tensor = kernel(*given, scale=scale, **more)[0]
     return attended
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    packed: Packed,
-    scaling: float | None,
-) -> Tensor:
-    """`run_by_run` as `lit_align.models.packing.attention` has it on a GPU: halves in one launch.
-
-    Args:
-        module: The layer.
-        query: [1, heads, T, D].
-        key: [1, fewer heads or as many, T, D].
-        value: Of the key's shape.
-        packed: The texts in the row.
-        scaling: Of the products.
-    """
-    three = (autocast(query), autocast(key), autocast(value))
-    if three[0].dtype in HALVES:
-        return by_kernel(*three, packed, scaling)
-    return run_by_run(module, query, key, value, packed, scaling)
 
 
 def autocast(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from lit_align.models.parking import Sleeper, stays
 from lit_align.models.policy import Policy
 from lit_align.rewards import learned
 from lit_align.tools.plan_decoding import last_tokens
-from lit_align.tools.plan_kernels import attention, packed_attention
+from lit_align.tools.plan_kernels import attention
 from lit_align.tools.plan_ledger import Kind, Ledger, Place
 from lit_align.tools.plan_shapes import empty_weights
 from lit_align.tools.plan_tracking import making
@@ -254,7 +254,7 @@ def as_on_a_card(ledger: Ledger) -> Iterator[None]:
         stack.enter_context(replaced(Sleeper, park=park, wake=wake))
         stack.enter_context(replaced(torch.nn.functional, scaled_dot_product_attention=attention))
         stack.enter_context(replaced(Policy, stays=recorded))
-        stack.enter_context(replaced(packing, run_by_run=packed_attention))
+        stack.enter_context(replaced(packing, has_kernel=lambda kind: True))
         stack.enter_context(replaced(logprobs, _sums_halves=lambda device: True))
         for module in (torch_optimizer, _foreach_utils):
             stack.enter_context(replaced(module, _get_foreach_kernels_supported_devices=lists))
