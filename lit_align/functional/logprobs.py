@@ -53,7 +53,7 @@ class _Context(Protocol):
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """T tokens: keeps its inputs and one fp32 number per token, log of the softmax's sum."""
+    """T tokens: keeps its inputs and one fp32 number per token, the log of its sum of odds."""
 
     @staticmethod
     def forward(
@@ -70,13 +70,15 @@ class _ChosenLogprobs(torch.autograd.Function):
         head = weight.to(_factor_dtype(hidden))
         for rows in _chunks(len(tokens)):
             logits = _logits(hidden[rows], head, bias, temperature)
+            most = _move_to_zero(logits)
             odds = logits.exp()
             total = odds.sum(-1)
-            normaliser[rows] = total.log()
+            rest = total.log()
+            normaliser[rows] = most + rest
             chosen = logits.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
-            logprobs[rows] = chosen - normaliser[rows]
+            logprobs[rows] = chosen - rest
             odds *= logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0 times -inf would be nan
-            entropy[rows] = normaliser[rows] - odds.sum(-1) / total
+            entropy[rows] = rest - odds.sum(-1) / total
             del logits, odds  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser)
         ctx.temperature = temperature
@@ -95,18 +97,19 @@ class _ChosenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=_sum_dtype(hidden)) if for_bias else None
         head = weight.to(_factor_dtype(hidden))
         for rows in _chunks(len(tokens)):
-            # d logprob / d logits = (one-hot of the token - softmax) / temperature
-            grad = grad_logprobs[rows].unsqueeze(-1).to(normaliser.dtype) / ctx.temperature
-            logits = _logits(hidden[rows], head, bias, ctx.temperature)
-            grad_logits = logits.sub_(normaliser[rows].unsqueeze(-1)).exp_().mul_(-grad)
-            grad_logits.scatter_add_(-1, tokens[rows].unsqueeze(-1), grad)
+            # -d logprob / d logits = (softmax - one-hot of the token) / temperature
+            away = _logits(hidden[rows], head, bias, ctx.temperature)
+            away.sub_(normaliser[rows].unsqueeze(-1)).exp_()
+            away.scatter_add_(-1, tokens[rows].unsqueeze(-1), -torch.ones_like(away[:, :1]))
+            slope = grad_logprobs[rows].unsqueeze(-1).to(away.dtype) / -ctx.temperature
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias += _matmul(away.T, slope).squeeze(-1)
+            away = away.to(head.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = _matmul(grad_logits, head)
+                grad_hidden[rows] = _matmul(away, head) * slope
             if grad_weight is not None:
-                _add_matmul(grad_weight, grad_logits.T, hidden[rows].to(head.dtype))
-            del logits, grad_logits  # before the next chunk's are made
+                _add_matmul(grad_weight, away.T, (hidden[rows] * slope).to(head.dtype))
+            del away  # before the next chunk's is made
         return grad_hidden, _to(grad_weight, weight), _to(grad_bias, bias), None, None
 
 
@@ -121,7 +124,9 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: 
         bias: [V] of the head.
         temperature: Divides the logits.
     """
-    return _logits(hidden, head, bias, temperature)
+    logits = _logits(hidden, head, bias, temperature)
+    _move_to_zero(logits)
+    return logits
 
 
 def head_factor(weight: Tensor) -> Tensor:
@@ -154,13 +159,20 @@ def _sum_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[n, H] x [V, H] -> [n, V], over the temperature, the largest of a row moved to 0."""
+    """[n, H] x [V, H] -> [n, V], over the temperature."""
     logits = _matmul(hidden, head.T)
     if bias is not None:
         logits += bias
     if temperature != 1:
         logits /= temperature
-    return logits.sub_(logits.amax(-1, keepdim=True))
+    return logits
+
+
+def _move_to_zero(logits: Tensor) -> Tensor:
+    """Moves the largest of each row of [n, V] to 0; what it was, [n]."""
+    most = logits.amax(-1, keepdim=True)
+    logits.sub_(most)
+    return most.squeeze(-1)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -173,7 +185,11 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to `total`, block by block: no second tensor of its size."""
+    """Adds left @ right to `total`, with no second tensor of its size."""
+    if right.dtype == total.dtype:
+        with torch.autocast(left.device.type, enabled=False):
+            total.addmm_(left, right)
+        return
     pairs = zip(total.split(BLOCK_SIZE), left.split(BLOCK_SIZE), strict=True)
     for block, rows in pairs:
         block += _matmul(rows, right)
