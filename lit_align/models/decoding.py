@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_align.batches import Experience
 from lit_align.functional.logprobs import head_factor, head_logits
 from lit_align.models.compiling import eager_trunk
+from lit_align.models.prefill import Prompts, prefill
 
 
 class Responses(NamedTuple):
@@ -156,11 +157,16 @@ class Context:
     Args:
         network: A causal language model with whole weights.
         prompts: N rows; rows of one `group` share a prompt, which is read once.
+        alike: The largest of a number on all ranks, where these share weights.
     """
 
-    def __init__(self, network: PreTrainedModel, prompts: Experience):
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        prompts: Experience,
+        alike: Callable[[int], int] = int,
+    ):
         self.network, self.trunk = network, eager_trunk
-        self.cache: Cache = DynamicCache(config=network.config)
         layer = network.get_output_embeddings()
         self.head, self.bias = head_factor(layer.weight), layer.bias
         groups = prompts.group if "group" in prompts.fields() else list(range(len(prompts)))
@@ -169,7 +175,8 @@ class Context:
         once = prompts.rows([first[group] for group in place])
         self.mask = once.prompt_mask.long()
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        self.read(once.prompts)
+        read = Prompts(once.prompts, self.mask, self.positions)
+        self.cache, self.hidden = prefill(network, read, alike)
         if len(place) < len(groups):
             self.keep(torch.tensor([place[group] for group in groups]).to(self.mask.device))
 

@@ -13,7 +13,7 @@ from lit_align.models.backbone import Backbone
 from lit_align.models.decoding import Context, Responses, Sampling, decode
 from lit_align.models.fixed_context import FixedContext
 from lit_align.models.layout import scored_places
-from lit_align.models.sharding import on_all_ranks
+from lit_align.models.sharding import largest, on_all_ranks
 
 
 class Policy(Backbone):
@@ -81,10 +81,10 @@ class Policy(Backbone):
         rows = torch.tensor(list(greedy), device=device)
         ends = torch.tensor(list(stops), dtype=torch.long, device=device)
         given = (prompts, noise, rows, ends, pad, self.temperature, sampling)
-        over = bool if self.gathers else on_all_ranks
+        over, alike = (bool, int) if self.gathers else (on_all_ranks, largest)
 
         def answers() -> Responses:
-            context = Context(self.network, prompts)
+            context = Context(self.network, prompts, alike)
             if self.stays(device):
                 context = FixedContext(context, noise.shape[1], self.compiles)
             return decode(context, *given, over)

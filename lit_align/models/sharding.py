@@ -160,10 +160,15 @@ def room_for(model: Backbone, free: int) -> float:
 
 def on_all_ranks(fact: bool) -> bool:
     """Whether something is so on every rank; each of them has to ask."""
+    return not largest(not fact)
+
+
+def largest(number: int) -> int:
+    """A number where it is largest of all ranks; each of them has to ask."""
     accelerator = torch.accelerator.current_accelerator()
-    facts = torch.tensor(int(fact), device=accelerator or "cpu")
-    distributed.all_reduce(facts, op=distributed.ReduceOp.MIN)
-    return bool(facts)
+    numbers = torch.tensor(int(number), device=accelerator or "cpu")
+    distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
+    return int(numbers)
 
 
 def decide(model: Backbone) -> bool:

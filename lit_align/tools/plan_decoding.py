@@ -1,4 +1,4 @@
-"""The end of a rollout, with the cache that all tokens before it would have left."""
+"""A rollout's first and last passes, with the cache that all between them would have left."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from lit_align.batches import Experience
 from lit_align.models.decoding import Answers, Context, Responses, Sampling
 from lit_align.models.fixed_context import FixedContext
+from lit_align.models.prefill import Begun, Prompts, read
 
 LAST = 2  # tokens that are decoded; each is the largest so far
 
@@ -61,9 +63,8 @@ def lengthen(context: Context, tokens: int) -> None:
         window = layer.sliding_window - 1 if layer.is_sliding else None
         if layer.is_sliding:
             layer.cumulative_length += tokens
-        layer.keys, layer.values = (
-            longer(old, tokens, window) for old in (layer.keys, layer.values)
-        )
+        layer.keys = longer(layer.keys, tokens, window)  # one at a time, as they grow
+        layer.values = longer(layer.values, tokens, window)
 
 
 def longer(old: Tensor, tokens: int, most: int | None) -> Tensor:
@@ -71,3 +72,25 @@ def longer(old: Tensor, tokens: int, most: int | None) -> Tensor:
     shape = list(old.shape)
     shape[-2] = min(shape[-2] + tokens, most or shape[-2] + tokens)
     return old.new_zeros(shape)
+
+
+def read_ends(network: PreTrainedModel, parts: list[Prompts]) -> list[Begun]:
+    """`read_parts`, of which only the first and the last are read.
+
+    Args:
+        network: A causal language model.
+        parts: Of the prompts.
+    """
+    begun = [read(network, parts[0])]
+    for part in parts[1:-1]:
+        cache = DynamicCache(config=network.config)
+        for number, layer in enumerate(begun[0].cache.layers):
+            if layer.keys is not None:
+                cache.update(*(like(old, part) for old in (layer.keys, layer.values)), number)
+        begun.append(Begun(cache, like(begun[0].hidden, part)))
+    return [*begun, *(read(network, part) for part in parts[1:][-1:])]
+
+
+def like(first: Tensor, part: Prompts) -> Tensor:
+    """What a part leaves in the place of what the first has left."""
+    return first.new_zeros(len(part.tokens), *first.shape[1:])

@@ -20,12 +20,13 @@ from torch.utils import _foreach_utils
 from transformers import DynamicCache, PreTrainedModel, masking_utils
 
 from lit_align.functional import logprobs
-from lit_align.models import backbone, packing, policy, sharding
+from lit_align.models import backbone, packing, policy, prefill, sharding
 from lit_align.models.backbone import Backbone
+from lit_align.models.fixed_context import FixedContext
 from lit_align.models.parking import Sleeper, stays
 from lit_align.models.policy import Policy
 from lit_align.rewards import learned
-from lit_align.tools.plan_decoding import last_tokens
+from lit_align.tools.plan_decoding import last_tokens, read_ends
 from lit_align.tools.plan_kernels import attention
 from lit_align.tools.plan_ledger import Kind, Ledger, Place
 from lit_align.tools.plan_shapes import empty_weights
@@ -120,11 +121,14 @@ def told(ledger: Ledger) -> Iterator[None]:
         stack.enter_context(replaced(FSDPParamGroup, **collectives(ledger)))
         cached = of_kind(ledger, Kind.CACHE, DynamicCache, "update", "batch_select_indices")
         stack.enter_context(replaced(DynamicCache, **cached))
+        stack.enter_context(replaced(prefill, **of_kind(ledger, Kind.CACHE, prefill, "joined")))
+        fixed = of_kind(ledger, Kind.CACHE, FixedContext, "fix")
+        stack.enter_context(replaced(FixedContext, **fixed))
         yield
 
 
-def of_kind(ledger: Ledger, kind: Kind, owner: type, *names: str) -> dict[str, Callable[..., Any]]:
-    """Methods of a class, by name, that make what they make in one category."""
+def of_kind(ledger: Ledger, kind: Kind, owner: Any, *names: str) -> dict[str, Callable[..., Any]]:
+    """Methods of a class or functions of a module, by name, that fill one category."""
 
     def marked(method: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
@@ -186,7 +190,8 @@ def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
         stack.enter_context(replaced(masking_utils, find_packed_sequence_indices=no_packed_rows))
         stack.enter_context(replaced(backbone, load_network=load))
         stack.enter_context(replaced(learned, load_tokenizer=lambda *given: None))
-        stack.enter_context(replaced(policy, decode=last_tokens))
+        stack.enter_context(replaced(policy, decode=last_tokens, largest=int))
+        stack.enter_context(replaced(prefill, read_parts=read_ends))
         stack.enter_context(replaced(Policy, verify=verify))
         stack.enter_context(replaced(sharding, fits=fits))
         for module in (torch_optimizer, _foreach_utils):  # fake weights are steps' lists, too

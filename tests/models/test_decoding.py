@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import tiny
+from harness import TINY, tiny
 
 from lit_align.batches import Experience
 from lit_align.models.decoding import Context, Sampling
@@ -38,6 +38,38 @@ def test_a_prompt_is_read_once_however_many_rows_answer_it(tiny_policy, prompts)
     assert all(size == (7, 1) for size in sizes[1:])
     assert torch.equal(together.tokens, apart.tokens)
     assert torch.allclose(together.logprobs, apart.logprobs, atol=1e-6)
+
+
+KINDS = {
+    "full attention": {},
+    "fixed places": {"fixed_cache": True},
+    "a window": {"config": {**TINY, "model_type": "mistral", "sliding_window": 4}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_prompts_are_read_in_parts(monkeypatch, prompts, kind):
+    rows = prompts.rows([0, 0, 1, 1, 1, 3, 0])
+    rows.group = [0, 0, 1, 1, 1, 3, 0]
+    policy = tiny(**KINDS[kind])
+    at_once = respond(policy, rows, [])
+    sizes = watched(policy)
+    monkeypatch.setattr("lit_align.models.prefill.READ_AT_ONCE", 10)
+    in_parts = respond(policy, rows, [])
+    assert sizes[:2] == [(2, 5), (1, 5)]
+    assert all(size == (7, 1) for size in sizes[2:])
+    assert torch.equal(in_parts.tokens, at_once.tokens)
+    torch.testing.assert_close(in_parts.logprobs, at_once.logprobs, atol=1e-5, rtol=0)
+
+
+def test_what_is_more_than_keys_and_values_is_read_at_once(monkeypatch, prompts):
+    """A state that a layer carries on."""
+    layers = ["linear_attention", "full_attention"]
+    policy = tiny(config={**TINY, "model_type": "qwen3_next", "layer_types": layers})
+    monkeypatch.setattr("lit_align.models.prefill.READ_AT_ONCE", 10)
+    sizes = watched(policy)
+    respond(policy, prompts, [])
+    assert sizes[0] == (4, 5)
 
 
 def test_rows_that_have_stopped_leave_the_batch(tiny_policy, prompts):

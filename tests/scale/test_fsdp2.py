@@ -223,6 +223,21 @@ def test_answers_are_the_same_from_shards(two_ranks, tmp_path, gather):
         assert gathers is (gather is not False)
 
 
+def in_parts(folder):
+    """The same where a rank must read its two prompts in two passes, and the other could in one."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_once = 10**5 if distributed.get_rank() else 5
+        patch.setattr("lit_align.models.prefill.READ_AT_ONCE", at_once)
+        return answers(folder, False)[0]
+
+
+def test_ranks_that_share_weights_read_prompts_in_equally_many_passes(two_ranks, tmp_path):
+    whole, _ = answers(tmp_path, "one process")
+    for rank, mine in enumerate(two_ranks(in_parts, tmp_path)):
+        width = mine.shape[1]
+        assert torch.equal(mine, whole.view(2, 2, 2, -1)[:, rank].flatten(0, 1)[:, :width])
+
+
 def crowded(folder):
     """What is said where memory is short, and the answer of each rank to whether weights fit."""
     with pytest.MonkeyPatch.context() as patch:

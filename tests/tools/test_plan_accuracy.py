@@ -187,6 +187,17 @@ def test_a_plan_is_within_one_percent_of_the_allocator(name, tmp_path):
     compare(real(name, str(tmp_path)), planned(name, str(tmp_path)))
 
 
+def test_prompts_that_are_read_in_four_parts_are_counted(monkeypatch, tmp_path):
+    """A plan reads the first and the last; prompts are long here and answers are not."""
+    for name, tokens in {"PROMPT": 48, "ANSWER": 2}.items():
+        monkeypatch.setitem(globals(), name, tokens)
+    at_once = planned("ReMax", str(tmp_path))
+    monkeypatch.setattr("lit_align.models.prefill.READ_AT_ONCE", 2 * 48)
+    in_parts = planned("ReMax", str(tmp_path))
+    compare(real("ReMax", str(tmp_path)), in_parts)
+    assert in_parts["rollout"] < at_once["rollout"]
+
+
 @pytest.mark.parametrize("name", TWO)
 def test_and_so_it_is_on_the_first_of_two_ranks(name, tmp_path):
     """Real tensors, sharded by FSDP2, in a group whose other rank does not answer.
