@@ -62,10 +62,19 @@ def weighed(case: Case, folder: Path, side: Side) -> int:
     return peak(lambda: side(case, folder, 2, lambda: None), case.device)
 
 
-def compare(name: str, case: Case, sides: list[Side], args: argparse.Namespace) -> None:
+def compare(
+    name: str, case: Case, sides: list[Side], args: argparse.Namespace, times: float = 1
+) -> None:
     """Prints one line: the first side beside the second.
 
     On a CPU each measurement has a process of its own; a GPU's allocator tells sides apart.
+
+    Args:
+        name: Of the line.
+        case: What both do.
+        sides: Two.
+        args: Of the command line.
+        times: How many times as many samples the first makes in a step.
     """
     folder = Path(args.folder) / case.place
     apart(written, case, folder, args.rounds + 2)
@@ -81,9 +90,10 @@ def compare(name: str, case: Case, sides: list[Side], args: argparse.Namespace) 
         mine, its = (max(step.bytes for step in steps) for steps in (one, other))
     clock, its_clock = (median(step.clock for step in steps) for steps in (one, other))
     work, its_work = (median(step.work for step in steps) for steps in (one, other))
+    faster = times * its_clock / clock, times * its_work / work
     print(
-        f"{name:<14} {case.model:>5} {case.shape.name:<7} {its_clock / clock:>6.2f} "
-        f"{its_work / work:>6.2f} {mine / its:>7.2f} {mine / 2**20:>5.0f} {its / 2**20:>9.0f} "
+        f"{name:<14} {case.model:>5} {case.shape.name:<7} {faster[0]:>6.2f} {faster[1]:>6.2f} "
+        f"{mine / its:>7.2f} {mine / 2**20:>5.0f} {its / 2**20:>9.0f} "
         f"{clock:>8.2f} {its_clock:>6.2f}",
         flush=True,
     )
@@ -125,12 +135,38 @@ def paper_claims(args: argparse.Namespace) -> None:
     print(f"what papers claim\n{HEAD}")
     for one, other in papers.CLAIMS:
         for shape in shapes("grpo", args.device):
-            alone = shape._replace(num_samples=1)
-            case = Case("grpo", args.models[-1], alone, args.device)
-            apart(written, case, Path(args.folder) / case.place, args.rounds + 2)
-            apart(papers.prepare, Path(args.folder) / case.place)
+            case = Case("grpo", args.models[-1], shape._replace(num_samples=1), args.device)
+            judged(case, args)
             sides: list[Side] = [partial(papers.run, name) for name in (one, other)]
             compare(f"{one} / {other}"[:14], case, sides, args)
+    at_equal_memory(args)
+
+
+def judged(case: Case, args: argparse.Namespace) -> Path:
+    """The folder of a case with all that the papers' algorithms read."""
+    folder = Path(args.folder) / case.place
+    apart(written, case, folder, args.rounds + 2)
+    apart(papers.prepare, folder)
+    return folder
+
+
+def at_equal_memory(args: argparse.Namespace) -> None:
+    """Hydra-PPO with as many rows in a step as fit into the bytes that LoRA-PPO takes with few."""
+    shape = shapes("grpo", args.device)[0]._replace(num_samples=1, num_rows=4, part=1)
+    few = Case("grpo", args.models[-1], shape, args.device)
+
+    def larger(times: int) -> Case:
+        return few._replace(shape=shape._replace(num_rows=times * shape.num_rows))
+
+    def fits(times: int) -> bool:
+        folder = judged(larger(times), args)
+        return apart(weighed, larger(times), folder, partial(papers.run, "hydra_ppo")) <= most
+
+    lora: Side = partial(papers.run_as, few, "lora_ppo")
+    most = apart(weighed, few, judged(few, args), lora)
+    times = papers.most_times(fits)
+    print(f"hydra_ppo with {times * shape.num_rows} rows, lora_ppo with {shape.num_rows}:")
+    compare("per sample", larger(times), [partial(papers.run, "hydra_ppo"), lora], args, times)
 
 
 def growing(args: argparse.Namespace) -> None:

@@ -65,3 +65,21 @@ def run(name: str, case: Case, folder: Path, steps: int, stepped: Callable[[], N
     what, judge = algorithm(name, case, folder)
     callbacks = [Rollout(max_new_tokens=case.shape.answer), Reward(judge)]
     ours.fit(case, folder, steps, stepped, what, callbacks)
+
+
+def run_as(
+    own: Case, name: str, case: Case, folder: Path, steps: int, stepped: Callable[[], None]
+) -> None:
+    """`run` of a case of its own, beside another side that makes more of the same rows."""
+    run(name, own, folder, steps, stepped)
+
+
+def most_times(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, given that 1 does and that larger ones need more."""
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
