@@ -34,9 +34,7 @@ class Begun(NamedTuple):
     hidden: Tensor  # [G, H] of the last token
 
 
-def prefill(
-    network: PreTrainedModel, prompts: Prompts, alike: Callable[[int], int] = int
-) -> Begun:
+def prefill(network: PreTrainedModel, prompts: Prompts, alike: Callable[[int], int] = int) -> Begun:
     """Reads prompts in as many passes as READ_AT_ONCE asks for.
 
     Args:
