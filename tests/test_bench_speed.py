@@ -133,3 +133,12 @@ def test_peak_memory_grows_by_what_was_touched(bench):
         return peak(lambda: torch.ones(number, dtype=torch.uint8), "cpu")
 
     assert apart(touch, 300_000_000) - apart(touch, 100_000_000) == pytest.approx(200e6, rel=0.02)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 7, 8, 13])
+def test_the_most_that_fits_is_found(bench, room):
+    from bench import papers
+
+    asked = []
+    assert papers.most_times(lambda times: asked.append(times) or times <= room) == room
+    assert len(asked) <= 7
