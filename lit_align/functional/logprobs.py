@@ -106,7 +106,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 grad_bias += _matmul(away.T, slope).squeeze(-1)
             away = away.to(head.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = _matmul(away, head) * slope
+                grad_hidden[rows] = _matmul(away, head).mul_(slope)
             if grad_weight is not None:
                 _add_matmul(grad_weight, away.T, (hidden[rows] * slope).to(head.dtype))
             del away  # before the next chunk's is made

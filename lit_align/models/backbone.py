@@ -19,6 +19,7 @@ from lit_align.models.compiling import compile_blocks
 from lit_align.models.layout import is_trimmed, reading
 from lit_align.models.loading import check_task, data_type, load_network, quiet_transformers
 from lit_align.models.lora import LoRA
+from lit_align.models.norms import replace_norms
 from lit_align.models.packing import let_pack
 from lit_align.models.quantised import Quantisation
 from lit_align.models.sltrain import SLTrain, with_dense_weights
@@ -88,6 +89,7 @@ class Backbone(Wearer):
         }
         self.later = LATER.get() and quantisation is None
         self.network, self.missing = self.load(config, data_type(dtype))
+        replace_norms(self.network)
         self.packs = let_pack(self.network)  # reads texts one behind the other
         self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
         if checkpointing:

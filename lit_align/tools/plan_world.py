@@ -14,20 +14,22 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.nn.functional import rms_norm
 from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import DynamicCache, PreTrainedModel, masking_utils
 
 from lit_align.functional import logprobs
-from lit_align.models import backbone, packing, policy, prefill, sharding
+from lit_align.models import backbone, norms, packing, policy, prefill, sharding
 from lit_align.models.backbone import Backbone
 from lit_align.models.fixed_context import FixedContext
 from lit_align.models.parking import Sleeper, stays
 from lit_align.models.policy import Policy
 from lit_align.rewards import learned
 from lit_align.tools.plan_decoding import last_tokens, read_ends
-from lit_align.tools.plan_kernels import attention
+from lit_align.tools.plan_kernels import attention, norm
 from lit_align.tools.plan_ledger import Kind, Ledger, Place
 from lit_align.tools.plan_shapes import empty_weights
 from lit_align.tools.plan_tracking import making
@@ -164,16 +166,6 @@ def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
     def fits(model: Backbone) -> bool:
         return sharding.room_for(model, memory - ledger.total[Place.DEVICE]) >= 0
 
-    @torch.no_grad()
-    def verify(network: Policy) -> None:
-        if getattr(network.network.config, "final_logit_softcapping", None):
-            raise ValueError(
-                f"{network.name} changes its logits after the output head: soft-capped or scaled "
-                f"logits are not supported."
-            )
-        if not network.later:
-            network(network._faithful)
-
     def load(*args: Any) -> tuple[PreTrainedModel, list[str], None]:
         # where ranks share weights, each reads its own rows alone, once it knows which
         with ledger.unseen() if args[-1] else nullcontext():
@@ -193,11 +185,33 @@ def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
         stack.enter_context(replaced(policy, decode=last_tokens, largest=int))
         stack.enter_context(replaced(prefill, read_parts=read_ends))
         stack.enter_context(replaced(Policy, verify=verify))
+        stack.enter_context(replaced(norms, says_the_same=says_the_same))
         stack.enter_context(replaced(sharding, fits=fits))
         for module in (torch_optimizer, _foreach_utils):  # fake weights are steps' lists, too
             kinds = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(replaced(module, _foreach_supported_types=kinds))
         yield
+
+
+@torch.no_grad()
+def verify(network: Policy) -> None:
+    """`Policy.verify` by what the configuration says."""
+    if getattr(network.network.config, "final_logit_softcapping", None):
+        raise ValueError(
+            f"{network.name} changes its logits after the output head: soft-capped or scaled "
+            f"logits are not supported."
+        )
+    if not network.later:
+        network(network._faithful)
+
+
+compare_norms = norms.says_the_same
+
+
+def says_the_same(*both: nn.Module) -> bool:
+    """`norms.says_the_same` with numbers of its own, where weights have none."""
+    with _disable_current_modes(), replaced(norms, rms_norm=rms_norm):
+        return compare_norms(*both)
 
 
 def applied(
@@ -258,6 +272,7 @@ def as_on_a_card(ledger: Ledger) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(Sleeper, park=park, wake=wake))
         stack.enter_context(replaced(torch.nn.functional, scaled_dot_product_attention=attention))
+        stack.enter_context(replaced(norms, rms_norm=norm))
         stack.enter_context(replaced(Policy, stays=recorded))
         stack.enter_context(replaced(packing, has_kernel=lambda kind: True))
         stack.enter_context(replaced(logprobs, _sums_halves=lambda device: True))

@@ -1,5 +1,6 @@
 """What only a GPU can show: the kernel for packed halves, recorded steps, compiled blocks."""
 
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from harness import TINY
 from test_layout import rollout
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lit_align.batches import Experience
 from lit_align.models import packing
 from lit_align.models.decoding import Responses, Sampling
 from lit_align.models.fixed_context import FixedContext
+from lit_align.models.norms import RMSNorm
 from lit_align.models.policy import Policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -82,3 +85,23 @@ def test_compiled_blocks_say_the_same():
     batch = rollout().to(GPU)
     plain, compiled = (on_gpu(compile=wanted).logprobs(batch) for wanted in (False, True))
     torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=0)
+
+
+def test_a_norm_is_one_kernel_and_keeps_its_input_alone():
+    """And a float of each row; by rounding of halves it says what it says in fp32."""
+    with GPU:
+        norm = RMSNorm(LlamaRMSNorm(512), 1e-6)
+        torch.nn.init.uniform_(norm.weight)
+        x = torch.randn(1000, 512, requires_grad=True)
+        half = x.detach().bfloat16().requires_grad_()
+    halves = deepcopy(norm).bfloat16()
+    before = torch.cuda.memory_allocated()
+    said = halves(half)
+    assert torch.cuda.memory_allocated() - before - said.nbytes in (4000, 4096)
+    expected = norm(x)
+    torch.testing.assert_close(said.float(), expected, rtol=0.02, atol=0.02)
+    said.float().sin().sum().backward()
+    expected.sin().sum().backward()
+    assert (half.grad - x.grad).norm() < 0.02 * x.grad.norm()
+    gradient = halves.weight.grad.float()
+    assert (gradient - norm.weight.grad).norm() < 0.02 * norm.weight.grad.norm()
