@@ -15,6 +15,7 @@ from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.algorithms.ppo import PPO
 from lit_align.callbacks.reward import Reward
+from lit_align.models.fsdp2 import FSDP2
 from lit_align.models.policy import Policy
 from lit_align.models.sltrain import SLTrain
 from lit_align.rewards.base_reward import BaseReward
@@ -105,9 +106,25 @@ def test_two_ranks_with_a_dpo_adapter_on_the_base_equal_one(two_ranks, tmp_path,
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_that_compile_their_blocks_equal_one(two_ranks, tmp_path, strategy):
-    case = partial(remax, partial(tiny, compile=True), adam), RandomPrompts, 1e-5
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_ranks_that_compile_their_blocks_equal_one(
+    two_ranks, tmp_path, strategy, checkpointing
+):
+    policy = partial(tiny, compile=True, checkpointing=checkpointing)
+    case = partial(remax, policy, adam), RandomPrompts, 1e-5
     ranks = two_ranks(fit_sharded, tmp_path, *case[:2], strategy, 2)
+    compare(ranks, case, *fit(tmp_path, remax(tiny, adam), RandomPrompts(3, 4)))
+
+
+def fit_recomputed(folder, build):
+    """A fit under a strategy that lets blocks keep their inputs alone."""
+    return fit_sharded(folder, build, RandomPrompts, FSDP2(checkpointing=True))
+
+
+@pytest.mark.long
+def test_two_ranks_compile_what_their_strategy_computes_again(two_ranks, tmp_path):
+    case = partial(remax, partial(tiny, compile=True), adam), RandomPrompts, 1e-5
+    ranks = two_ranks(fit_recomputed, tmp_path, case[0])
     compare(ranks, case, *fit(tmp_path, remax(tiny, adam), RandomPrompts(3, 4)))
 
 

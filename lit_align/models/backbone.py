@@ -103,7 +103,7 @@ class Backbone(Wearer):
             sltrain.replace(self.blocks)
         self.compiles = compile
         if compile:
-            compile_blocks(self.blocks)
+            compile_blocks(self.blocks, checkpointing)
 
     def refuse(
         self,

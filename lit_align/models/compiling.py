@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 KINDS = 64  # of passes: a network, with or without gradients, with one adapter or another
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], recomputed: bool) -> None:
     """Lets each block compile itself where it is first called, for texts of any length.
 
     What is compiled for one block serves all that are alike. Keys of a state dict stay.
 
     Args:
         blocks: The transformer blocks of a network.
+        recomputed: Whether they keep their inputs alone and compute the rest again in backward.
     """
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, KINDS)
     for block in blocks:
-        block.compile(dynamic=True)
+        if recomputed:
+            inside = {"_gradient_checkpointing_func": recomputed_and_compiled}
+            vars(block).update(inside, _compiled_call_impl=None)
+        else:
+            block.compile(dynamic=True)
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """`function` of its arguments."""
+    return function(*args)
+
+
+compiled_call = torch.compile(call, dynamic=True)
+
+
+def recomputed_and_compiled(block: Callable[..., Any], *args: Any) -> Any:
+    """A block that keeps its inputs alone, and is compiled inside of that.
+
+    Outside it would not be compiled at all, and would not say so: attention breaks the graph, and
+    a checkpoint in a graph must not be broken. torch forbids to compile inside of its
+    `checkpoint`, but not inside of what that wraps.
+
+    Args:
+        block: With its other arguments.
+        *args: Of the block.
+    """
+    return unwrap(checkpoint)(compiled_call, block, *args, use_reentrant=False)
 
 
 def trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:

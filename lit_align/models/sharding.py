@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from lit_align.models.backbone import Backbone
+from lit_align.models.compiling import compile_blocks
 from lit_align.models.streaming import fill
 
 Model = TypeVar("Model", bound=Backbone)
@@ -70,6 +71,8 @@ def shard(model: Model, mesh: DeviceMesh | None, how: Sharding | None = None) ->
     root = MixedPrecisionPolicy(None, how.reduce, cast_forward_inputs=False)
     if how.checkpointing:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
+        if model.compiles:
+            compile_blocks(model.blocks, recomputed=True)
     for block in model.blocks:
         fully_shard(block, mesh=line, mp_policy=blocks, offload_policy=offload)
     # what trains keeps its embedding and heads for the backward pass, which ends in resharding

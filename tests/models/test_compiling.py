@@ -7,7 +7,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lit_align.batches import Experience, Tokens
-from lit_align.models import fixed_context
+from lit_align.callbacks.allocations import CPUAllocations
+from lit_align.models import compiling, fixed_context
 from lit_align.models.compiling import trunk
 from lit_align.models.decoding import Sampling
 from lit_align.models.lora import LoRA
@@ -26,6 +27,8 @@ def compiler(request, monkeypatch):
         module._compiled_call_impl = torch.compile(module._call_impl, **options, **given)
 
     monkeypatch.setattr(nn.Module, "compile", compile_module)
+    inside = torch.compile(compiling.call, dynamic=True, **given)
+    monkeypatch.setattr(compiling, "compiled_call", inside)
     step = torch.compile(trunk, fullgraph=True, **given)
     monkeypatch.setattr(fixed_context, "compiled_trunk", step)
     yield
@@ -48,7 +51,7 @@ def passed(policy, batch: Tokens) -> list[torch.Tensor]:
     return [logprobs.detach(), *found]
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_say_the_same(compiler, checkpointing):
     batches = [texts(lengths) for lengths in ([7, 7, 3], [9], [5, 5, 5, 2], [4, 6])]
     plain, compiled = (
@@ -62,14 +65,33 @@ def test_compiled_blocks_say_the_same(compiler, checkpointing):
 
 
 @pytest.mark.long
-def test_longer_texts_are_not_compiled_anew(compiler):
-    policy = tiny(compile=True)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_longer_texts_are_not_compiled_anew(compiler, checkpointing):
+    policy = tiny(compile=True, checkpointing=checkpointing)
     for lengths in ([7, 7, 3], [9, 2], [5, 5, 4]):
         passed(policy, texts(lengths))
     before = counters["stats"]["unique_graphs"]
     for lengths in ([11, 7, 3, 3], [12, 2], [5, 5, 8]):
         passed(policy, texts(lengths))
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.long
+def test_compiled_blocks_that_are_computed_again_keep_their_inputs_alone(compiler):
+    """Bytes that are held between the two passes."""
+    held = {}
+    for checkpointing in (False, True):
+        policy, batch = tiny(compile=True, checkpointing=checkpointing), texts([9] * 8)
+        passed(policy, batch)
+        heard = CPUAllocations()
+        heard.resume()
+        heard.begin()
+        logprobs = policy.logprobs(batch)
+        heard.end()
+        held[checkpointing] = heard.used
+        heard.pause()
+        logprobs.sum().backward()
+    assert held[True] < 0.4 * held[False]
 
 
 @pytest.mark.long
