@@ -12,15 +12,11 @@ TOOLS = ("chat", "evaluate", "export", "plan", "report")  # modules of this room
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; what is wrong with it is said in a sentence, with status 2."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if args in (["--version"], ["-V"]):
         print(f"lit-align {__version__}")
         return 0
-    if args in ([], ["--help"], ["-h"]):
-        print(
-            f"beside the Trainer's: lit-align {' | '.join(['configs', *TOOLS])}, each with --help\n"
-            "`fit --plan` says first what the fit will take, and afterwards how far that was off\n"
-        )
+    hint(args)
     try:
         if args[:1] == ["configs"]:
             return configs(args[1:])
@@ -34,6 +30,22 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"lit-align: {harmless(text)}", file=sys.stderr)
         return 2
+
+
+def hint(args: list[str]) -> None:
+    """Prints above a help what Lightning does not know of.
+
+    Args:
+        args: The words that were given.
+    """
+    named = [word for word in args if word not in ("--help", "-h")]
+    if named == args:
+        return
+    if not named:
+        tools = " | ".join(["configs", *TOOLS])
+        print(f"beside the Trainer's: lit-align {tools}, each with --help")
+    if named[:1] in ([], ["fit"]):
+        print("`fit --plan` says first what a fit will take, and afterwards how far that was off\n")
 
 
 def tool(args: list[str]) -> int:

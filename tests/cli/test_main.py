@@ -54,6 +54,16 @@ def test_help(command, capsys):
     assert "usage" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [[], ["--help"], ["fit", "--help"]])
+def test_the_help_names_what_is_beside_lightnings_own_words(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "`fit --plan`" in said
+    assert ("lit-align configs | chat" in said) == (words != ["fit", "--help"])
+
+
 def test_the_help_of_an_algorithm_is_its_docstring(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "ReMax"])
