@@ -63,7 +63,7 @@ def weighed(case: Case, folder: Path, side: Side) -> int:
 
 
 def compare(
-    name: str, case: Case, sides: list[Side], args: argparse.Namespace, times: float = 1
+    name: str, case: Case, sides: list[Side], args: argparse.Namespace, times: int = 1
 ) -> None:
     """Prints one line: the first side beside the second.
 
@@ -71,7 +71,7 @@ def compare(
 
     Args:
         name: Of the line.
-        case: What both do.
+        case: What they do, and whose rows are written.
         sides: Two.
         args: Of the command line.
         times: How many times as many samples the first makes in a step.

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_align.algorithms.base import Algorithm
 from lit_align.batches import Experience, Tokens
 from lit_align.models.backbone import Backbone
+from lit_align.models.compiling import compile_blocks
 from lit_align.models.parking import Turns
 from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, whole
@@ -74,7 +75,7 @@ class Referenced(Algorithm):
         policy = self.build_policy()
         if self.build_reference is None and policy.adapted is not None:
             return {"policy": policy}
-        reference = self.build_reference() if self.build_reference else deepcopy(policy)
+        reference = self.build_reference() if self.build_reference else copied(policy)
         same_vocabulary("reference", reference, policy)
         reference.temperature = policy.temperature  # a KL of two distributions sharpened alike
         return {"policy": policy, "reference": reference.requires_grad_(False).eval()}
@@ -121,3 +122,11 @@ def same_vocabulary(role: str, network: Backbone, policy: Backbone) -> None:
             f"The {role} {network.name} knows {network.vocabulary} tokens and the policy "
             f"{policy.name} {policy.vocabulary}: they must share one vocabulary."
         )
+
+
+def copied(policy: Policy) -> Policy:
+    """The same network again; what is compiled is not copied, and is compiled anew."""
+    copy = deepcopy(policy)
+    if copy.compiles:
+        compile_blocks(copy.blocks, recomputed=False)
+    return copy

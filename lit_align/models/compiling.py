@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from inspect import unwrap
 from typing import Any
 
@@ -26,11 +27,25 @@ def compile_blocks(blocks: Iterable[nn.Module], recomputed: bool) -> None:
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, KINDS)
     for block in blocks:
-        if recomputed:
-            inside = {"_gradient_checkpointing_func": recomputed_and_compiled}
-            vars(block).update(inside, _compiled_call_impl=None)
-        else:
-            block.compile(dynamic=True)
+        block.compile(dynamic=True)
+        compiled = block._compiled_call_impl
+        if recomputed and compiled is not None:
+            vars(block).update(
+                _gradient_checkpointing_func=recomputed_and_compiled,
+                _compiled_call_impl=partial(by_mode, block, compiled),
+            )
+
+
+def by_mode(block: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A block that trains as it is, since it compiles itself inside of its checkpoint.
+
+    Args:
+        block: Any.
+        compiled: The same, compiled from outside.
+        *args: Of the block.
+        **kwargs: Of the block.
+    """
+    return (block._call_impl if block.training else compiled)(*args, **kwargs)
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:

@@ -10,27 +10,39 @@ from torch.func import functional_call
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
+MIXED = ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16))  # input and weight
 
-class RMSNorm(nn.RMSNorm):
+
+class RMSNorm(nn.Module):
     """x / root of (mean of x^2 + eps), times the weight (arXiv:1910.07467), under the same name.
 
     Args:
         norm: A network's own, whose weight it takes over.
         eps: Of that.
+        returns: Whether the result is of the input's type where the weight's is wider.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, norm: nn.Module, eps: float):
+    def __init__(self, norm: nn.Module, eps: float, returns: bool = False):
+        super().__init__()
         assert isinstance(norm.weight, nn.Parameter)
-        super().__init__(len(norm.weight), eps, elementwise_affine=False)
-        self.weight = norm.weight
+        self.weight, self.eps, self.returns = norm.weight, eps, returns
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{len(self.weight)}, eps={self.eps}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., H] -> [.., H]; of the weight's type where that is the wider one."""
-        if torch.promote_types(x.dtype, self.weight.dtype) is x.dtype:
-            return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return rms_norm(x, self.normalized_shape, None, self.eps) * self.weight
+        """[.., H] -> [.., H]; types meet as in transformers, not as in torch's autocast."""
+        weight, shape = self.weight, self.weight.shape
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if wide is x.dtype:
+                return rms_norm(x, shape, weight.to(wide), self.eps)
+            if self.returns:
+                return rms_norm(x.to(wide), shape, weight, self.eps).to(x.dtype)
+            return rms_norm(x, shape, None, self.eps) * weight
 
 
 def replace_norms(network: PreTrainedModel) -> None:
@@ -42,29 +54,45 @@ def replace_norms(network: PreTrainedModel) -> None:
     found = [(module, *each) for module in network.modules() for each in module.named_children()]
     for parent, name, norm in found:
         eps = epsilon(norm)
-        if eps is not None and says_the_same(norm, RMSNorm(norm, eps)):
-            setattr(parent, name, RMSNorm(norm, eps))
+        if eps is None:
+            continue
+        ways = [RMSNorm(norm, eps), RMSNorm(norm, eps, returns=True)]
+        same = [way for way in ways if says_the_same(norm, way, eps)]
+        if same:
+            setattr(parent, name, same[0])
 
 
 def epsilon(norm: nn.Module) -> float | None:
-    """What a norm of one weight and one input adds to the mean; None: it is none."""
+    """What an RMSNorm of one weight and one input adds to the mean; None: it is none."""
     names = [name for name, _ in norm.named_parameters()]
     inputs = len(inspect.signature(norm.forward).parameters)
     if not type(norm).__name__.endswith("RMSNorm") or names != ["weight"] or inputs != 1:
         return None
-    eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return eps
+    known = vars(norm).get("variance_epsilon", vars(norm).get("eps"))
+    return known if isinstance(known, float) else None
 
 
 @torch.no_grad()
-def says_the_same(norm: nn.Module, other: nn.Module) -> bool:
-    """Whether two norms agree on numbers, with a weight that is not theirs: they may have none.
+def says_the_same(norm: nn.Module, other: nn.Module, eps: float) -> bool:
+    """Whether two norms agree on numbers and types, with a weight that is not theirs.
 
-    Gemma's, which multiplies by 1 + weight, does not.
+    They may have none yet. Gemma's, which multiplies by 1 + weight, does not agree.
+
+    Args:
+        norm: A network's own.
+        other: What might stand in its place.
+        eps: Of both.
     """
-    size = norm.weight.shape
-    assert isinstance(size, torch.Size)
-    weight = torch.linspace(-1, 2, size[0], device="cpu")
-    x = torch.linspace(-3, 1, 2 * size[0], device="cpu").view(2, -1)
-    one, two = (functional_call(each, {"weight": weight}, (x,)) for each in (norm, other))
-    return torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+    size = len(norm.weight)  # type: ignore[arg-type]
+    exact = {"device": "cpu", "dtype": torch.float32}
+    weight = torch.linspace(-1, 2, size, **exact)  # type: ignore[call-overload]
+    x = torch.linspace(-3, 1, 2 * size, **exact).view(2, -1)  # type: ignore[call-overload]
+    x = torch.cat([x, x * eps**0.5])  # rows in which eps counts
+    both = norm, other
+    one, two = (functional_call(each, {"weight": weight}, (x,)) for each in both)
+    types = [
+        [functional_call(each, {"weight": weight.to(own)}, (x.to(given),)).dtype for each in both]
+        for given, own in MIXED
+    ]
+    alike = all(mine is its for mine, its in types)
+    return alike and torch.allclose(one, two, rtol=1e-5, atol=1e-6)

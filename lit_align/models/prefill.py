@@ -42,9 +42,10 @@ def prefill(network: PreTrainedModel, prompts: Prompts, alike: Callable[[int], i
         prompts: G rows.
         alike: The largest of a number on all ranks: shards need equally many passes of all.
     """
-    number = -(-prompts.tokens.numel() // READ_AT_ONCE) if splits(network) else 1
-    number = -alike(-min(alike(number), len(prompts.tokens)))
     rows = torch.arange(len(prompts.tokens), device=prompts.tokens.device)
+    at_once = max(1, READ_AT_ONCE // prompts.tokens.shape[1]) if splits(network) else len(rows)
+    number = alike(-(-len(rows) // at_once))
+    number = -alike(-min(number, len(rows)))  # a pass of each rank has a row at least
     parts = read_parts(network, [prompts.rows(part) for part in rows.tensor_split(number)])
     hidden = torch.cat([part.hidden for part in parts])
     return Begun(joined([part.cache for part in parts]), hidden)

@@ -98,9 +98,10 @@ class _Norm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        wanted = zip(ctx.saved_tensors[:2], ctx.needs_input_grad, strict=True)
+        of_x, of_weight = (torch.empty_like(each) if asks else None for each, asks in wanted)
+        return of_x, of_weight
 
 
 def flash_on_cpu(query: Tensor, key: Tensor, *others: object) -> int:

@@ -34,6 +34,8 @@ from lit_align.tools.plan_ledger import Kind, Ledger, Place
 from lit_align.tools.plan_shapes import empty_weights
 from lit_align.tools.plan_tracking import making
 
+compare_norms = norms.says_the_same  # as it is outside of a plan
+
 
 class OneOfMany(ClusterEnvironment):
     """The first of N ranks, of which nobody starts the others.
@@ -205,13 +207,10 @@ def verify(network: Policy) -> None:
         network(network._faithful)
 
 
-compare_norms = norms.says_the_same
-
-
-def says_the_same(*both: nn.Module) -> bool:
-    """`norms.says_the_same` with numbers of its own, where weights have none."""
+def says_the_same(norm: nn.Module, other: nn.Module, eps: float) -> bool:
+    """`norms.says_the_same` of real numbers and by the real function, where a plan has neither."""
     with _disable_current_modes(), replaced(norms, rms_norm=rms_norm):
-        return compare_norms(*both)
+        return compare_norms(norm, other, eps)
 
 
 def applied(

@@ -1,4 +1,4 @@
-"""The papers' speed claims at equal sizes: ReMax beside PPO, Hydra-PPO beside LoRA-PPO."""
+"""The papers' speed claims, at equal sizes and at equal memory."""
 
 from __future__ import annotations
 

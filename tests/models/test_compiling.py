@@ -1,11 +1,14 @@
 """What is compiled says the same, for texts of any length, and is compiled once for all of them."""
 
+from functools import partial
+
 import pytest
 import torch
 from harness import tiny
 from torch import nn
 from torch._dynamo.utils import counters
 
+from lit_align.algorithms.grpo import GRPO
 from lit_align.batches import Experience, Tokens
 from lit_align.callbacks.allocations import CPUAllocations
 from lit_align.models import compiling, fixed_context
@@ -62,6 +65,23 @@ def test_compiled_blocks_say_the_same(compiler, checkpointing):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     assert counters["stats"]["unique_graphs"] > 0
     assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_a_reference_that_is_a_copy_compiles(compiler):
+    reference = GRPO(policy=partial(tiny, compile=True)).build()["reference"]
+    with torch.no_grad():
+        reference.logprobs(texts([7, 7, 3]))
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_networks_compile_too(compiler, checkpointing):
+    """They compute nothing again, whatever the strategy says."""
+    policy, batch = tiny(compile=True, checkpointing=checkpointing), texts([7, 7, 3])
+    with torch.no_grad():
+        expected = tiny().logprobs(batch)
+        torch.testing.assert_close(policy.eval().logprobs(batch), expected, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.long

@@ -47,6 +47,17 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize(("at_once", "most"), [(14, 2), (15, 3), (4, 1), (25, 5)])
+def test_no_part_has_more_tokens_than_are_read_at_once(monkeypatch, prompts, at_once, most):
+    """Of five prompts of five tokens; one is the least."""
+    policy = tiny()
+    sizes = watched(policy)
+    monkeypatch.setattr("lit_align.models.prefill.READ_AT_ONCE", at_once)
+    respond(policy, prompts.rows([0, 1, 2, 3, 0]), [], 2)
+    parts = [rows for rows, tokens in sizes if tokens == 5]
+    assert (max(parts), sum(parts)) == (most, 5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_prompts_are_read_in_parts(monkeypatch, prompts, kind):
     rows = prompts.rows([0, 0, 1, 1, 1, 3, 0])

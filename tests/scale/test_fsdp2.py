@@ -17,8 +17,10 @@ from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.cli.export import Built
 from lit_align.cli.overlays import fit_overlays
+from lit_align.models import prefill
 from lit_align.models.fsdp2 import FSDP2
-from lit_align.models.sharding import shards, whole_size
+from lit_align.models.prefill import Prompts, read
+from lit_align.models.sharding import largest, shards, whole_size
 
 CASE = "ReMax, AdamW in float32"
 STRATEGIES = {
@@ -236,6 +238,29 @@ def test_ranks_that_share_weights_read_prompts_in_equally_many_passes(two_ranks,
     for rank, mine in enumerate(two_ranks(in_parts, tmp_path)):
         width = mine.shape[1]
         assert torch.equal(mine, whole.view(2, 2, 2, -1)[:, rank].flatten(0, 1)[:, :width])
+
+
+def passes(folder, rows, at_once):
+    """How many a rank makes that has so many prompts of five tokens."""
+    number = rows[distributed.get_rank()]
+    mask = torch.ones(number, 5, dtype=torch.long)
+    prompts, parts = Prompts(mask, mask, mask.cumsum(-1) - 1), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "READ_AT_ONCE", at_once)
+        patch.setattr(
+            prefill, "read", lambda network, part: parts.append(part) or read(network, part)
+        )
+        prefill.prefill(tiny().network, prompts, largest)
+    assert sum(len(part.tokens) for part in parts) == number
+    return len(parts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_once", "wanted"), [((3, 5), 10, 3), ((1, 5), 5, 1), ((5, 3), 5, 3)]
+)
+def test_ranks_agree_on_the_passes_over_prompts(two_ranks, tmp_path, rows, at_once, wanted):
+    """As many as the one with most needs, unless another has not so many prompts."""
+    assert two_ranks(passes, tmp_path, rows, at_once) == [wanted, wanted]
 
 
 def crowded(folder):
