@@ -83,6 +83,6 @@ def test_what_needs_the_most_gains_in_a_short_run(results, tmp_path):
         if run.folder in ("RTO", "HydraPPO", "HydraPPO_one_adapter"):
             row = short.row(run)
             assert row["gain, 95 % low"] > 0
-            assert row["prompts"] == 268
+            assert row["prompts"] == 276  # a twentieth of the prompts; equal ones stay together
             assert set(row["peaks"]) == set(results.PHASES)
             assert row["seconds"] > 0
