@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
+FEW = 16  # numbers in a row suffice to compare two norms of any size
 MIXED = ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16))  # input and weight
 
 
@@ -83,10 +84,8 @@ def says_the_same(norm: nn.Module, other: nn.Module, eps: float) -> bool:
         other: What might stand in its place.
         eps: Of both.
     """
-    size = len(norm.weight)  # type: ignore[arg-type]
-    exact = {"device": "cpu", "dtype": torch.float32}
-    weight = torch.linspace(-1, 2, size, **exact)  # type: ignore[call-overload]
-    x = torch.linspace(-3, 1, 2 * size, **exact).view(2, -1)  # type: ignore[call-overload]
+    weight = torch.linspace(-1, 2, FEW, device="cpu", dtype=torch.float32)
+    x = torch.linspace(-3, 1, 2 * FEW, device="cpu", dtype=torch.float32).view(2, -1)
     x = torch.cat([x, x * eps**0.5])  # rows in which eps counts
     both = norm, other
     one, two = (functional_call(each, {"weight": weight}, (x,)) for each in both)
