@@ -1,7 +1,7 @@
 """The table and the picture of a sweep, beside the papers' own figures.
 
     lit-align plan --sweep 7b --json > sweep.jsonl
-    python scripts/plan_sweep.py sweep.jsonl docs/pictures/plan_7b --title "Llama 2 7B, 8 GPUs"
+    python scripts/plan_sweep.py sweep.jsonl docs/pictures/plan_7b --papers --title "Llama 2 7B"
 
 Writes a CSV and a PNG, and prints the CSV as a table of Markdown.
 """

@@ -5,6 +5,7 @@ import torch
 from harness import TINY, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -120,6 +121,24 @@ def test_a_norm_that_adds_eps_elsewhere_stays():
     holder = torch.nn.ModuleList([Elsewhere(8)])
     replace_norms(holder)
     assert isinstance(holder[0], Elsewhere)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that are kernels on a GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_transformers_takes_eight_kernels_for_halves():
+    """To fp32, square, mean, eps, root, product, to halves, weight."""
+    norm, x = Qwen3RMSNorm(8).bfloat16(), torch.ones(3, 8, dtype=torch.bfloat16)
+    with torch.no_grad(), Operators() as operators:
+        norm(x)
+    assert operators.number == 8
 
 
 def test_by_hand():
