@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lit_align.tools.figures import Answers, bootstrap, distinct_2, mean, read
-from lit_align.tools.tables import completions_table, figures_table
+from lit_align.evaluation.statistics import Answers, bootstrap, distinct_2, mean, read
+from lit_align.evaluation.tables import completions_table, figures_table
 
 
 def summarise(before: Answers, after: Answers) -> dict[str, float]:

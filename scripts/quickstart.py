@@ -15,8 +15,8 @@ from compare_predictions import summarise
 from rich.console import Console
 
 from lit_align.data.toy import parses
-from lit_align.tools.figures import Answers, mean, read
-from lit_align.tools.tables import completions_table, figures_table
+from lit_align.evaluation.statistics import Answers, mean, read
+from lit_align.evaluation.tables import completions_table, figures_table
 
 RUNS = Path("runs/quickstart")
 SFT, REWARD, REMAX = RUNS / "1_sft", RUNS / "2_reward_model", RUNS / "3_remax"

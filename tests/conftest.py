@@ -1,12 +1,14 @@
 """Fixtures that all tests share."""
 
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import RandomPrompts, tiny, trainer
 from lightning.pytorch import Trainer
+from spawn_ranks import Ranks
+from tiny_models import RandomPrompts, tiny, trainer
 
 from lit_align.batches import Experience
 from lit_align.models.policy import Policy
@@ -52,3 +54,40 @@ def run(tmp_path):
         return done
 
     return go
+
+
+@pytest.fixture
+def port() -> int:
+    """A free one on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number: int = free.getsockname()[1]
+    return number
+
+
+def start_ranks(processes: int = 2) -> Iterator[Ranks]:
+    """Yield processes that wait for work, and end them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    ranks = Ranks(processes, number)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """Shared by the tests of a file."""
+    yield from start_ranks()
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Ranks]:
+    """Twice as many."""
+    yield from start_ranks(4)
+
+
+@pytest.fixture
+def new_ranks() -> Iterator[Ranks]:
+    """A test's own, with memory that nobody has used."""
+    yield from start_ranks()

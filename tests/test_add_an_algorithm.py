@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from runs import run
+from run_cli import run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "add_an_algorithm.md").read_text()
 FEW = "--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --data.max_rows 32"

@@ -13,11 +13,12 @@ import lit_align
 
 ROOT = Path(lit_align.__file__).parent
 FLOORS = [
-    "version batches functional optim configs",
+    "version errors renamed terminal",
+    "batches functional optim configs",
     "models data",
-    "algorithms rewards",
+    "algorithms rewards runs",
     "callbacks",
-    "tools",
+    "tools plan report evaluation",
     "cli",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import distance, weights
+from tiny_models import distance, weights
 
 SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 ALGORITHMS = ["grpo", "rloo", "dpo", "sft", "reward_model"]

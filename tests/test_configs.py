@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import tiny
+from tiny_models import tiny
 
 from lit_align.algorithms.remax import ReMax
+from lit_align.cli.discovery import open_rooms
 from lit_align.cli.main import main
-from lit_align.cli.overlays import fit_overlays, packaged, read
-from lit_align.cli.rooms import open_rooms
+from lit_align.cli.overlays import fit_overlays, packaged_configs, read
 
-OVERLAYS = [name for name in packaged() if "class_path" not in (read(name).get("model") or {})]
-CONFIGS = [name for name in packaged() if name not in OVERLAYS]
+OVERLAYS = [
+    name for name in packaged_configs() if "class_path" not in (read(name).get("model") or {})
+]
+CONFIGS = [name for name in packaged_configs() if name not in OVERLAYS]
 KINDS = {"sft", "dpo", "remax", "ppo"}  # of configs: one answer, two, and online with a critic
 FEW = [
     *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
@@ -94,7 +96,7 @@ def test_an_overlay_applies_where_it_fits():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_config_says_what_it_is_on_top_and_fits_on_one_screen(config):
-    lines = packaged()[config].splitlines()
+    lines = packaged_configs()[config].splitlines()
     assert lines[0].startswith("# ")
     assert 20 <= len(lines) <= 50
 

@@ -53,8 +53,8 @@ FEW = [
 ]
 ELSEWHERE = {  # commands that another test runs, or that need what a test machine lacks
     r"strategy (fsdp2|ddp)|--config fsdp": "tests/scale, and GPUs",
-    r"WandbLogger|--lm_eval": "tests/callbacks/test_samples.py and tests/tools/test_benchmarks.py",
-    r"docs/examples/|runs/quickstart": "tests/test_real_input.py and `make quickstart`",
+    r"WandbLogger|--lm_eval": "test_response_log.py and test_lm_eval.py",
+    r"docs/examples/|runs/quickstart": "tests/test_real_data_runs.py and `make quickstart`",
 }
 
 

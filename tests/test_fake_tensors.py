@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import RandomPrompts, tiny
+from tiny_models import RandomPrompts, tiny
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import AdamW
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_align.callbacks.run_folder import flat
 from lit_align.cli.main import main
+from lit_align.runs.run_folder import flat
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "from_trl.md").read_text()

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness import WORDS, RandomPrompts, adapted, tiny
 from lightning.pytorch import Trainer
+from tiny_models import WORDS, RandomPrompts, adapted, tiny
 from torch import Tensor
 from torch.optim import AdamW
 
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.algorithms.dpo import DPO, IPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.grpovi import GRPOVI
 from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.hydra_sft import HydraSFT
-from lit_align.algorithms.online import OnlineAlgorithm
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
@@ -36,8 +36,8 @@ from lit_align.data.instructions import InstructionData
 from lit_align.data.preferences import PreferenceData
 from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
-from lit_align.models.two_headed import TwoHeaded
+from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.models.scalar_head import Scalar
 from lit_align.rewards.base import RewardFunction
 
 ROOM = 6  # tokens of a response

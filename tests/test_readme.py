@@ -10,7 +10,7 @@ from lit_align.cli.main import main
 from lit_align.cli.overlays import read
 from lit_align.data.text import load_tokenizer
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

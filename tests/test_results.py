@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import SHARED
+from tiny_models import SHARED
 
-from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.cli.configs import packaged_configs
+from lit_align.cli.discovery import kinds, open_rooms
 from lit_align.cli.overlays import read
-from lit_align.cli.packaged import packaged
-from lit_align.cli.rooms import kinds, open_rooms
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "results.md").read_text()
@@ -51,7 +51,7 @@ def test_every_online_algorithm_has_a_row():
 def test_every_row_is_of_a_run_of_the_script(results):
     assert list(rows()) == [run.title for run in results.RUNS]
     for run in results.RUNS:
-        assert run.config in packaged()
+        assert run.config in packaged_configs()
         assert read(run.config)["model"]["class_path"] == run.name
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from runs import metrics, same
+from run_cli import metrics, same
 
 from lit_align.cli.main import main
 

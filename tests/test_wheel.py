@@ -52,10 +52,12 @@ def fit(python: str | Path, folder: Path, **environment: str) -> str:
 
 def test_it_holds_each_config_and_the_marker_of_types(wheel):
     names = set(ZipFile(wheel).namelist())
-    configs = {path.name for path in (ROOT / "lit_align" / "configs").glob("*.yaml")}
-    assert {"remax.yaml", "toy.yaml"} <= configs
+    folder = ROOT / "configs"
+    configs = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
+    assert {"remax.yaml", "overlays/toy.yaml"} <= configs
     assert {f"lit_align/configs/{name}" for name in configs} | {"lit_align/py.typed"} <= names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lit_align").rglob("*.py")}
+    modules.add("lit_align/configs/__init__.py")
     assert modules == {name for name in names if name.endswith(".py")}
     metadata = next(name for name in names if name.endswith("METADATA"))
     assert "License-Expression: Apache-2.0" in ZipFile(wheel).read(metadata).decode()

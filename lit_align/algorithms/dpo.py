@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.offline import OfflineAlgorithm
-from lit_align.algorithms.precomputed import Precomputed, share
-from lit_align.algorithms.reference import Referenced
+from lit_align.algorithms.core.offline import OfflineAlgorithm
+from lit_align.algorithms.core.precomputed_logprobs import Precomputed, share
+from lit_align.algorithms.core.reference_model import Referenced
 from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs, Tokens
 from lit_align.functional.losses import dpo, ipo

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.online import OnlineAlgorithm, refuse_single_samples
+from lit_align.algorithms.core.online import OnlineAlgorithm, refuse_single_samples
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
 from lit_align.functional.losses import clipped_surrogate

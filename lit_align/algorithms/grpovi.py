@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_align.algorithms.core.running_statistics import RunningBounds
 from lit_align.algorithms.grpo import GRPO
-from lit_align.algorithms.running import RunningBounds
 from lit_align.batches import Experience
 from lit_align.functional.variance import increase_variance
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_align.algorithms.actor_critic import ActorCritic
+from lit_align.algorithms.core.actor_critic import ActorCritic
 from lit_align.batches import Experience
 from lit_align.models.backbone import Backbone
 from lit_align.models.hydra import Hydra

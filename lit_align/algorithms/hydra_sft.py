@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.offline import OfflineAlgorithm
+from lit_align.algorithms.core.offline import OfflineAlgorithm
 from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.backbone import Backbone
-from lit_align.models.two_headed import TwoHeaded
+from lit_align.models.policy_with_reward_head import TwoHeaded
 
 
 class HydraSFT(OfflineAlgorithm):

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.actor_critic import ActorCritic
-from lit_align.algorithms.reference import same_vocabulary
+from lit_align.algorithms.core.actor_critic import ActorCritic
+from lit_align.algorithms.core.reference_model import same_vocabulary
 from lit_align.batches import Experience
 from lit_align.models.backbone import Backbone
 from lit_align.models.roles import Role, whole
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 
 
 class PPO(ActorCritic):

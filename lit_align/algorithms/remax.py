@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.batches import Experience
 from lit_align.functional.kl import k1
 from lit_align.functional.returns import rewards_to_go

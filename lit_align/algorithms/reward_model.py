@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.offline import OfflineAlgorithm
+from lit_align.algorithms.core.offline import OfflineAlgorithm
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.backbone import Backbone
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 
 
 class RewardModel(OfflineAlgorithm):

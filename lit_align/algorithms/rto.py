@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_align.algorithms.core.reference_model import same_vocabulary
 from lit_align.algorithms.ppo import PPO
-from lit_align.algorithms.reference import same_vocabulary
 from lit_align.batches import Experience
 from lit_align.functional.returns import dpo_token_rewards
 from lit_align.models.backbone import Backbone

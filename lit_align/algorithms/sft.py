@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.offline import OfflineAlgorithm
+from lit_align.algorithms.core.offline import OfflineAlgorithm
 from lit_align.batches import Tokens
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from lit_align.algorithms.online import OnlineAlgorithm, refuse_single_samples
+from lit_align.algorithms.core.online import OnlineAlgorithm, refuse_single_samples
 from lit_align.batches import Experience
 from lit_align.functional.reweighting import (
     effective_share,
@@ -18,7 +18,7 @@ from lit_align.functional.reweighting import (
     shaped_scores,
 )
 from lit_align.models.backbone import Backbone
-from lit_align.models.parking import Sleeper, Turns, state_of
+from lit_align.models.parallel.offload import Sleeper, Turns, state_of
 
 
 class SPR(OnlineAlgorithm):

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.batches import Experience
 from lit_align.callbacks.rollout import Rollout
 

@@ -10,12 +10,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lit_align.algorithms.base import Algorithm
-from lit_align.callbacks import checkpoint_files as files
-from lit_align.callbacks import generators
-from lit_align.callbacks.optimizer_names import with_names
-from lit_align.callbacks.run_log import RunLog
-from lit_align.callbacks.signals import StopSignals
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.runs import checkpoint_files as files
+from lit_align.runs import rng_state as generators
+from lit_align.runs.csv_log import RunLog
+from lit_align.runs.optimizer_state_names import with_names
+from lit_align.runs.stop_signals import StopSignals
 
 
 class Checkpoints(Checkpoint):

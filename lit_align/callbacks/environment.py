@@ -1,29 +1,15 @@
 """What a run was made with: command, versions, machine, and the state of the user's code."""
 
 import json
-import os
-import platform
-import shlex
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, Trainer
 
-from lit_align.algorithms.base import Algorithm
-from lit_align.callbacks.whole import write_whole
-from lit_align.version import __version__
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.runs.atomic_io import write_whole
+from lit_align.runs.environment_file import FILE, PATCH, described, repository, starts
 
-FILE, PATCH = "environment.json", "uncommitted.patch"
-PACKAGES = (
-    *("torch", "lightning", "transformers", "tokenizers", "safetensors", "peft", "accelerate"),
-    *("datasets", "torchdata", "torchao", "numpy"),
-)
 LARGEST = 2_000_000  # bytes of a patch that is kept
-
-Facts = dict[str, object]
 
 
 class Environment(Callback):
@@ -52,82 +38,3 @@ class Environment(Callback):
             (folder / PATCH).write_bytes(patch[:LARGEST])
         entry = {**described(trainer, self.command), "git": git}
         write_whole(folder / FILE, json.dumps([*before, entry], indent=1) + "\n")
-
-
-def starts(folder: Path) -> list[Facts]:
-    """The entries of a run folder, from the first start on; empty if none were kept.
-
-    Args:
-        folder: Of the run.
-    """
-    file = folder / FILE
-    if not file.is_file():
-        return []
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}. Delete it, or restore it.") from error
-    return [entry for entry in entries if isinstance(entry, dict)]
-
-
-def described(trainer: Trainer, command: tuple[str, ...]) -> Facts:
-    """This start: when, by which command, on what, with which versions."""
-    device = trainer.strategy.root_device
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["lit-align", *command]) if command else "",
-        "folder": str(Path.cwd()),
-        "ranks": trainer.world_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cuda": torch.version.cuda,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {"lit_align": __version__, **versions()},
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what is installed and may change a result."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def repository(folder: Path) -> tuple[Facts | None, bytes]:
-    """The commit that a folder is at, and what it lacks as a patch; None where git knows none.
-
-    Args:
-        folder: Anywhere in the working tree.
-    """
-    commit = said(folder, "rev-parse", "HEAD")
-    if not commit:
-        return None, b""
-    changed = said(folder, "status", "--porcelain", "--untracked-files=no").decode(
-        "utf-8", "replace"
-    )
-    facts: Facts = {
-        "commit": commit.decode().strip(),
-        "branch": said(folder, "branch", "--show-current").decode("utf-8", "replace").strip(),
-        "changed": [line[3:] for line in changed.splitlines()],
-    }
-    return facts, said(folder, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD")
-
-
-def said(folder: Path, *words: str) -> bytes:
-    """What git prints; nothing where there is no git, no repository or no commit."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "--no-optional-locks", *words],
-            capture_output=True,
-            timeout=60,
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return b""
-    return done.stdout if done.returncode == 0 else b""

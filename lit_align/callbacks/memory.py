@@ -13,15 +13,15 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_align.algorithms.base import Algorithm
-from lit_align.callbacks.allocations import (
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.callbacks.reward import Reward
+from lit_align.models.parallel.offload import state_of
+from lit_align.runs.allocations import (
     AcceleratorAllocations,
     Allocations,
     CPUAllocations,
     bytes_of,
 )
-from lit_align.callbacks.reward import Reward
-from lit_align.models.parking import state_of
 
 MIB = 2**20  # bytes
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.core.base import Algorithm
 
 SHOWN = (
     *("loss", "reward", "accuracy", "rewards/accuracies", "objective/kl", "entropy", "lr"),

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 
-from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.batches import Experience
 from lit_align.rewards.base import RewardError, RewardFunction
-from lit_align.rewards.calling import Caller
-from lit_align.rewards.panel import Panel
+from lit_align.rewards.execution import Caller
+from lit_align.rewards.weighted_sum import Panel
 
 
 class Reward(Callback):

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.batches import Answer, Experience
-from lit_align.callbacks.stored import drawn, stored_rows
+from lit_align.callbacks.offline_rollout import drawn, stored_rows
 from lit_align.functional.masks import through_first
-from lit_align.models.decoding import Sampling
-from lit_align.models.sharding import gathered
+from lit_align.models.generation.decode import Sampling
+from lit_align.models.parallel.sharding import gathered
 
 
 class Rollout(Callback):

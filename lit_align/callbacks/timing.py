@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.core.base import Algorithm
 
 
 class Timing(Callback):

@@ -11,26 +11,26 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_align.algorithms.base import Algorithm
-from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.callbacks.checkpoint import Checkpoints
-from lit_align.callbacks.checkpoint_io import CheckpointIO
 from lit_align.callbacks.curves import Curves
 from lit_align.callbacks.environment import Environment
 from lit_align.callbacks.export import Export
-from lit_align.callbacks.finite import Finite
 from lit_align.callbacks.foretold import Foretold
 from lit_align.callbacks.memory import Memory
+from lit_align.callbacks.nan_guard import Finite
 from lit_align.callbacks.progress import Progress
+from lit_align.callbacks.response_log import Samples
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.callbacks.run_log import RunLog
-from lit_align.callbacks.samples import Samples
+from lit_align.callbacks.run_summary import BatchPlan
 from lit_align.callbacks.timing import Timing
-from lit_align.cli.batch_plan import BatchPlan
-from lit_align.cli.messages import Parser
-from lit_align.cli.resuming import RunConfig, found_checkpoint
-from lit_align.data.loading import TextData
+from lit_align.cli.errors import Parser
+from lit_align.cli.resume import RunConfig, found_checkpoint
+from lit_align.data.base import TextData
+from lit_align.runs.checkpoint_io import CheckpointIO
+from lit_align.runs.csv_log import RunLog
 
 
 class AlignCLI(LightningCLI):
@@ -112,7 +112,7 @@ class AlignCLI(LightningCLI):
             config.trainer.strategy = strategy.replace("fsdp", "fsdp2")
             rank_zero_only(print)(
                 f"--trainer.strategy {strategy} means {config.trainer.strategy} here: PyTorch's "
-                f"FSDP2, through lit_align.models.fsdp2.FSDP2."
+                f"FSDP2, through lit_align.models.parallel.fsdp2.FSDP2."
             )
         name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
         if name.endswith("FSDPStrategy"):

@@ -2,11 +2,11 @@
 
 from rich.console import Console
 
-from lit_align.cli.messages import quieten
-from lit_align.cli.words import Words
-from lit_align.models.decoding import Sampling
+from lit_align.cli.argument_parser import Words
+from lit_align.cli.errors import quieten
+from lit_align.models.generation.decode import Sampling
 from lit_align.tools.chat import Speaker, chat
-from lit_align.tools.found_model import found_model
+from lit_align.tools.resolve_model import found_model
 
 ABOUT = "Answers what you write, with the model's chat template; two models side by side."
 

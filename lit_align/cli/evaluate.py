@@ -10,19 +10,19 @@ from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.callbacks.asking import Asking
 from lit_align.callbacks.reward import Reward
-from lit_align.cli.messages import Parser, quieten
+from lit_align.cli.discovery import open_rooms
+from lit_align.cli.errors import Parser, quieten
 from lit_align.cli.overlays import Settings, chosen_class, cut, inline, read, split_config
-from lit_align.cli.rooms import open_rooms
-from lit_align.data.loading import TextData
+from lit_align.data.base import TextData
 from lit_align.data.prompts import PromptData
-from lit_align.tools.answering import answered
-from lit_align.tools.benchmarks import Benchmarks, device_of
-from lit_align.tools.evaluate import compared, shown, write
-from lit_align.tools.found_model import found_model
-from lit_align.tools.judge import judged_wins
+from lit_align.evaluation.compare import compared, shown, write
+from lit_align.evaluation.generate import answered
+from lit_align.evaluation.judge import judged_wins
+from lit_align.evaluation.lm_eval import Benchmarks, device_of
+from lit_align.tools.resolve_model import found_model
 
 
 def main(args: list[str]) -> int:

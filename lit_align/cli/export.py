@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from lit_align.callbacks.checkpoint_files import folder_of, head, newest
 from lit_align.cli.align import AlignCLI
-from lit_align.cli.messages import Parser, quieten
+from lit_align.cli.discovery import open_rooms
+from lit_align.cli.errors import Parser, quieten
 from lit_align.cli.overlays import inline, read
-from lit_align.cli.rooms import open_rooms
+from lit_align.runs.checkpoint_files import folder_of, head, newest
 from lit_align.tools.export import export
 
 ALONE = {  # one process, whatever the run was

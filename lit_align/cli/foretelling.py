@@ -11,11 +11,11 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from rich.console import Console
 
 from lit_align.cli.plan import silent
-from lit_align.cli.planned import PlannedCLI
-from lit_align.models.loading import quiet_transformers
-from lit_align.tools.plan import simulated
-from lit_align.tools.plan_ledger import Place
-from lit_align.tools.plan_report import Plan, table, verdict
+from lit_align.cli.plan_run import PlannedCLI
+from lit_align.models.weights.loading import quiet_transformers
+from lit_align.plan.memory_tracker import Place
+from lit_align.plan.simulate import simulated
+from lit_align.plan.table import Plan, table, verdict
 
 
 class PlannedHere(PlannedCLI):

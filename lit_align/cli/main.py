@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from lit_align.cli.packaged import configs
+from lit_align.cli.configs import run_configs
 from lit_align.version import __version__
 
 TOOLS = ("chat", "evaluate", "export", "plan", "report")  # modules of this room, each with a `main`
@@ -19,11 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     hint(args)
     try:
         if args[:1] == ["configs"]:
-            return configs(args[1:])
+            return run_configs(args[1:])
         return tool(args) if args and args[0] in TOOLS else run(args)
     except Exception as error:
-        from lit_align.cli.messages import explained  # imports torch: not for a version or a list
-        from lit_align.tools.terminal import harmless
+        from lit_align.cli.errors import explained  # imports torch: not for a version or a list
+        from lit_align.terminal import harmless
 
         text = explained(error)
         if text is None:
@@ -57,9 +57,9 @@ def tool(args: list[str]) -> int:
 def run(args: list[str]) -> int:
     """Everything that Lightning's Trainer does: fit, validate, test, predict."""
     from lit_align.cli.align import AlignCLI
-    from lit_align.cli.messages import quieten
+    from lit_align.cli.discovery import open_rooms
+    from lit_align.cli.errors import quieten
     from lit_align.cli.overlays import fit_overlays
-    from lit_align.cli.rooms import open_rooms
 
     quieten()
     open_rooms()

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from lit_align.algorithms.base import Algorithm
-from lit_align.algorithms.online import OnlineAlgorithm
-from lit_align.cli.packaged import packaged
-from lit_align.cli.rooms import arguments, kinds
-from lit_align.data.loading import TextData
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.cli.configs import packaged_configs
+from lit_align.cli.discovery import arguments, kinds
+from lit_align.data.base import TextData
 
 Settings = dict[str, Any]
 SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextData}
@@ -20,7 +20,7 @@ SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextData}
 
 def read(name: str) -> Settings:
     """The settings of a file, or of a packaged config by its bare name."""
-    path, known = Path(name), packaged()
+    path, known = Path(name), packaged_configs()
     if not path.is_file() and name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}."

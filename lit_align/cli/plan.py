@@ -14,17 +14,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lit_align.cli.changes import candidates, changes
-from lit_align.cli.messages import quieten
+from lit_align.cli.argument_parser import Words
+from lit_align.cli.discovery import open_rooms
+from lit_align.cli.errors import quieten
 from lit_align.cli.overlays import fit_overlays
-from lit_align.cli.planned import PlannedCLI
-from lit_align.cli.rooms import open_rooms
+from lit_align.cli.plan_run import PlannedCLI
 from lit_align.cli.sweep import SIZES, Size, sweep
-from lit_align.cli.words import Words
-from lit_align.models.loading import quiet_transformers
-from lit_align.tools.plan import simulated
-from lit_align.tools.plan_report import GIB, Plan, as_json, table, verdict
-from lit_align.tools.plan_shapes import config_of
+from lit_align.models.weights.loading import quiet_transformers
+from lit_align.plan.architectures import config_of
+from lit_align.plan.simulate import simulated
+from lit_align.plan.suggestions import candidates, changes
+from lit_align.plan.table import GIB, Plan, as_json, table, verdict
 
 ABOUT = (
     "Peak memory of a run by phase, from the real code on tensors without values: no GPU, no "

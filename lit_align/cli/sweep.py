@@ -9,11 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from lit_align.cli.overlays import Settings, read
-from lit_align.cli.planned import PlannedCLI
-from lit_align.tools.plan import traced
-from lit_align.tools.plan_blocks import Grown, extrapolated
-from lit_align.tools.plan_ledger import Ledger
-from lit_align.tools.plan_shapes import config_of
+from lit_align.cli.plan_run import PlannedCLI
+from lit_align.plan.architectures import config_of
+from lit_align.plan.extrapolate import Grown, extrapolated
+from lit_align.plan.memory_tracker import Ledger
+from lit_align.plan.simulate import traced
 
 LAYOUTS = ("ppo", "lora_ppo", "dl_ppo", "joint_hydra_ppo", "hydra_ppo")
 WHOLE = ("ppo", "remax", "grpo", "grpovi", "rto", "spr", "sft", "dpo")
@@ -198,5 +198,5 @@ def trainer(size: Size) -> Settings:
         "devices": size.devices,
         "num_nodes": size.nodes,
         "precision": "bf16-mixed",
-        "strategy": {"class_path": "lit_align.models.fsdp2.FSDP2", "init_args": sharding},
+        "strategy": {"class_path": "lit_align.models.parallel.fsdp2.FSDP2", "init_args": sharding},
     }

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lit_align.batches import Batch, Tokens
-from lit_align.data.forms import canonical, missing, prompt_of
-from lit_align.data.loading import TextData
+from lit_align.data.base import TextData
+from lit_align.data.formats import canonical, missing, prompt_of
 from lit_align.data.padding import pad_right
-from lit_align.data.rows import Row
+from lit_align.data.sources import Row
 from lit_align.data.text import encode_answer, encode_messages, encode_text
 
 

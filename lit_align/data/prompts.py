@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lit_align.batches import Answer, Batch, Experience
-from lit_align.data.forms import canonical, missing, prompt_of
-from lit_align.data.loading import TextData
+from lit_align.data.base import TextData
+from lit_align.data.formats import canonical, missing, prompt_of
 from lit_align.data.padding import pad_left
-from lit_align.data.rows import Row
+from lit_align.data.sources import Row
 from lit_align.data.text import encode_prompt
 
 

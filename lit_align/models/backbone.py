@@ -15,17 +15,17 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lit_align.batches import Experience, Tokens
-from lit_align.models.compiling import compile_blocks
-from lit_align.models.layout import is_trimmed, reading
-from lit_align.models.loading import check_task, data_type, load_network, quiet_transformers
-from lit_align.models.lora import LoRA
-from lit_align.models.norms import replace_norms
-from lit_align.models.packing import let_pack
-from lit_align.models.quantised import Quantisation
+from lit_align.models.adapters.lora import LoRA
+from lit_align.models.adapters.sparse_lora import is_merged_when_saved, with_update_merged
+from lit_align.models.adapters.switching import Wearer
+from lit_align.models.kernels.compile import compile_blocks
+from lit_align.models.kernels.packing import is_trimmed, reading
+from lit_align.models.kernels.rms_norm import replace_norms
+from lit_align.models.kernels.varlen_attention import let_pack
 from lit_align.models.sltrain import SLTrain, with_dense_weights
-from lit_align.models.sparse_adapter import is_merged_when_saved, with_update_merged
-from lit_align.models.streaming import LATER, WeightFiles, light
-from lit_align.models.wearing import Wearer
+from lit_align.models.weights.loading import check_task, data_type, load_network, quiet_transformers
+from lit_align.models.weights.quantization import Quantisation
+from lit_align.models.weights.sharded_loading import LATER, WeightFiles, light
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")

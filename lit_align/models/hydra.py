@@ -10,11 +10,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lit_align.batches import Experience, Tokens
-from lit_align.models.decoding import Responses
-from lit_align.models.lora import LoRA, with_float_heads
+from lit_align.models.adapters.lora import LoRA, with_float_heads
+from lit_align.models.generation.decode import Responses
+from lit_align.models.policy_with_reward_head import TwoHeaded
 from lit_align.models.roles import Role
-from lit_align.models.scalar import at_last_token, before_each_token
-from lit_align.models.two_headed import TwoHeaded
+from lit_align.models.scalar_head import at_last_token, before_each_token
 
 ACTOR, CRITIC = "actor", "critic"
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from lit_align.batches import Experience, Tokens
 from lit_align.functional.logprobs import chosen_logprobs
 from lit_align.models.backbone import Backbone
-from lit_align.models.decoding import Context, Responses, Sampling, decode
-from lit_align.models.fixed_context import FixedContext
-from lit_align.models.layout import scored_places
-from lit_align.models.sharding import largest, on_all_ranks
+from lit_align.models.generation.decode import Context, Responses, Sampling, decode
+from lit_align.models.generation.static_cache import FixedContext
+from lit_align.models.kernels.packing import scored_places
+from lit_align.models.parallel.sharding import largest, on_all_ranks
 
 
 class Policy(Backbone):

@@ -12,9 +12,9 @@ from rich.text import Text
 from lit_align.batches import Experience
 from lit_align.data.padding import pad_left
 from lit_align.data.text import Message, encode_prompt, load_tokenizer, stop_ids
-from lit_align.models.decoding import Sampling
+from lit_align.models.generation.decode import Sampling
 from lit_align.models.policy import Policy
-from lit_align.tools.terminal import harmless
+from lit_align.terminal import harmless
 
 ALL = Sampling()  # tokens may be chosen
 CHUNK = 8  # tokens between two looks: the context is read again for each

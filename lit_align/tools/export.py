@@ -3,18 +3,18 @@
 import math
 from pathlib import Path
 
-from lit_align.algorithms.base import Algorithm
-from lit_align.algorithms.reference import Referenced
-from lit_align.callbacks.card import write_card
-from lit_align.callbacks.checkpoint_files import head
-from lit_align.callbacks.checkpoint_io import trained_weights
-from lit_align.callbacks.export import clear, name_ends, places
-from lit_align.callbacks.whole import whole_folder
-from lit_align.data.loading import TextData
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.reference_model import Referenced
+from lit_align.data.base import TextData
 from lit_align.models.backbone import Backbone
-from lit_align.models.fitting import check_fit, shapes
-from lit_align.models.loading import quiet_transformers
-from lit_align.models.merging import merged
+from lit_align.models.merge_adapter import merged
+from lit_align.models.weights.loading import quiet_transformers
+from lit_align.models.weights.state_dict_check import check_fit, shapes
+from lit_align.runs.atomic_io import whole_folder
+from lit_align.runs.checkpoint_files import head
+from lit_align.runs.checkpoint_io import trained_weights
+from lit_align.runs.export import clear, name_ends, places
+from lit_align.runs.model_card import write_card
 
 
 def export(

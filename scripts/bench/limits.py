@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.case import MODELS, Case
 from bench.material import PAD
 from lit_align.batches import Experience, Tokens
-from lit_align.models.decoding import Sampling
+from lit_align.models.generation.decode import Sampling
 from lit_align.models.policy import Policy
 
 BATCH, PROMPT, ANSWER = 64, 128, 256

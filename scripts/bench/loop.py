@@ -18,7 +18,7 @@ from lit_align.functional.kl import k3
 from lit_align.functional.losses import clipped_surrogate
 from lit_align.functional.masks import through_first
 from lit_align.functional.returns import group_relative
-from lit_align.models.decoding import Sampling
+from lit_align.models.generation.decode import Sampling
 from lit_align.models.policy import Policy
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 
 from bench.case import Case
-from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.dpo import DPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.reward_model import RewardModel
@@ -18,12 +18,12 @@ from lit_align.algorithms.sft import SFT
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.data.instructions import InstructionData
-from lit_align.data.loading import TextData
+from lit_align.data.base import TextData
 from lit_align.data.preferences import PreferenceData
 from lit_align.data.prompts import PromptData
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
-from lit_align.rewards.python import PythonReward
+from lit_align.models.scalar_head import Scalar
+from lit_align.rewards.function import PythonReward
 
 
 class Pause(Callback):

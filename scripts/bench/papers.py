@@ -9,20 +9,20 @@ from typing import Any
 
 from bench import ours
 from bench.case import Case
-from lit_align.algorithms.base import Algorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.models.hydra import Hydra
-from lit_align.models.lora import LoRA
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
-from lit_align.models.two_headed import TwoHeaded
+from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import TwoHeaded
 from lit_align.rewards.base import RewardFunction
-from lit_align.rewards.base_reward import BaseReward
-from lit_align.rewards.learned import LearnedReward
+from lit_align.rewards.shared_backbone import BaseReward
+from lit_align.rewards.reward_model import LearnedReward
 
 CLAIMS = [("remax", "ppo"), ("hydra_ppo", "lora_ppo")]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lit_align.algorithms.spr import SPR
 from lit_align.batches import Experience
-from lit_align.models.parking import Turns
+from lit_align.models.parallel.offload import Turns
 
 FIRST, SECOND = torch.arange(9) // 3, torch.arange(9) % 3
 SCORES = torch.tensor([1, -0.5, 2, 0.3, 0.7, -1.2, 3, 0.8, 0.5], dtype=torch.double)

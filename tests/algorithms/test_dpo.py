@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from harness import TINY, WORDS, RandomPairs, tiny, trainer, weights
+from tiny_models import TINY, WORDS, RandomPairs, tiny, trainer, weights
 from torch.optim import SGD, AdamW
 
+from lit_align.algorithms.core.precomputed_logprobs import share
 from lit_align.algorithms.dpo import DPO, IPO
-from lit_align.algorithms.precomputed import share
 from lit_align.data.preferences import PreferenceData
-from lit_align.models.lora import LoRA
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
 
 LORA = LoRA(rank=2, alpha=4)

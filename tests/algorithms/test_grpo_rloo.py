@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from harness import distance, tiny, weights
+from tiny_models import distance, tiny, weights
 from torch.optim import SGD
 
 from lit_align.algorithms.grpo import GRPO

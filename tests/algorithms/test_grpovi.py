@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import RandomPrompts, tiny, trainer
+from tiny_models import RandomPrompts, tiny, trainer
 
 from lit_align.algorithms import grpovi
 from lit_align.algorithms.grpovi import GRPOVI

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from harness import TINY, RandomPairs, RandomPrompts, trained, trainer
 from lightning.pytorch import Trainer
+from tiny_models import TINY, RandomPairs, RandomPrompts, trained, trainer
 from torch import Tensor
 from torch.optim import SGD
 
@@ -17,13 +17,13 @@ from lit_align.batches import Pairs
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.functional.losses import bradley_terry
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import ACTOR, CRITIC, Hydra, JointHydra
-from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
-from lit_align.models.two_headed import TwoHeaded
+from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.models.scalar_head import Scalar
 from lit_align.rewards.base import RewardError
-from lit_align.rewards.base_reward import BaseReward
+from lit_align.rewards.shared_backbone import BaseReward
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,17 @@ import math
 
 import pytest
 import torch
-from harness import SHARED, TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
+from tiny_models import SHARED, TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
 from torch.optim import SGD
 
-from lit_align.algorithms.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.algorithms.core.running_statistics import KLController, RunningScale
 from lit_align.algorithms.ppo import PPO
-from lit_align.algorithms.running import KLController, RunningScale
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
 from lit_align.functional.returns import gae
-from lit_align.models.lora import LoRA
-from lit_align.models.scalar import Scalar
+from lit_align.models.adapters.lora import LoRA
+from lit_align.models.scalar_head import Scalar
 
 
 def sgd(params):

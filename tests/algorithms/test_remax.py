@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import TINY, RandomPrompts, distance, tiny, trainer, weights
 from lightning.pytorch import Callback
+from tiny_models import TINY, RandomPrompts, distance, tiny, trainer, weights
 from torch.optim import SGD, AdamW
 
 from lit_align.algorithms.grpo import GRPO

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from harness import RandomPairs, scalar, trainer
+from tiny_models import RandomPairs, scalar, trainer
 from torch.optim import AdamW
 
 from lit_align.algorithms.reward_model import RewardModel

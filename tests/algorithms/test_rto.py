@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from harness import TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
 from tabular import REFERENCE as REFERENCE_TABLE
 from tabular import SCORES as RESPONSE_SCORES
 from tabular import Table
+from tiny_models import TINY, RandomPrompts, distance, scalar, tiny, trainer, weights
 from torch import Tensor
 from torch.optim import SGD
 
@@ -17,9 +17,9 @@ from lit_align.algorithms.rto import RTO
 from lit_align.batches import Experience
 from lit_align.functional.masks import through_first
 from lit_align.functional.returns import gae
-from lit_align.models.lora import LoRA
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 
 POLICY = torch.tensor([[-1, -0.5, -2, -0.3, 0]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-1.2, -0.5, -1, -0.8, 0]], dtype=torch.float64)

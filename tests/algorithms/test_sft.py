@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from harness import TINY, RandomTexts, tiny, trainer, weights
+from tiny_models import TINY, RandomTexts, tiny, trainer, weights
 from torch.optim import SGD
 
 from lit_align.algorithms.sft import SFT

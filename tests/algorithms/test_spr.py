@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from harness import Count, RandomAnswers, RandomPrompts, distance, tiny, trainer, weights
 from lightning.pytorch import Callback
+from tiny_models import Count, RandomAnswers, RandomPrompts, distance, tiny, trainer, weights
 from torch.optim import SGD, AdamW
 
 from lit_align.algorithms.sft import SFT

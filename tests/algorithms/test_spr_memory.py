@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import Count, RandomPrompts, tiny, trainer, weights
+from tiny_models import Count, RandomPrompts, tiny, trainer, weights
 from torch import Tensor
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 from lit_align.algorithms.sft import SFT
 from lit_align.algorithms.spr import SPR
 from lit_align.batches import Experience, Tokens
-from lit_align.models import parking
-from lit_align.models.lora import LoRA
+from lit_align.models.adapters.lora import LoRA
+from lit_align.models.parallel import offload as parking
 
 
 def adam(params):

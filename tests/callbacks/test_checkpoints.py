@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import RandomPrompts, tiny, trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from tiny_models import RandomPrompts, tiny, trainer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.remax import ReMax
-from lit_align.callbacks import checkpoint_files as files
 from lit_align.callbacks.checkpoint import Checkpoints
-from lit_align.callbacks.signals import StopSignals
+from lit_align.runs import checkpoint_files as files
+from lit_align.runs.stop_signals import StopSignals
 
 
 class Scores(Callback):

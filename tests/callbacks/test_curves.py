@@ -1,9 +1,9 @@
 """Curves: a panel for each metric that a run has, and no picture of nothing."""
 
 import pytest
-from harness import tiny
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
+from tiny_models import tiny
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks.curves import Curves, draw

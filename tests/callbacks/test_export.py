@@ -4,16 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import TINY
+from tiny_models import TINY
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_align.batches import Tokens
 from lit_align.callbacks.export import Export
 from lit_align.data.toy import toy_rows, toy_tokenizer
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.backbone import Backbone
-from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 
 CONFIG = {**TINY, "vocab_size": 192, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": None}
 STOPS = [3, 5]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import Count, RandomPrompts, RandomTexts, tiny, trainer
 from lightning.pytorch import Callback
-from ranks import Ranks
+from spawn_ranks import Ranks
+from tiny_models import Count, RandomPrompts, RandomTexts, tiny, trainer
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.testing._internal.two_tensor import TwoTensor
@@ -19,11 +19,11 @@ from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.sft import SFT
-from lit_align.callbacks.allocations import AcceleratorAllocations, CPUAllocations, bytes_of
 from lit_align.callbacks.memory import MIB, Memory
 from lit_align.callbacks.progress import Progress
 from lit_align.callbacks.reward import Reward
 from lit_align.models.roles import whole
+from lit_align.runs.allocations import AcceleratorAllocations, CPUAllocations, bytes_of
 
 CPU = torch.device("cpu")
 PHASES = ["load", "rollout", "score", "prepare", "update"]

@@ -4,8 +4,8 @@ import io
 import re
 
 import pytest
-from harness import RandomPrompts, tiny, trainer
 from rich.console import Console
+from tiny_models import RandomPrompts, tiny, trainer
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks import progress

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_align.algorithms.measuring import Measuring
+from lit_align.algorithms.core.metrics import Measuring
 from lit_align.batches import Experience, Tokens
 from lit_align.callbacks.reward import Reward
 from lit_align.rewards.base import RewardError, RewardFunction

@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import tiny
 from lightning.pytorch.plugins.precision import Precision
+from tiny_models import tiny
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.sft import SFT
 from lit_align.batches import Experience
 from lit_align.callbacks.rollout import Rollout
-from lit_align.models.decoding import Sampling
+from lit_align.models.generation.decode import Sampling
 
 STOPS = [2, *range(8, 14)]  # so many that some answers of random weights stop and some do not
 

@@ -1,7 +1,7 @@
 """Seconds by phase and tokens per second, by a clock that is set by hand."""
 
 import pytest
-from harness import RandomTexts, tiny, trainer
+from tiny_models import RandomTexts, tiny, trainer
 
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.sft import SFT

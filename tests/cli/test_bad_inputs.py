@@ -8,7 +8,7 @@ import pytest
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 
 ONLINE = ("fit", "--config", "remax", "--config", "toy")
 OFFLINE = ("fit", "--config", "sft", "--config", "toy")

@@ -2,7 +2,7 @@
 
 import csv
 
-from runs import FSDP2, metrics, succeed, words
+from run_cli import FSDP2, metrics, succeed, words
 
 from lit_align.callbacks.foretold import GIB, Foretold
 from lit_align.callbacks.memory import Memory, Peak

@@ -5,11 +5,11 @@ import resource
 from pathlib import Path
 
 import pytest
-from runs import run
+from run_cli import run
 
-from lit_align.callbacks.checkpoint_files import newest, saved
-from lit_align.callbacks.whole import whole_folder, write_whole
 from lit_align.cli.main import main
+from lit_align.runs.atomic_io import whole_folder, write_whole
+from lit_align.runs.checkpoint_files import newest, saved
 
 RUN = [
     *("fit", "--config", "remax", "--config", "toy", "--data.batch_size", "4"),

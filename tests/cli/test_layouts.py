@@ -7,7 +7,7 @@ import torch
 
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
-from lit_align.models.two_headed import TwoHeaded
+from lit_align.models.policy_with_reward_head import TwoHeaded
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176,

@@ -9,6 +9,7 @@ import yaml
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
+from lit_align.cli.discovery import arguments, open_rooms
 from lit_align.cli.main import main
 from lit_align.cli.overlays import (
     SECTIONS,
@@ -16,10 +17,9 @@ from lit_align.cli.overlays import (
     cut,
     fit_overlays,
     inline,
-    packaged,
+    packaged_configs,
     read,
 )
-from lit_align.cli.rooms import arguments, open_rooms
 from lit_align.data.preferences import PreferenceData
 from lit_align.version import __version__
 
@@ -84,12 +84,12 @@ def test_configs_are_listed_and_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["configs", "list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in packaged())
+    assert all(name in listed for name in packaged_configs())
     assert main(["configs", "copy", "remax", "mine.yaml"]) == 0
-    assert (tmp_path / "mine.yaml").read_text() == packaged()["remax"]
+    assert (tmp_path / "mine.yaml").read_text() == packaged_configs()["remax"]
     assert read("mine.yaml")["model"]["class_path"] == "ReMax"
     assert main(["configs", "copy", "remax", "mine.yaml"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_later_config_and_the_command_line_win(capsys, tmp_path):

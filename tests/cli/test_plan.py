@@ -6,12 +6,12 @@ import re
 import warnings
 
 import pytest
-from runs import FSDP2, saves, succeed, words
+from run_cli import FSDP2, saves, succeed, words
 
-from lit_align.cli.changes import changes
 from lit_align.cli.main import main
-from lit_align.tools.plan_ledger import Height, Place
-from lit_align.tools.plan_report import Plan
+from lit_align.plan.memory_tracker import Height, Place
+from lit_align.plan.suggestions import changes
+from lit_align.plan.table import Plan
 
 LINE = ("plan", "--config", "remax", "--config", "toy")
 

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
+from lit_align.cli.discovery import open_rooms
 from lit_align.cli.main import main
 from lit_align.cli.plan import parser, silent, sweeping
-from lit_align.cli.rooms import open_rooms
 from lit_align.cli.sweep import BLOCKS, SIZES, Size, with_blocks
-from lit_align.tools.plan_blocks import extrapolated
-from lit_align.tools.plan_ledger import Kind, Ledger, Place
+from lit_align.plan.extrapolate import extrapolated
+from lit_align.plan.memory_tracker import Kind, Ledger, Place
 
 SMALL = {
     "model_type": "llama",

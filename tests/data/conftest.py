@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from byte_chat import CHATML, SHARED, byte_tokenizer
+from byte_tokenizer import CHATML, SHARED, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.data.prompts import PromptData
-from lit_align.data.rows import Source
+from lit_align.data.sources import Source
 
 
 def flat(batches) -> list:

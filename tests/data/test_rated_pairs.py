@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lit_align.data.ratings import RatedPairs
+from lit_align.data.rated_pairs import RatedPairs
 
 
 @pytest.fixture

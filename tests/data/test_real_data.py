@@ -1,12 +1,12 @@
 """Real data sets in the forms in which they are published."""
 
 import pytest
-from byte_chat import SHARED
+from byte_tokenizer import SHARED
 
 from lit_align.data.instructions import InstructionData
 from lit_align.data.preferences import PreferenceData
 from lit_align.data.prompts import PromptData
-from lit_align.data.rows import Source, load_rows
+from lit_align.data.sources import Source, load_rows
 
 
 def test_gsm8k(shared_data, chat_path):

@@ -5,16 +5,16 @@ Every failure of peft that the paper's note lists has its test here.
 
 import pytest
 import torch
-from harness import TINY, tiny
 from peft import PeftModel
+from tiny_models import TINY, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_align.batches import Experience
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import ACTOR, CRITIC, Hydra, JointHydra
-from lit_align.models.lora import LoRA
-from lit_align.models.scalar import Scalar, at_last_token
-from lit_align.models.two_headed import TwoHeaded
+from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.models.scalar_head import Scalar, at_last_token
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from harness import TINY
+from tiny_models import TINY
 
 from lit_align.batches import Experience, Tokens
 from lit_align.functional.masks import through_first
-from lit_align.models.decoding import Sampling, choose, likeliest
-from lit_align.models.lora import LoRA
+from lit_align.models.adapters.lora import LoRA
+from lit_align.models.generation.decode import Sampling, choose, likeliest
 from lit_align.models.policy import Policy
 
 

@@ -4,13 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
-from harness import TINY, tiny
+from tiny_models import TINY, tiny
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
 
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import Hydra
-from lit_align.models.lora import LoRA
 from lit_align.models.policy import Policy
 from lit_align.models.sltrain import SLTrain, SparseLowRankLinear, saves
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lit_align.models.adapters.sparse_lora import SparseLowRankAdapter
 from lit_align.models.sltrain import SLTrain, SparseLowRankLinear, saves
-from lit_align.models.sparse_adapter import SparseLowRankAdapter
 
 # hidden, MLP, blocks, heads, key-value heads; the paper's rank and density
 SIZES = {

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import TINY, RandomTexts, distance, tiny, trained, trainer
+from tiny_models import TINY, RandomTexts, distance, tiny, trained, trainer
 from torch import nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -15,9 +15,9 @@ from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.sft import SFT
 from lit_align.batches import Tokens
 from lit_align.cli.main import main
-from lit_align.models.lora import LoRA
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 from lit_align.models.sltrain import SLTrain
 
 SMALL = SLTrain(rank=4, alpha=2, density=0.1)

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from lit_align.batches import Tokens
 from lit_align.models.policy import Policy
-from lit_align.models.scalar import Scalar
+from lit_align.models.scalar_head import Scalar
 from lit_align.models.sltrain import SLTrain, SparseLowRankLinear
 from lit_align.optim.galore8bit import GaLore8bit
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from harness import SHARED
+from tiny_models import SHARED
 from torch import Tensor, nn
 
 from lit_align.optim.galore import GaLoreAdamW, project, project_back, subspace

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from harness import RandomTexts, tiny
+from tiny_models import RandomTexts, tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

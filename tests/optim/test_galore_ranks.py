@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import distance, weights
+from tiny_models import distance, weights
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from harness import adapted, tiny
-from runs import TWO_RANKS, last, saves, succeed, words
+from run_cli import TWO_RANKS, last, saves, succeed, words
+from tiny_models import adapted, tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_align.cli.main import main
-from lit_align.models.lora import LoRA
-from lit_align.models.merging import merged
+from lit_align.models.adapters.lora import LoRA
+from lit_align.models.merge_adapter import merged
 from lit_align.models.policy import Policy
 
 LM, SCORER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"

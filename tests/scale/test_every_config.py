@@ -4,12 +4,14 @@ import csv
 import math
 
 import pytest
-from runs import ONLINE, run, words
+from run_cli import ONLINE, run, words
 
-from lit_align.cli.overlays import packaged, read
+from lit_align.cli.overlays import packaged_configs, read
 
-OVERLAYS = [name for name in packaged() if "class_path" not in (read(name).get("model") or {})]
-CONFIGS = [name for name in packaged() if name not in OVERLAYS]
+OVERLAYS = [
+    name for name in packaged_configs() if "class_path" not in (read(name).get("model") or {})
+]
+CONFIGS = [name for name in packaged_configs() if name not in OVERLAYS]
 TWO = "--trainer.devices=2"
 WAYS = {
     "fsdp2": (TWO, "--trainer.strategy=fsdp2"),

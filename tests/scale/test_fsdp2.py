@@ -4,11 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from equality_cases import CASES
-from harness import RandomPairs, RandomPrompts, distance, tiny, trainer, weights
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from test_two_processes import fit
+from rank_equality_cases import CASES, fit_three_batches
+from tiny_models import RandomPairs, RandomPrompts, distance, tiny, trainer, weights
 from torch import distributed
 
 from lit_align.algorithms.dpo import DPO
@@ -17,10 +16,10 @@ from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.cli.export import Built
 from lit_align.cli.overlays import fit_overlays
-from lit_align.models import prefill
-from lit_align.models.fsdp2 import FSDP2
-from lit_align.models.prefill import Prompts, read
-from lit_align.models.sharding import largest, shards, whole_size
+from lit_align.models.generation import prefill
+from lit_align.models.generation.prefill import Prompts, read
+from lit_align.models.parallel.fsdp2 import FSDP2
+from lit_align.models.parallel.sharding import largest, shards, whole_size
 
 CASE = "ReMax, AdamW in float32"
 STRATEGIES = {
@@ -39,7 +38,9 @@ def fit_under(folder, name, ranks=2):
     """Weights after three batches, and the largest part of a tensor that a rank holds."""
     build, data, _ = CASES[CASE]
     algorithm, strategy = build(), STRATEGIES[name]()
-    trained, _ = fit(folder, algorithm, data(3, 4 // ranks), devices=ranks, strategy=strategy)
+    trained, _ = fit_three_batches(
+        folder, algorithm, data(3, 4 // ranks), devices=ranks, strategy=strategy
+    )
     held = []
     for network in (algorithm.policy, algorithm.reference):
         for part in shards(network):
@@ -52,7 +53,7 @@ def fit_under(folder, name, ranks=2):
 def one(tmp_path_factory):
     """What one process computes."""
     build, data, _ = CASES[CASE]
-    return fit(tmp_path_factory.mktemp("one"), build(), data(3, 4))[0]
+    return fit_three_batches(tmp_path_factory.mktemp("one"), build(), data(3, 4))[0]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -109,7 +110,7 @@ def test_the_words_are_lightnings_own_flags():
 @pytest.mark.parametrize("more", [(), ("--trainer.strategy.num_replicas", "2")])
 def test_its_class_needs_no_settings(more):
     words = ["fit", "--config", "sft", "--config", "toy", "--trainer.devices", "2"]
-    words += ["--trainer.strategy", "lit_align.models.fsdp2.FSDP2", *more]
+    words += ["--trainer.strategy", "lit_align.models.parallel.fsdp2.FSDP2", *more]
     strategy = Built(fit_overlays(words)).trainer.strategy
     assert (type(strategy), strategy.num_replicas) == (FSDP2, 2 if more else 1)
 
@@ -176,7 +177,7 @@ def fit_precisely(folder, name, precision, devices):
     build, data = RUNS[name]
     algorithm = build()
     more = {"devices": devices, "strategy": "fsdp2"} if devices > 1 else {}
-    return fit(folder, algorithm, data(3, 4 // devices), precision=precision, **more)
+    return fit_three_batches(folder, algorithm, data(3, 4 // devices), precision=precision, **more)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -229,7 +230,7 @@ def in_parts(folder):
     """The same where a rank must read its two prompts in two passes, and the other could in one."""
     with pytest.MonkeyPatch.context() as patch:
         at_once = 10**5 if distributed.get_rank() else 5
-        patch.setattr("lit_align.models.prefill.READ_AT_ONCE", at_once)
+        patch.setattr("lit_align.models.generation.prefill.READ_AT_ONCE", at_once)
         return answers(folder, False)[0]
 
 
@@ -268,7 +269,7 @@ def crowded(folder):
     with pytest.MonkeyPatch.context() as patch:
         rank = distributed.get_rank()
         free = [10**9, 10**5][rank]
-        patch.setattr("lit_align.models.sharding.free_memory", lambda device: free)
+        patch.setattr("lit_align.models.parallel.sharding.free_memory", lambda device: free)
         said = pytest.warns(UserWarning, match="answers are generated from shards")
         with nullcontext() if rank else said:  # the first rank speaks for all
             return answers(folder, None)[1]

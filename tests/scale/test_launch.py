@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import ended, lit_align
+from launch_processes import ended, lit_align
 
 BROKEN = """
 import os

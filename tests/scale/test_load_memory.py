@@ -4,11 +4,11 @@ import gc
 from pathlib import Path
 
 import pytest
-from harness import RandomTexts, tiny, trainer
+from tiny_models import RandomTexts, tiny, trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_align.algorithms.sft import SFT
-from lit_align.models.lora import LoRA
+from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
 
 GIB = 2**30

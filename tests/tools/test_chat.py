@@ -4,12 +4,12 @@ import io
 
 import pytest
 import torch
-from harness import WORDS
+from tiny_models import WORDS
 
 from lit_align.batches import Experience
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
-from lit_align.models.decoding import Sampling
+from lit_align.models.generation.decode import Sampling
 from lit_align.models.policy import Policy
 from lit_align.tools.chat import Speaker, together
 

@@ -1,0 +1,111 @@
+"""A run of `fit` as it is parsed, built where tensors have no values, and not started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+
+from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.cli.align import AlignCLI
+from lit_align.plan.max_length_data import Longest
+from lit_align.plan.patches import OneOfMany
+from lit_align.plan.simulate import Machine, Run
+
+SHARDING = ("fsdp", "ddp")  # how words of strategies begin for which ranks talk
+
+
+class PlannedCLI(AlignCLI):
+    """Parses the words of a `fit`, and builds a trainer of one rank that nothing is started for.
+
+    Args:
+        args: As of `fit`.
+        prompt_tokens: Of each prompt or text; by default the most that data allow.
+    """
+
+    def __init__(self, args: list[str], prompt_tokens: int | None = None):
+        self.prompt_tokens = prompt_tokens
+        super().__init__(["fit", *args])
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is resumed or written."""
+        config = self.config[self.config.subcommand]
+        config.ckpt_path = None
+        super().before_instantiate_classes()
+
+    def instantiate_classes(self) -> None:
+        """Waits for `build`: until then nothing has told where the run is to be."""
+        config = self.config[self.config.subcommand]
+        self.machine = machine_of(config.trainer)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer for two batches of the first rank."""
+        config = self.config_init[self.config_init.subcommand]
+        self.check_sections(config)
+        given, ranks = config.trainer, self.machine.ranks
+        sections = [section for section in (config.rollout, config.reward) if section is not None]
+        return Trainer(
+            accelerator="cpu",
+            devices=ranks // given.num_nodes,
+            num_nodes=given.num_nodes,
+            strategy=given.strategy,
+            precision=given.precision,
+            plugins=[OneOfMany(ranks, ranks // given.num_nodes)],
+            callbacks=sections,
+            max_epochs=1,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Starts nothing."""
+
+    def build(self) -> Run:
+        """What was parsed, as objects."""
+        super().instantiate_classes()
+        config = self.config_init[self.config_init.subcommand]
+        online = isinstance(self.model, OnlineAlgorithm)
+        data = Longest(
+            self.datamodule,
+            self.prompt_tokens,
+            answer_tokens=config.rollout.max_new_tokens if online else 0,
+            num_stored=self.model.num_stored if online else 0,
+        )
+        return Run(self.trainer, self.model, data)
+
+
+def machine_of(trainer: Namespace) -> Machine:
+    """Where a trainer's settings say that it runs.
+
+    Args:
+        trainer: The section of a config.
+    """
+    devices, strategy = trainer.devices, trainer.strategy
+    name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
+    shares = name.rpartition(".")[2].lower().startswith(SHARDING)
+    if devices in ("auto", -1, "-1") and shares:
+        raise ValueError(
+            f"--trainer.devices {devices} counts the GPUs of this machine, and the plan may be for "
+            f"another one: give their number."
+        )
+    number = 1 if devices in ("auto", -1, "-1") else counted(devices)
+    ranks = number * trainer.num_nodes
+    if ranks > 1 and not shares:
+        raise ValueError(
+            f"{ranks} devices need a strategy: --trainer.strategy fsdp2 splits the weights over "
+            f"them, ddp copies them."
+        )
+    return Machine(ranks=ranks, is_card=trainer.accelerator != "cpu", grouped=shares)
+
+
+def counted(devices: Any) -> int:
+    """How many devices are meant: a number, or a list of their own numbers."""
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    return len([part for part in text.split(",") if part]) if "," in text else int(text)

@@ -1,0 +1,78 @@
+"""A model's answers to held-out prompts, scored, with the log-probs of model and reference."""
+
+from functools import partial
+
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
+from lightning.pytorch import Callback, Trainer
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.batches import Experience
+from lit_align.callbacks.asking import Asking
+from lit_align.callbacks.response_log import table
+from lit_align.callbacks.reward import Reward
+from lit_align.data.prompts import PromptData
+from lit_align.data.text import load_tokenizer
+from lit_align.evaluation.statistics import Answers
+from lit_align.models.policy import Policy
+
+
+def answered(
+    path: str,
+    reference: str,
+    data: PromptData,
+    asking: Asking,
+    reward: Reward | None,
+    temperature: float = 1.0,
+    accelerator: str = "auto",
+    precision: _PRECISION_INPUT = "32-true",
+) -> Answers:
+    """One row per answer, a prompt's answers side by side.
+
+    Args:
+        path: Hub id or folder of the model.
+        reference: Of the model that the KL is to.
+        data: Whose evaluation rows are asked.
+        asking: How.
+        reward: What scores the answers, if anything does.
+        temperature: Of the model, when it answers and when it is scored.
+        accelerator: Lightning's word for where to compute.
+        precision: Lightning's word for the data type.
+    """
+    check_tokenizer(path, data)
+    other = None if path == reference else partial(Policy, reference, temperature=temperature)
+    callbacks: list[Callback] = [asking] if reward is None else [asking, reward]
+    policy = partial(Policy, path, temperature=temperature)
+    algorithm = ReMax(policy=policy, reference=other)  # all online algorithms predict alike
+    trainer = quiet_trainer(callbacks, accelerator, precision)
+    rows: Answers = []
+    for batch in trainer.predict(algorithm, data) or []:
+        assert isinstance(batch, Experience)
+        found = table(batch, kl=algorithm.sequence_kl(batch).tolist())
+        rows += [row for row, real in zip(found, batch.counted, strict=True) if real]
+    return rows
+
+
+def quiet_trainer(
+    callbacks: list[Callback], accelerator: str, precision: _PRECISION_INPUT
+) -> Trainer:
+    """One process that writes nothing."""
+    return Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def check_tokenizer(path: str, data: PromptData) -> None:
+    """Refuses a model whose token ids mean other words than the data's."""
+    words = load_tokenizer(path).get_vocab()
+    if words != data.tokenizer.get_vocab():
+        raise ValueError(
+            f"{path} has another tokenizer than {data.tokenizer_path}: answers are compared token "
+            f"by token. Evaluate it on its own, and compare the rewards."
+        )

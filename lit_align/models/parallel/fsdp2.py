@@ -1,0 +1,129 @@
+"""Sharded training as a strategy of Lightning's: one word, and data parallelism alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from lit_align.models.parallel.sharding import Sharding
+from lit_align.models.weights.sharded_loading import weights_later
+from lit_align.models.weights.state_dict_check import check_fit, shapes_in
+
+WORDS: Mapping[str, dict[str, bool]] = {"fsdp2": {}, "fsdp2_cpu_offload": {"cpu_offload": True}}
+
+
+class FSDP2(ModelParallelStrategy):
+    """Every rank keeps a share of weights, gradients and optimizer state (arXiv:2304.11277).
+
+    Blocks and roots are split by the algorithm, once they are built; Lightning's own default for
+    the parent is tensor parallelism, which is never used here. `--trainer.strategy fsdp2`.
+
+    Args:
+        num_replicas: Copies of all shards. 1 splits over all ranks; 0 makes a copy per node, so
+            that weights are gathered within a node and only gradients cross the network.
+        cpu_offload: Keep shards and optimizer state in host memory between uses, and step there.
+        checkpointing: Keep only the inputs of blocks, of all networks, and compute the rest again.
+        gather: Whether answering and scoring first gather whole weights, instead of each block
+            each time; by default where an estimate says that they fit.
+        sum_once: Sum gradients over the ranks once per step, at the last micro-batch; until then
+            each rank keeps whole ones. Without, after each micro-batch: more traffic, and a rank
+            never has more than its share and a block.
+    """
+
+    def __init__(
+        self,
+        num_replicas: int = 1,
+        cpu_offload: bool = False,
+        checkpointing: bool = False,
+        gather: bool | None = None,
+        sum_once: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, **kwargs)
+        if num_replicas < 0:
+            raise ValueError(f"num_replicas is 0 (one per node) or more, found {num_replicas}.")
+        self.num_replicas, self.cpu_offload = num_replicas, cpu_offload
+        self.checkpointing, self.gather, self.sum_once = checkpointing, gather, sum_once
+
+    @property
+    def sharding(self) -> Sharding:
+        """How networks are split: what the precision asks for and the settings say."""
+        # reductions of halves are in fp32: a sum over many ranks would lose the small gradients
+        mixed = isinstance(self.precision_plugin, MixedPrecision)
+        half = isinstance(self.precision_plugin, HalfPrecision)
+        return Sharding(
+            compute=torch.bfloat16 if mixed else None,
+            reduce=torch.float32 if mixed or half else None,
+            offload=self.cpu_offload,
+            checkpointing=self.checkpointing,
+            gather=self.gather,
+            sum_once=self.sum_once,
+        )
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank has rows of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def setup_environment(self) -> None:
+        """Starts the processes' group and lays the ranks out: one line, or copies x shares."""
+        self._data_parallel_size = self.world_size
+        super().setup_environment()
+        copies = self.num_replicas or self.num_nodes
+        if self.world_size % copies:
+            raise ValueError(
+                f"num_replicas {copies} does not divide {self.world_size} ranks into equal groups."
+            )
+        if copies > 1:
+            sizes, names = (copies, self.world_size // copies), ("replicate", "shard")
+            mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+            self._device_mesh = mesh
+            assert self.lightning_module is not None
+            self.lightning_module._device_mesh = mesh
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Weights of files are read once it is known which rank needs which."""
+        with weights_later():
+            yield
+
+    def model_to_device(self) -> None:
+        """Moves what is not sharded; shards are in their place, which may be host memory."""
+        assert self.model is not None
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(self.root_device)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Looks at names and shapes first: torch's own refusals are tracebacks on every rank."""
+        if Path(checkpoint_path).is_dir():
+            assert self.lightning_module is not None
+            check_fit(self.lightning_module, shapes_in(Path(checkpoint_path)))
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _get_process_group_backend(self) -> str:
+        """Offloaded gradients are clipped on the host, which nccl cannot reach."""
+        if self.cpu_offload and self.root_device.type == "cuda":
+            return self._process_group_backend or "cuda:nccl,cpu:gloo"
+        return super()._get_process_group_backend()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """The words for `Trainer(strategy=...)`."""
+        for word, settings in WORDS.items():
+            strategy_registry.register(word, cls, description=cls.__name__, **settings)
+
+
+if not set(WORDS) & set(StrategyRegistry):
+    FSDP2.register_strategies(StrategyRegistry)

@@ -1,0 +1,181 @@
+"""Runs as one HTML file that needs no network: curves, frontier, memory, completions, configs."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from itertools import takewhile
+from pathlib import Path
+
+from lit_align.report.completions import Kept
+from lit_align.report.downsample import Thin, edges, thinned
+from lit_align.runs.run_folder import RunFolder
+from lit_align.version import __version__
+
+Facts = dict[str, object]
+
+PANELS = [  # title, what it is, metrics of which the first that was logged is drawn
+    ("Reward", "mean of a rollout's answers", ("reward",)),
+    ("Reward, held-out prompts", "greedy answers", ("val/reward",)),
+    ("KL to the reference", "nats per response", ("objective/kl",)),
+    ("Entropy", "nats per token", ("entropy", "objective/entropy")),
+    ("Length", "tokens per response", ("completions/mean_length",)),
+    (
+        "Clip fraction",
+        "tokens whose ratio was clipped",
+        ("policy/clipfrac_avg", "clip_ratio/region_mean"),
+    ),
+    ("Answers cut off", "share without a stop", ("completions/clipped_ratio",)),
+    ("Loss", "", ("loss",)),
+    ("Loss, held-out rows", "", ("val/loss",)),
+    ("Accuracy", "", ("rewards/accuracies", "val/accuracy", "accuracy", "mean_token_accuracy")),
+    ("Gradient norm", "before clipping", ("grad_norm",)),
+    ("Speed", "tokens per second", ("tokens_per_second",)),
+]
+OF_A_RUN = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path")
+NUM_POINTS = 600  # of a curve, at most
+NUM_NUMBERS = 400_000  # of all curves together
+NUM_BYTES = 4_000_000  # of all completions together
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Writes the page.
+
+    Args:
+        runs: Their folders.
+        out: The file; its folder is created.
+
+    Returns:
+        The file.
+    """
+    if not runs:
+        raise ValueError("report needs at least one run folder.")
+    page = html(facts([RunFolder(run) for run in runs]))
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(page.encode("utf-8", "replace"))  # a model may say half a surrogate pair
+    return out
+
+
+def facts(runs: list[RunFolder]) -> Facts:
+    """All that the page shows, as JSON has it."""
+    names, arms = distinct_names(runs), grouped(runs)
+    kept = Kept(NUM_BYTES, len(runs))
+    for place, run in enumerate(runs):
+        kept.add(run, place)
+    curves = all_curves(runs, [*arms.values()])
+    logged = {name for each in curves for name in each}
+    panels = [(title, unit, [m for m in names if m in logged][:1]) for title, unit, names in PANELS]
+    drawn = [(title, unit, found[0]) for title, unit, found in panels if found]
+    rest = sorted(logged - {metric for _, _, metric in drawn})
+    return {
+        "version": __version__,
+        "axis": " / ".join(dict.fromkeys(run.axis for run in runs)),
+        "runs": [described(run, name) for run, name in zip(runs, names, strict=True)],
+        "curves": curves,
+        "arms": [{"name": arm_name(names, arm), "runs": arm} for arm in arms.values()],
+        "panels": [{"title": t, "unit": u, "metric": m} for t, u, m in drawn],
+        "rest": [{"title": metric, "unit": "", "metric": metric} for metric in rest],
+        "config": differences(runs),
+        "prompts": list(kept.prompts),
+        "answers": kept.rows,
+        "notes": [*odd_values(runs), *kept.notes],
+    }
+
+
+def described(run: RunFolder, name: str) -> Facts:
+    """A run's own facts."""
+    return {
+        "name": name,
+        "path": str(run.path),
+        "algorithm": run.config.get("model", "").rpartition(".")[2],
+        "seed": run.config.get("seed_everything", ""),
+        "memory": run.memory,
+        "seconds": run.seconds,
+        "last": max((place for curve in run.curves.values() for place, _ in curve), default=0),
+    }
+
+
+def odd_values(runs: list[RunFolder]) -> list[str]:
+    """What had to be left out of the curves."""
+    return [
+        f"{run.path.name}: {run.num_odd_values:,} logged values are not finite and in no curve."
+        for run in runs
+        if run.num_odd_values
+    ]
+
+
+def distinct_names(runs: list[RunFolder]) -> list[str]:
+    """The folders' last parts, as many as it takes to tell them apart."""
+    paths = [run.path.resolve() for run in runs]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({place})" for place, path in enumerate(paths, 1)]
+
+
+def grouped(runs: list[RunFolder]) -> dict[str, list[int]]:
+    """Runs whose configs differ in the seed alone, by what they have in common."""
+    arms: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        given = {key: value for key, value in run.config.items() if value != "null"}
+        shared = {key: value for key, value in given.items() if key not in OF_A_RUN}
+        key = json.dumps(shared, sort_keys=True) if shared else f"run {place}"
+        arms.setdefault(key, []).append(place)
+    return arms
+
+
+def arm_name(names: list[str], arm: list[int]) -> str:
+    """What seeds of one config are called together."""
+    mine = [names[place] for place in arm]
+    if len(mine) == 1:
+        return mine[0]
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(min(mine), max(mine), strict=False))
+    shared = "".join(letter for letter, _ in pairs).rstrip("_-./ 0123456789")
+    return f"{shared or mine[0]}, {len(mine)} seeds"
+
+
+def all_curves(runs: list[RunFolder], arms: list[list[int]]) -> list[dict[str, Thin]]:
+    """The thinned curves of each run; seeds of one config have their points at the same places."""
+    total = sum(len(run.curves) for run in runs)
+    most = max(20, min(NUM_POINTS, NUM_NUMBERS // (4 * max(total, 1))))
+    found: list[dict[str, Thin]] = [{} for _ in runs]
+    for arm in arms:
+        for name in sorted({name for place in arm for name in runs[place].curves}):
+            having = [place for place in arm if name in runs[place].curves]
+            where = edges([runs[place].curves[name] for place in having], most)
+            for place in having:
+                found[place][name] = thinned(runs[place].curves[name], *where)
+    return found
+
+
+def differences(runs: list[RunFolder]) -> list[Facts]:
+    """Every setting of the runs, and whether they differ in it."""
+    names = sorted({name for run in runs for name in run.config})
+    found: list[Facts] = []
+    for name in names:
+        values = [run.config.get(name, "") for run in runs]
+        meant = {value or "null" for value in values}  # an older version may lack what is off
+        found.append({"name": name, "values": values, "differs": len(meant) > 1})
+    return found
+
+
+def html(shown: Facts) -> str:
+    """The page: text of models and configs is data in it, never markup.
+
+    Its policy lets the browser run the one script whose hash it names, and fetch nothing.
+    """
+    page, style, script = (
+        files("lit_align.report.page").joinpath(f"report.{kind}").read_text(encoding="utf-8")
+        for kind in ("html", "css", "js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    data = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    parts = {"HASH": digest, "STYLE": style, "SCRIPT": script, "DATA": data.replace("<", "\\u003c")}
+    before, *pieces = page.split("{{")
+    for piece in pieces:
+        name, _, after = piece.partition("}}")
+        before += parts[name] + after
+    return before

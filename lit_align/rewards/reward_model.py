@@ -1,0 +1,96 @@
+"""A frozen reward model, with a tokenizer and a chat template of its own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lit_align.batches import Experience, Tokens, microbatches
+from lit_align.data.text import encode_answer, load_tokenizer
+from lit_align.models.parallel.offload import Sleeper
+from lit_align.models.roles import Role, whole
+from lit_align.models.scalar_head import Scalar
+from lit_align.rewards.base import RewardFunction
+
+
+class TrainedScalar(Scalar):
+    """A reward model as it was trained: weights without a head are refused."""
+
+    new_weights: ClassVar[tuple[str, ...]] = ()
+
+
+class LearnedReward(RewardFunction):
+    """A sequence classifier's number at the end of the text, from its own tokens of that text.
+
+    The text is encoded again, so the reward model need not share the policy's tokenizer. A
+    response that was cut off gets no stop. The weights are in no checkpoint and no optimizer, and
+    on the device only while they score.
+
+    Args:
+        path: Hub id or folder of the reward model and its tokenizer.
+        chat_template: The reward model's chat template; by default its tokenizer's own.
+        max_tokens: Longest text in the reward model's tokens; the start of a longer one is cut.
+        tokens_per_pass: Padded tokens per forward pass. Changes memory, never the scores.
+        dtype: Data type of the weights; by default what `trainer.precision` says.
+    """
+
+    scalar: TrainedScalar
+
+    def __init__(
+        self,
+        path: str,
+        chat_template: str | None = None,
+        max_tokens: int = 2048,
+        tokens_per_pass: int = 16384,
+        dtype: str | None = None,
+    ):
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        self.path, self.chat_template, self.dtype = path, chat_template, dtype
+        self.max_tokens, self.tokens_per_pass = max_tokens, tokens_per_pass
+
+    def setup(self, algorithm: LightningModule) -> None:
+        """Loads tokenizer and weights, once."""
+        if "scalar" in vars(self):  # Lightning says setup before every fit, validate and test
+            return
+        self.tokenizer = load_tokenizer(self.path, self.chat_template)
+        self.scalar = TrainedScalar(self.path, dtype=self.dtype).eval().requires_grad_(False)
+        self.sleeper = Sleeper(lambda: self.scalar.parameters(), frozen=True)
+
+    def cast(self) -> list[Role]:
+        """The reward model."""
+        return [whole("reward", self.scalar)]
+
+    def __call__(self, batch: Experience) -> Tensor:
+        """[N] scores."""
+        texts = self.encode(batch)
+        scores = torch.zeros(len(texts), dtype=torch.float32, device=batch.responses.device)
+        self.sleeper.wake()
+        self.scalar.to(scores.device)  # for the first time: it is known only after setup
+        for rows in microbatches([len(text) for text in texts], self.tokens_per_pass):
+            tokens = right_padded([texts[row] for row in rows]).to(scores.device)
+            scores[rows] = self.scalar.scores(tokens).float()
+        self.sleeper.park()
+        return scores
+
+    def encode(self, batch: Experience) -> list[list[int]]:
+        """[N] token ids of prompt and completion as the reward model reads them."""
+        prompts, completions = batch.columns["prompt"], batch.columns["completion"]
+        texts = []
+        for prompt, completion, cut in zip(prompts, completions, batch.truncated, strict=True):
+            before, after = encode_answer(self.tokenizer, prompt, completion)
+            text = [*before, *after[: len(after) - cut]]
+            texts.append(text[-self.max_tokens :])
+        return texts
+
+
+def right_padded(texts: list[list[int]]) -> Tokens:
+    """Texts as one batch, the padding behind them."""
+    lengths = [len(text) for text in texts]
+    width = max(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+    return Tokens(tokens=tokens, token_mask=mask, loss_mask=mask, lengths=lengths)

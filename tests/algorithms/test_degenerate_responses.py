@@ -1,0 +1,90 @@
+"""Answers that are empty, cut or all padding, and groups of equal scores: never NaN."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_models import RandomPrompts, adapted, scalar, tiny, trained, trainer
+from torch.optim import SGD
+
+from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.algorithms.grpo import GRPO
+from lit_align.algorithms.grpovi import GRPOVI
+from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.ppo import PPO
+from lit_align.algorithms.remax import ReMax
+from lit_align.algorithms.rloo import RLOO
+from lit_align.algorithms.rto import RTO
+from lit_align.algorithms.spr import SPR
+from lit_align.callbacks.reward import Reward
+from lit_align.models.hydra import Hydra, JointHydra
+from lit_align.models.policy import Policy
+from lit_align.rewards.rules import Length
+
+ALGORITHMS = {
+    "ReMax": partial(ReMax, num_samples=2, kl_to_go=True, advantage_clip=5.0),
+    "ReMax, per token": partial(ReMax, per_token=True, gamma=0.99),
+    "GRPO": partial(GRPO, num_samples=2),
+    "GRPO, per token, two epochs": partial(GRPO, num_samples=2, per_response=False, epochs=2),
+    "GRPOVI": partial(GRPOVI, num_samples=2, low=-1.0, high=0.0),
+    "GRPOVI, running bounds": partial(GRPOVI, num_samples=2, running_bounds=True, scale=False),
+    "RLOO": partial(RLOO, num_samples=2, epochs=2),
+    "PPO": partial(PPO, critic=scalar, normalise_scores=True, kl_target=1.0),
+    "PPO, KL in the loss": partial(PPO, critic=scalar, kl_in_loss=True, per_response=True),
+    "HydraPPO": partial(HydraPPO, policy=partial(adapted, Hydra)),
+    "HydraPPO, joint": partial(HydraPPO, policy=partial(adapted, JointHydra), whiten=True),
+    "RTO": partial(RTO, critic=scalar, dpo=partial(adapted, Policy), dpo_clip=0.05),
+    "SPR": partial(SPR, num_samples=2),
+}
+
+
+class Emptied(Callback):
+    """Takes the tokens out of some answers, as a rollout of nothing but padding would have it."""
+
+    def __init__(self, rows: slice):
+        self.rows = rows
+
+    def on_train_batch_start(self, trainer, algorithm, batch, batch_idx):
+        batch.response_mask[self.rows] = False
+        batch.responses[self.rows] = 0
+        for row in range(len(batch))[self.rows]:
+            batch.response_lengths[row] = 0
+
+
+def fit(folder, algorithm: OnlineAlgorithm, rows: slice, **settings) -> dict[str, float]:
+    """The metrics of two rollouts of 4 prompts in which these rows are empty."""
+    torch.manual_seed(0)
+    run = trainer(folder, limit_val_batches=0, callbacks=[Emptied(rows)], **settings)
+    run.callbacks[1] = Reward(Length(target=3))
+    run.fit(algorithm, RandomPrompts(2))
+    return {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 2), slice(None)], ids=str)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_empty_answers_give_no_nan_and_teach_nothing(tmp_path, name, rows):
+    """One answer, both answers to a prompt, all answers."""
+    build = partial(ALGORITHMS[name], optimizer=lambda params: SGD(params, lr=0.1))
+    algorithm = build(**{"policy": tiny, **ALGORITHMS[name].keywords})
+    metrics = fit(tmp_path, algorithm, rows)
+    assert all(map(math.isfinite, metrics.values())), metrics
+    start = build(**{"policy": tiny, **ALGORITHMS[name].keywords})
+    start.configure_model()
+    pairs = list(zip(trained(start), trained(algorithm), strict=True))
+    assert all(after.isfinite().all() for _, after in pairs)
+    assert all(map(torch.equal, *zip(*pairs, strict=True))) == (rows == slice(None))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_single_tokens_that_are_all_cut_give_no_nan(tmp_path, name):
+    """Every answer is one token without an end: equal scores, and nothing to whiten over."""
+    build = partial(ALGORITHMS[name], optimizer=lambda params: SGD(params, lr=0.1))
+    algorithm = build(**{"policy": tiny, **ALGORITHMS[name].keywords})
+    metrics = fit(tmp_path, algorithm, slice(0, 0), max_new_tokens=1)
+    assert all(map(math.isfinite, metrics.values())), metrics
+    assert metrics["reward_std"] == pytest.approx(0, abs=1e-6)
+    if "frac_reward_zero_std" in metrics:
+        assert metrics["frac_reward_zero_std"] == 1
+    assert all(weight.isfinite().all() for weight in trained(algorithm))

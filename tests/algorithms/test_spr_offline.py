@@ -1,0 +1,158 @@
+"""SPR with stored answers: how many, what they weigh, and what is not logged of them."""
+
+import math
+
+import pytest
+import torch
+from tabular import TabularSPR, rollout
+from tiny_models import RandomAnswers, tiny, trainer
+from torch.optim import SGD
+
+from lit_align.algorithms.spr import SPR
+from lit_align.functional.reweighting import sample_weights
+
+COEFS = {"kl_coef": 0.1, "step_coef": 0.2}
+
+
+def num_stored(iterations, **settings) -> list[int]:
+    algorithm = SPR(policy=tiny, **settings)
+    found = []
+    for algorithm.iteration in iterations:
+        found.append(algorithm.num_stored)
+    return found
+
+
+def test_half_of_the_stored_answers_are_left_after_the_decay():
+    times = [0, 1, 8, 9, 16, 24, 56, 57]
+    assert num_stored(times, num_stored=4) == [4, 4, 2, 2, 1, 1, 1, 0]
+    assert num_stored([0, 8, 9], num_stored=1) == [1, 1, 0]
+    assert num_stored([0, 3, 10**6], num_stored=3, stored_decay=math.inf) == [3, 3, 3]
+    assert num_stored([0, 9]) == [0, 0]
+
+
+def test_a_single_sample_keeps_its_stored_answer():
+    assert num_stored([0, 10, 10**6], num_stored=3, num_samples=1) == [3, 1, 1]
+
+
+def weighed(stored_logprobs, stored_scores=None, max_ratio=2.0):
+    """Two prompts of two samples and one stored answer, with a policy that has moved."""
+    algorithm = TabularSPR(
+        num_samples=2, num_stored=1, stored_decay=math.inf, max_ratio=max_ratio, **COEFS
+    )
+    algorithm.policy.logits.data += torch.arange(12).view(4, 3) / 6
+    groups = torch.tensor([[0, 8, 4], [2, 2, 7]])
+    batch = rollout(groups, 2)
+    batch.stored_logprobs = [None] * 4 + stored_logprobs
+    batch.stored_scores = [None] * 4 + (stored_scores or [None, None])
+    with torch.no_grad():
+        prepared = algorithm.prepare(batch)
+        both = (table.whole[groups] for table in (algorithm.policy, algorithm.reference))
+    return prepared, groups, *both, algorithm.logged
+
+
+def expected(batch, logprobs, reference, behaviour, max_ratio=2.0):
+    return sample_weights(
+        batch.scores.view(2, 3),
+        logprobs,
+        reference,
+        behaviour_logprobs=behaviour,
+        num_online=2,
+        max_ratio=max_ratio,
+        **COEFS,
+    )
+
+
+def same(weights, other):
+    torch.testing.assert_close(weights.view(2, 3).double(), other, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_of_a_prompt_stand_side_by_side_with_the_stored_one_last():
+    batch, groups, *_ = weighed([None, None])
+    assert batch.group == [0, 0, 0, 1, 1, 1]
+    assert batch.stored == [False, False, True] * 2
+    places = batch.responses @ torch.tensor([3, 1])
+    assert torch.equal(places.view(2, 3), groups)
+
+
+def test_an_unknown_behaviour_is_the_reference():
+    batch, _, logprobs, reference, _ = weighed([None, None])
+    same(batch.weights, expected(batch, logprobs, reference, reference))
+
+
+def test_a_known_behaviour_is_used():
+    batch, _, logprobs, reference, _ = weighed([-0.5, None])
+    behaviour = reference.clone()
+    behaviour[0, 2] = -0.5
+    same(batch.weights, expected(batch, logprobs, reference, behaviour))
+    unknown = weighed([None, None])[0]
+    assert (batch.weights[:3] - unknown.weights[:3]).abs().max() > 1e-3
+    assert torch.equal(batch.weights[3:], unknown.weights[3:])
+
+
+def test_a_known_score_takes_the_place_of_the_reward():
+    batch, _, logprobs, reference, _ = weighed([None, None], [None, 0.25])
+    assert batch.scores[5] == 0.25
+    assert torch.equal(batch.scores[:5], weighed([None, None])[0].scores[:5])
+    same(batch.weights, expected(batch, logprobs, reference, reference))
+
+
+def test_ratios_are_logged_as_they_are_capped():
+    """A stored answer that its author found very unlikely: rho is at most 3/2 of two in three."""
+    *_, free = weighed([-50.0, -50.0], max_ratio=None)
+    assert free["spr/ratio_max"] == pytest.approx(1.5)
+    assert free["spr/ratio_clipped"] == 0
+    batch, _, logprobs, reference, capped = weighed([-50.0, -50.0], max_ratio=1.2)
+    assert capped["spr/ratio_max"] == pytest.approx(1.2)
+    assert capped["spr/ratio_clipped"] >= 1 / 3
+    assert capped["spr/stored_share"] == pytest.approx(1 / 3)
+    behaviour = reference.clone()
+    behaviour[:, 2] = -50
+    same(batch.weights, expected(batch, logprobs, reference, behaviour, 1.2))
+    mean = batch.weights.view(2, 3).sum(-1).mean()
+    assert capped["spr/ratio_mean"] == pytest.approx(float(mean), rel=1e-6)
+
+
+def test_what_is_logged_is_of_sampled_rows(tmp_path):
+    def logged(**settings):
+        algorithm = SPR(policy=tiny, optimizer=lambda p: SGD(p, lr=0.1), **settings)
+        torch.manual_seed(0)
+        run = trainer(tmp_path, limit_val_batches=0)
+        run.fit(algorithm, RandomAnswers(1))
+        return {name: float(value) for name, value in run.callback_metrics.items()}
+
+    alone, mixed = logged(), logged(num_stored=3)
+    of_the_update = {"loss", "grad_norm"}
+    assert alone.keys() == mixed.keys()
+    differing = {name for name in alone if alone[name] != mixed[name]} - of_the_update
+    assert all(name.startswith("spr/") for name in differing)
+    assert mixed["spr/stored_share"] == pytest.approx(3 / 7)
+
+
+REFUSED = {
+    "one sample": ({"num_samples": 1}, "num_samples must be at least 2, found 1"),
+    "no sample": (
+        {"num_samples": 0, "num_stored": 4}, "num_samples of at least 1 and num_stored of at least"
+    ),
+    "fewer than no stored answers": ({"num_stored": -1}, "at least 0, found 4 and -1"),
+    "nothing to divide by": (
+        {"kl_coef": 0.0, "step_coef": 0.0}, r"one must be above, found 0\.0 and 0\.0"
+    ),
+    "a negative coefficient": ({"kl_coef": -0.1}, r"neither may be below 0 .* found -0\.1 and"),
+    "a cap that caps everything": ({"max_ratio": 0.0}, r"at least 1 or null for none, found 0\.0"),
+    "no decay": ({"stored_decay": 0.0}, r"stored_decay must be above 0, found 0\.0"),
+    "minibatches of fewer and fewer rows": (
+        {"num_stored": 2, "minibatch_size": 8}, "leave out minibatch_size, or set stored_decay to"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_algorithm_is_refused(case):
+    settings, sentence = REFUSED[case]
+    with pytest.raises(ValueError, match=sentence):
+        SPR(policy=tiny, **settings)
+
+
+def test_minibatches_are_fine_while_the_rows_stay_as_many():
+    SPR(policy=tiny, num_stored=2, minibatch_size=8, stored_decay=math.inf)
+    SPR(policy=tiny, minibatch_size=8)

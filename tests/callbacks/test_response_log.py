@@ -1,0 +1,143 @@
+"""Samples: completions as JSON lines that a person and a table program can read."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+from tiny_models import RandomPrompts, tiny, trainer
+
+from lit_align.algorithms.remax import ReMax
+from lit_align.batches import Experience
+from lit_align.callbacks.response_log import Samples, cells, table
+from lit_align.callbacks.rollout import Rollout
+
+KEYS = ["prompt", "completion", "scores/count", "score", "length", "truncated", "greedy"]
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names(folder, kind: str = "[rp]") -> list[str]:
+    """Of rollouts and predictions."""
+    return sorted(path.name for path in folder.glob(f"**/{kind}*.jsonl"))
+
+
+def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, tmp_path):
+    run(ReMax(policy=tiny), num_batches=5, callbacks=[Samples(every=2)])
+    assert names(tmp_path) == [f"rollout_0000{number}.jsonl" for number in (1, 2, 4)]
+    rows = read(tmp_path / "completions" / "rollout_00002.jsonl")
+    assert [list(row) for row in rows] == [KEYS] * 8
+    assert [row["greedy"] for row in rows] == [False] * 4 + [True] * 4
+    assert [row["prompt"] for row in rows[:4]] == [row["prompt"] for row in rows[4:]]
+    for row in rows:
+        said = row["completion"].split()
+        assert row["length"] == len(said) + (not row["truncated"])
+        assert row["score"] == row["scores/count"] == said.count("5")
+
+
+def test_none_means_no_file(run, tmp_path):
+    run(ReMax(policy=tiny), callbacks=[Samples(every=0, held_out=0)])
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_held_out_prompts_are_answered_before_and_after(run, tmp_path):
+    run(ReMax(policy=tiny), num_batches=5, callbacks=[Samples(held_out=10)])
+    assert names(tmp_path, "held") == ["held_out_00000.jsonl", "held_out_00005.jsonl"]
+    before, after = (
+        read(tmp_path / "completions" / f"held_out_0000{number}.jsonl") for number in (0, 5)
+    )
+    assert len(before) == 8  # two batches of the sanity check
+    assert len(after) == 10
+    assert [row["prompt"] for row in after[:8]] == [row["prompt"] for row in before]
+    assert all(row["greedy"] for row in after)
+
+
+def test_a_resumed_run_keeps_the_answers_from_before_it_stopped(tmp_path):
+    first = trainer(tmp_path, callbacks=[Samples()])
+    first.fit(ReMax(policy=tiny), RandomPrompts(2))
+    first.save_checkpoint(tmp_path / "part.ckpt")
+    kept = (tmp_path / "completions" / "held_out_00002.jsonl").read_text()
+    again = trainer(tmp_path, callbacks=[Samples(held_out=3)], max_epochs=2)
+    again.fit(ReMax(policy=tiny), RandomPrompts(2), ckpt_path=tmp_path / "part.ckpt")
+    assert (tmp_path / "completions" / "held_out_00002.jsonl").read_text() == kept
+    assert len(read(tmp_path / "completions" / "held_out_00004.jsonl")) == 3
+
+
+class LastIsARepeat(RandomPrompts):
+    """The fourth row of a batch only fills up a round."""
+
+    def batch(self, number: int) -> Experience:
+        batch = super().batch(number)
+        batch.counted = [True, True, True, False]
+        return batch
+
+
+def test_predictions_have_the_kl_and_each_row_once(tmp_path):
+    for _ in range(2):  # the second run begins an empty file
+        trainer(tmp_path, callbacks=[Samples()]).predict(ReMax(policy=tiny), LastIsARepeat(2))
+    rows = read(tmp_path / "predictions.jsonl")
+    assert [list(row) for row in rows] == [[*KEYS, "kl"]] * 6
+    assert [row["kl"] for row in rows] == [0.0] * 6
+    assert len({row["prompt"] for row in rows}) == 6
+
+
+def test_each_of_several_ranks_writes_its_own_file(tmp_path):
+    fake = SimpleNamespace(world_size=2, global_rank=1, default_root_dir=tmp_path, loggers=[])
+    batch = Experience(
+        {"prompt": ["déjà vu"], "completion": ["naïve"]},
+        response_lengths=[2],
+        truncated=[False],
+        greedy=[False],
+    )
+    Samples(every=1).on_train_batch_end(fake, SimpleNamespace(iteration=3), None, batch, 2)
+    text = (tmp_path / "completions" / "rollout_00003.rank1.jsonl").read_text()
+    assert "déjà vu" in text
+    assert "\\u" not in text
+
+
+def test_a_table_without_a_reward_has_no_score(prompts):
+    fields = {"response_lengths": [1] * 4, "truncated": [True] * 4, "greedy": [True] * 4}
+    batch = Experience(prompts.columns, **prompts.fields(), **fields)
+    assert list(table(batch)[0]) == ["prompt", "length", "truncated", "greedy"]
+
+
+def test_predict_works_without_a_reward(tmp_path):
+    run = trainer(tmp_path, callbacks=[Samples()])
+    run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Rollout | Samples)]
+    run.predict(ReMax(policy=tiny), RandomPrompts(1))
+    assert "score" not in read(tmp_path / "predictions.jsonl")[0]
+
+
+def test_cells_of_a_column_have_one_type():
+    rows = [
+        {"prompt": [{"role": "user", "content": "é"}], "answer": 3, "score": 0.5, "kl": None},
+        {"prompt": "b", "answer": "c", "score": 1, "kl": 2.0},
+    ]
+    assert cells(rows) == [
+        ['[{"role": "user", "content": "é"}]', "3", 0.5, None],
+        ["b", "c", 1, 2.0],
+    ]
+
+
+def test_weights_and_biases_gets_the_rollout_as_a_table_without_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DIR", str(tmp_path))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="x")
+    settings = {"limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
+    run = trainer(tmp_path, callbacks=[Samples(every=2)], **settings)
+    run.fit(ReMax(policy=tiny), RandomPrompts(4))
+    logger.experiment.finish()
+    written = names(tmp_path / "completions")
+    assert written == [f"rollout_0000{number}.jsonl" for number in (1, 2, 4)]
+    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/completions*.json"))
+    assert len(tables) == 3
+    found = [json.loads(table.read_text()) for table in tables]
+    assert [table["columns"] for table in found] == [KEYS] * 3
+    said = {json.dumps(table["data"]) for table in found}
+    for name in written:
+        rows = [list(row.values()) for row in read(tmp_path / "completions" / name)]
+        assert json.dumps(rows) in said
+    assert not list((tmp_path / "completions").glob(".*"))

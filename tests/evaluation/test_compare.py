@@ -1,0 +1,160 @@
+"""Several models on the same prompts."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import WORDS
+
+from lit_align.cli.main import main
+from lit_align.data.text import load_tokenizer
+from lit_align.evaluation.compare import compared, shown
+from lit_align.models.policy import Policy
+from lit_align.tools.resolve_model import found_model
+
+
+def rows(*scores: float, length: int = 3, said: str = "a b", **more: float) -> list[dict]:
+    return [
+        {
+            "prompt": "p",
+            "completion": said,
+            "score": score,
+            "length": length,
+            "kl": 0.5,
+            "truncated": False,
+            **{name.replace("__", "/"): score * factor for name, factor in more.items()},
+        }
+        for score in scores
+    ]
+
+
+def test_the_others_are_compared_with_the_first():
+    found = compared({"one": rows(0, 1, 2, 3), "other": rows(2, 1, 3, 2, length=5)}, 1)
+    assert found["one"]["reward"] == 1.5
+    assert "win rate" not in found["one"]
+    assert found["other"]["gain"] == 0.5
+    assert found["other"]["win rate"] == (1 + 0.5 + 1 + 0) / 4
+    assert found["other"]["KL to the reference, nats per response"] == 0.5
+    assert found["other"]["length, tokens"] == 5.0
+
+
+def test_an_interval_is_over_prompts_and_not_over_their_samples():
+    found = compared({"one": rows(*[1, 3] * 40)}, 2)["one"]
+    assert found["prompts"] == 40
+    assert found["reward, 95 %"] == [2.0, 2.0]
+
+
+def test_a_source_that_says_right_or_wrong_gets_exact_match_and_pass_at_k():
+    answers = rows(1, 0, 0, 0, 1, 1, 1, 1, scores__exact_answer=1.0, scores__length=2.0)
+    found = compared({"one": answers}, 4)["one"]
+    assert found["exact_answer, exact match"] == 5 / 8
+    assert found["exact_answer, pass@1"] == 5 / 8
+    assert found["exact_answer, pass@2"] == (3 / 6 + 1) / 2
+    assert found["exact_answer, pass@4"] == 1.0
+    assert not [name for name in found if name.startswith("length, exact")]
+
+
+def test_other_prompts_are_refused():
+    other = [{**row, "prompt": "q"} for row in rows(1, 2)]
+    with pytest.raises(ValueError, match="two answers other prompts than the first"):
+        compared({"one": rows(1, 2), "two": other}, 1)
+    with pytest.raises(ValueError, match="no answers to compare"):
+        compared({"one": []}, 1)
+
+
+def test_the_table_has_a_column_per_model():
+    table = shown(compared({"one": rows(0, 1), "[b]two": rows(1, 1)}, 1))
+    assert [column.header for column in table.columns] == ["figure", "one", "\\[b]two"]
+
+
+def save(folder, seed: int, **config: object) -> str:
+    torch.manual_seed(seed)
+    Policy(config={**WORDS, "initializer_range": 0.2, **config}).save(folder)
+    load_tokenizer("toy").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_run_or_an_export_of_several_roles_is_a_model_too(tmp_path):
+    for place in ("one/hf", "two/hf/policy"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+    assert found_model(str(tmp_path / "one")) == str(tmp_path / "one/hf")
+    assert found_model(str(tmp_path / "two" / "hf")) == str(tmp_path / "two/hf/policy")
+    assert found_model("some/hub-id") == "some/hub-id"
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no model is saved there. Found: nothing"):
+        found_model(str(tmp_path / "notes"))
+
+
+EVALUATE = (
+    "--config",
+    "remax",
+    "--config",
+    "toy",
+    "--data.max_rows",
+    "6",
+    "--rollout.num_samples",
+    "2",
+)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one, other = save(tmp_path / "one", 0), save(tmp_path / "other", 1)
+    assert main(["evaluate", one, other, *EVALUATE, "--out", "found/x.json"]) == 0
+    found = json.loads((tmp_path / "found" / "x.json").read_text())
+    assert [*found["models"]] == [one, other]
+    assert found["reference"] == one
+    assert found["models"][one]["KL to the reference, nats per response"] == 0.0
+    assert found["models"][other]["KL to the reference, nats per response"] > 0.1
+    assert found["models"][other]["prompts"] == 6
+    assert "win rate" in capsys.readouterr().out
+
+
+def test_a_file_of_its_own_is_evaluated_whole_and_greedy_answers_do_not_vary(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"prompt": f"review of the {word} river:"}) for word in ("silent", "lost")]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    words = [
+        "evaluate",
+        save(tmp_path / "one", 0),
+        "--data.path",
+        "mine.jsonl",
+        "--rollout.predict_greedily",
+        "true",
+    ]
+    words += ["--reward.sources", "Length", "--reward.sources.target", "3"]
+    words += ["--rollout.max_new_tokens", "5", "--accelerator", "cpu"]
+    found = []
+    for seed in ("0", "1"):
+        assert main([*words, "--seed", seed]) == 0
+        found.append(json.loads((tmp_path / "evaluation.json").read_text())["models"])
+    assert found[0] == found[1]
+    assert next(iter(found[0].values()))["prompts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--reward", "null"), "evaluate compares by rewards: add --reward.sources"),
+        (("--rollout.num_samples", "0"), "num_samples must be at least 1"),
+        (("--rollout.predict_greedily", "true"), "1 where answers are greedy: found 2"),
+        (("--data.pth", "x"), "'pth' is not accepted. Did you mean 'path'?"),
+    ],
+)
+def test_mistakes(more, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        raise SystemExit(main(["evaluate", save(tmp_path / "one", 0), *EVALUATE, *more]))
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_model_with_another_tokenizer_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one, other = save(tmp_path / "one", 0), save(tmp_path / "other", 1)
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"film"', '"filn"'))
+    assert main(["evaluate", one, other, *EVALUATE]) == 2
+    assert "other has another tokenizer than toy" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""A command as judge."""
+
+import sys
+
+import pytest
+
+from lit_align.evaluation.compare import compared
+from lit_align.evaluation.judge import judged_wins
+
+LONGER = """import json, sys
+for line in sys.stdin:
+    row = json.loads(line)
+    a, b = len(row["a"]), len(row["b"])
+    print("a" if a > b else "b" if b > a else "tie")
+"""
+
+
+def judge(tmp_path, code: str) -> str:
+    (tmp_path / "my judge.py").write_text(code)
+    return f"{sys.executable} '{tmp_path / 'my judge.py'}'"
+
+
+def rows(*said: object, **more: object) -> list[dict]:
+    return [
+        {"prompt": "p\u2028", "completion": each, "length": 3, "kl": 0.0, "truncated": False}
+        for each in said
+    ]
+
+
+def test_each_pair_has_a_verdict(tmp_path):
+    mine, theirs = rows("abc", "a", "é\u2028\n"), rows("ab", "ab", "xyz")
+    assert judged_wins(judge(tmp_path, LONGER), mine, theirs) == [1.0, 0.0, 0.5]
+
+
+def test_conversations_are_judged_by_their_text(tmp_path):
+    mine = rows([{"role": "assistant", "content": "abc"}])
+    assert judged_wins(judge(tmp_path, LONGER), mine, rows("ab")) == [1.0]
+
+
+def test_a_judge_who_prefers_a_place_says_nothing(tmp_path):
+    code = "import sys\\nfor line in sys.stdin: print('a')".replace("\\n", "\n")
+    assert judged_wins(judge(tmp_path, code), rows("a", "b"), rows("c", "d")) == [0.5, 0.5]
+
+
+def test_the_judge_has_figures_of_its_own_and_needs_no_reward(tmp_path):
+    command = judge(tmp_path, LONGER)
+    found = compared(
+        {"one": rows("a", "a", "a", "a"), "other": rows("ab", "ab", "", "a")},
+        1,
+        lambda a, b: judged_wins(command, a, b),
+    )
+    assert "reward" not in found["one"]
+    assert "win rate" not in found["other"]
+    assert found["other"]["judge's win rate"] == (1 + 1 + 0 + 0.5) / 4
+    low, high = found["other"]["judge's win rate, 95 %"]
+    assert low < found["other"]["judge's win rate"] < high
+    assert found["other"]["judge's win rate at equal length"] == pytest.approx(0.625, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print('a')", "printed 1 lines for 2 pairs"),
+        ("print('a\\nfirst')", "line 2 is 'first'; wanted: a, b or tie"),
+        ("raise SystemExit('no key')", "ended with status 1: no key"),
+        ("import sys; sys.exit(3)", "ended with status 3: it said nothing"),
+    ],
+)
+def test_mistakes_of_the_command(code, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        judged_wins(judge(tmp_path, code), rows("a"), rows("b"))
+
+
+@pytest.mark.parametrize("command", ["./nowhere.sh", "python 'half", ""])
+def test_a_command_that_cannot_start(command):
+    with pytest.raises(ValueError, match="could not be started"):
+        judged_wins(command, rows("a"), rows("b"))

@@ -1,0 +1,224 @@
+"""Sharded networks read their weights from files, each rank its own share."""
+
+from functools import partial
+
+import pytest
+import torch
+from rank_equality_cases import fit_three_batches
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY, RandomPairs, RandomPrompts, RandomTexts, distance, trainer, weights
+from torch.optim import AdamW
+from transformers import AutoModelForCausalLM
+
+from lit_align.algorithms.dpo import DPO
+from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.ppo import PPO
+from lit_align.algorithms.reward_model import RewardModel
+from lit_align.algorithms.rto import RTO
+from lit_align.algorithms.sft import SFT
+from lit_align.batches import Tokens
+from lit_align.models.adapters.lora import LoRA
+from lit_align.models.backbone import Backbone
+from lit_align.models.hydra import Hydra
+from lit_align.models.policy import Policy
+from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.models.scalar_head import Scalar
+from lit_align.models.weights.sharded_loading import WeightFiles, weights_later
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+MODELS = {
+    "plain": TINY,
+    "tied": {**TINY, "tie_word_embeddings": True},
+    "long rope": {**TINY, "rope_parameters": ROPE, "rope_scaling": ROPE},
+    "odd sizes": {**TINY, "vocab_size": 33, "intermediate_size": 51},
+    "gpt2": {**GPT2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+
+
+def adam(params):
+    return AdamW(params, lr=1e-2, eps=1e-5)
+
+
+def saved(folder, kind, name="plain", files=1):
+    """The path of a model with random weights, in one file or with an index."""
+    place = folder / f"{kind.__name__} {name} {files}"
+    if not place.is_dir():
+        torch.manual_seed(0)
+        kind(config=dict(MODELS[name])).save(place)
+        if files > 1:
+            whole = AutoModelForCausalLM.from_pretrained(place)
+            whole.save_pretrained(place, max_shard_size="20KB")
+            (place / "model.safetensors").unlink(missing_ok=True)
+            assert len(list(place.glob("model-*.safetensors"))) >= files
+    return str(place)
+
+
+def dpo(folder, name="plain", files=1, **settings):
+    path = saved(folder, Policy, name, files)
+    return DPO(policy=lambda: Policy(path, **settings), optimizer=adam, microbatch_tokens=30)
+
+
+def without_prefix(folder):
+    """Files that hold the trunk's weights under the trunk's own names."""
+    path = saved(folder, Policy, "gpt2")
+    weights = load_file(f"{path}/model.safetensors")
+    short = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    save_file(short, f"{path}/model.safetensors", metadata={"format": "pt"})
+    return DPO(policy=lambda: Policy(path), optimizer=adam)
+
+
+def new_head(folder, **settings):
+    path = saved(folder, Policy)
+    return RewardModel(reward_model=lambda: Scalar(path, **settings), optimizer=adam)
+
+
+def ppo(folder):
+    path = saved(folder, Policy)
+    return PPO(policy=lambda: Policy(path), optimizer=adam, microbatch_tokens=40)
+
+
+def lent(folder):
+    """A DPO adapter on the policy's own base, which trains whole: the reference wears it."""
+    path, place = saved(folder, Policy), folder / "adapter"
+    if not place.is_dir():
+        torch.manual_seed(1)
+        base = Policy(path, lora=LoRA(rank=2, alpha=64))
+        for name, weight in base.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        base.save(place)
+    settings = {"dpo_adapter": str(place), "dpo_coef": 1.0, "microbatch_tokens": 40}
+    return RTO(policy=lambda: Policy(path), optimizer=adam, **settings)
+
+
+def on_an_adapter(folder):
+    """A path that holds an adapter: its base is read whole and merged."""
+    lent(folder)
+    return DPO(policy=lambda: Policy(str(folder / "adapter")), optimizer=adam)
+
+
+def hydra(folder):
+    path = saved(folder, TwoHeaded)
+    policy = partial(Hydra, path, lora=LoRA(rank=2, alpha=4))
+    return HydraPPO(policy=policy, optimizer=adam, microbatch_tokens=40)
+
+
+CASES = {
+    "one file": (dpo, RandomPairs),
+    "an index of files": (partial(dpo, files=3), RandomPairs),
+    "tied embeddings": (partial(dpo, name="tied"), RandomPairs),
+    "scaled rotary frequencies": (partial(dpo, name="long rope"), RandomPairs),
+    "sizes that ranks cannot share evenly": (partial(dpo, name="odd sizes"), RandomPairs),
+    "names without the trunk's prefix": (without_prefix, RandomPairs),
+    "LoRA": (partial(dpo, lora=LoRA(rank=2, alpha=4)), RandomPairs),
+    "layers that train beside LoRA": (
+        partial(dpo, lora=LoRA(rank=2, alpha=4, train_fully=["lm_head"])),
+        RandomPairs,
+    ),
+    "a new head": (new_head, RandomPairs),
+    "a new head beside LoRA": (partial(new_head, lora=LoRA(rank=2, alpha=4)), RandomPairs),
+    "a critic on the policy's trunk": (ppo, RandomPrompts),
+    "an adapter lent to the reference": (lent, RandomPrompts),
+    "a base with an adapter in it": (on_an_adapter, RandomPairs),
+    "Hydra": (hydra, RandomPrompts),
+}
+
+
+def run(folder, case, ranks):
+    """Weights after three batches, and what tells the frozen weights from others."""
+    build, data = CASES[case]
+    algorithm = build(folder)
+    more = {"devices": ranks, "strategy": "fsdp2"} if ranks > 1 else {}
+    trained, _ = fit_three_batches(folder, algorithm, data(3, 4 // ranks), **more)
+    return trained, algorithm.frozen_fingerprint if hasattr(algorithm, "reference") else 0.0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shares_of_files_train_as_a_whole_load_does(two_ranks, tmp_path, case):
+    one, fingerprint = run(tmp_path, case, 1)
+    for trained, same in two_ranks(run, tmp_path, case, 2):
+        assert distance(trained, one) < 1e-5
+        assert same == pytest.approx(fingerprint, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_has_memory_before_it_is_sharded(tmp_path, name):
+    path = saved(tmp_path, Policy, name)
+    with weights_later():
+        policy = Policy(path, lora=LoRA(rank=2))
+        critic = Scalar.on_trunk(Policy(path)) if name != "gpt2" else Scalar(path)
+    real = {n for n, weight in policy.network.named_parameters() if not weight.is_meta}
+    assert all(".lora_" in n for n in real)
+    assert [n for n, weight in critic.network.named_parameters() if not weight.is_meta] == [
+        "score.weight"
+    ]
+    assert not any(buffer.is_meta for buffer in policy.network.buffers())
+
+
+def logits(folder, name):
+    """What a sharded network says of a text, and what a whole one says."""
+    path = saved(folder, Policy, name)
+    algorithm = SFT(policy=lambda: Policy(path))
+    seen = []
+    tokens = torch.arange(3, 15)[None]
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    text = Tokens(tokens=tokens, token_mask=ones, loss_mask=ones, lengths=[12])
+    algorithm.on_fit_start = lambda: seen.append(algorithm.policy.logprobs(text).detach())
+    done = trainer(folder, devices=2, strategy="fsdp2", max_steps=0)
+    done.callbacks.clear()
+    done.fit(algorithm, RandomTexts(1))
+    return seen[0], Policy(path).logprobs(text).detach()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_an_unsharded_load(two_ranks, tmp_path, name):
+    saved(tmp_path, Policy, name)
+    for sharded, whole in two_ranks(logits, tmp_path, name):
+        torch.testing.assert_close(sharded, whole, rtol=0, atol=1e-6)
+
+
+def evaluated_first(folder):
+    """Weights of a run that was validated before it was fitted."""
+    algorithm = dpo(folder)
+    torch.manual_seed(0)
+    done = trainer(folder, devices=2, strategy="fsdp2")
+    done.callbacks.clear()
+    done.validate(algorithm, RandomPairs(1, 2), verbose=False)
+    done = trainer(folder, devices=2, strategy="fsdp2", limit_val_batches=0)
+    done.callbacks.clear()
+    done.fit(algorithm, RandomPairs(3, 2))
+    return weights(algorithm.policy)
+
+
+def test_a_validation_before_leaves_shards_to_the_optimizer(two_ranks, tmp_path):
+    one, _ = run(tmp_path, "one file", 1)
+    for trained in two_ranks(evaluated_first, tmp_path):
+        assert distance(trained, one) < 1e-5
+
+
+def test_files_with_names_of_their_own_are_left_to_transformers(tmp_path):
+    path = saved(tmp_path, Policy)
+    weights = load_file(f"{path}/model.safetensors")
+    weights["model.strange.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    with weights_later(), pytest.raises(ValueError, match="lacks 1 weights"):
+        Policy(path)
+
+
+def test_a_slice_of_a_file_is_read_alone(tmp_path):
+    path = saved(tmp_path, Policy, files=3)
+    files = WeightFiles.of(path, None)
+    whole = Policy(path).network.lm_head.weight
+    rows = torch.empty(4, 32)
+    files.read("lm_head.weight", 3, rows)
+    assert torch.equal(rows, whole[3:7])
+    assert files.key("base.lm_head.base_layer.weight", "base") == "lm_head.weight"
+    assert files.key("lm_head.lora_A.default.weight", "model") is None
+
+
+def test_networks_are_whole_outside_of_sharded_training(tmp_path):
+    policy: Backbone = Policy(saved(tmp_path, Policy))
+    assert policy.files is None
+    assert not any(weight.is_meta for weight in policy.parameters())

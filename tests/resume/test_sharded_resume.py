@@ -1,0 +1,126 @@
+"""Two sharded ranks that go on from the middle of an epoch are the two that were never stopped."""
+
+import re
+import shutil
+
+import pytest
+from run_cli import FSDP2, last, metrics, run, same, saves, succeed, words
+
+from lit_align.runs.checkpoint_files import newest, saved
+
+PPO = ("--model.kl_target=0.1", "--model.kl_horizon=50", "--model.normalise_scores=true")
+STORED = ("--model.num_stored=3", "--model.stored_decay=4")
+LORA = ("--config=lora", "--model.policy.lora.rank=4")
+WORKERS = ("--data.num_workers=1",)
+RUNS = {
+    "sft": ("sft", WORKERS),
+    "sft, GaLore": (
+        "sft", ("--config=galore", "--model.optimizer.rank=16", "--model.optimizer.update_gap=3")),
+    "sft, SLTrain": ("sft", ("--config=sltrain",)),
+    "reward_model": ("reward_model", WORKERS),
+    "dpo": ("dpo", LORA),
+    "dpo, precomputed": ("dpo", ("--model.precompute=true",)),
+    "remax": ("remax", WORKERS),
+    "grpo": ("grpo", ("--model.minibatch_size=4", "--model.epochs=2")),
+    "grpovi": ("grpovi", ("--model.running_bounds=true",)),
+    "rloo": ("rloo", LORA),
+    "ppo": ("ppo", PPO),
+    "dl_ppo": ("dl_ppo", ()),
+    "spr": ("spr", (*STORED, *WORKERS)),
+    "hydra_sft": ("hydra_sft", ()),
+    "hydra_ppo": ("hydra_ppo", PPO),
+    "joint_hydra_ppo": ("joint_hydra_ppo", ()),
+    "rto": ("rto", ()),
+}  # fmt: skip
+FIRST = {"sft", "ppo"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.long) for n in RUNS]
+)
+def test_going_on_is_bitwise(tmp_path, name):
+    config, more = RUNS[name]
+    more = (*FSDP2, *more, *saves(2, 9))
+    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
+    succeed(words(whole, config, *more), log, 2)
+    middle = whole / "checkpoints" / "iteration_000006.ckpt"  # of four in an epoch
+    assert middle.is_dir()
+    succeed(words(parts, config, *more, f"--ckpt_path={middle}"), log, 2)
+    mine, theirs = last(parts), last(whole)
+    assert mine["iteration"] == theirs["iteration"] == 8
+    for part in ("state_dict", "optimizer_states"):
+        assert same(mine[part], theirs[part]), part
+    rows = [row for row in metrics(whole) if int(row["step"]) >= int(metrics(parts)[0]["step"])]
+    assert metrics(parts) == rows
+    norms = {v for row in rows for k, v in row.items() if k.startswith("grad_norm")}
+    assert len(norms) >= 2  # there was something to learn
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A sharded run of one epoch, saved after two iterations and after four."""
+    folder = tmp_path_factory.mktemp("half")
+    succeed(words(folder / "run", "sft", *FSDP2, *saves(2), epochs=1), folder / "log", 2)
+    return folder / "run"
+
+
+def shorten(path):
+    (shard, *_) = sorted(path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def lose_a_shard(path):
+    sorted(path.glob("*.distcp"))[0].unlink()
+
+
+def lose_the_index(path):
+    (path / ".metadata").unlink()
+
+
+def lose_the_head(path):
+    (path / "meta.pt").unlink()
+
+
+@pytest.mark.parametrize("spoil", [shorten, lose_a_shard, lose_the_index, lose_the_head])
+def test_a_sharded_checkpoint_that_is_not_whole_is_passed_over(half, tmp_path, spoil):
+    folder = shutil.copytree(half, tmp_path / "run") / "checkpoints"
+    older, newer = saved(folder)
+    assert newest(folder) == (newer, [])
+    spoil(newer)
+    found, (complaint,) = newest(folder)
+    assert found == older
+    assert complaint.startswith(f"{newer} cannot be read: ")
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_the_newest_folder_that_is_whole(half, tmp_path):
+    folder, log = shutil.copytree(half, tmp_path / "run"), tmp_path / "log"
+    older, newer = saved(folder / "checkpoints")
+    shorten(newer)
+    assert set(run(words(folder, "sft", *FSDP2, f"--ckpt_path={newer}"), log, 2)) <= {2, -9}
+    assert f"lit-align: {newer} cannot be read: " in log.read_text()
+    said = succeed(words(folder, "sft", *FSDP2, "--ckpt_path=last"), log, 2)
+    assert f"going on from {older}, iteration 2" in said
+    assert last(folder)["iteration"] == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "reason"),
+    [
+        ("sft", LORA, "does not fit this model"),
+        pytest.param(
+            "sft",
+            ("--model.policy.config.hidden_size=32",),
+            "does not fit this model",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("reward_model", (), "does not fit this model", marks=pytest.mark.long),
+        ("remax", (), "is of a SFT run and cannot go on as ReMax"),
+    ],
+)
+def test_a_sharded_checkpoint_of_another_model_is_refused(half, tmp_path, config, more, reason):
+    (*_, path) = saved(half / "checkpoints")
+    argv = words(tmp_path / "run", config, *FSDP2, *more, f"--ckpt_path={path}")
+    assert set(run(argv, tmp_path / "log", 2)) <= {2, -9}
+    said = (tmp_path / "log").read_text()
+    assert re.search(rf"^lit-align: The checkpoint {reason}", said, re.MULTILINE)

@@ -1,0 +1,120 @@
+"""The README.md beside exported weights."""
+
+import json
+
+import pytest
+import yaml
+from fake_run_folder import write_run
+from tiny_models import adapted, tiny
+
+from lit_align.models.policy import Policy
+from lit_align.models.scalar_head import Scalar
+from lit_align.runs.model_card import write_card
+
+
+@pytest.fixture
+def run(tmp_path):
+    rows = [
+        {"step": s, "rollout": s + 1.0, "reward": float(s), "objective/kl": 2.0} for s in range(20)
+    ]
+    folder = write_run(tmp_path / "my_run", rows, seed=7)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("data: {class_path: PromptData, init_args: {path: some/data-set}}\n")
+        file.write(
+            "reward: {init_args: {sources: {class_path: a.b.Length, init_args: {target: 5}}}}"
+        )
+    (folder / "curves.png").write_bytes(b"png")
+    (folder / "hf").mkdir()
+    return folder
+
+
+def front(text: str) -> dict:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_it_says_how_the_weights_came_to_be(run):
+    network = tiny()
+    network.name = "some/base-model"
+    text = write_card(run / "hf", run, network).read_text()
+    assert front(text) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lit_align", "remax"],
+        "base_model": "some/base-model",
+        "datasets": ["some/data-set"],
+    }
+    assert "# my_run\n" in text
+    for line in (
+        "| base model | some/base-model |",
+        "| data | some/data-set |",
+        "| reward | Length, 5 |",
+        "| seed | 7 |",
+        "Over 20 rollouts:",
+        "| reward | 0.5 | 18.5 |",  # 0 and 1, 18 and 19
+        "| KL to the reference, nats per response | 2 | 2 |",
+        "![curves](curves.png)",
+        "    lit-align fit --config config.yaml",
+    ):
+        assert line in text
+    assert (run / "hf" / "curves.png").read_bytes() == b"png"
+    kept = text.split("```yaml\n")[1].split("\n```")[0]
+    assert yaml.safe_load(kept) == yaml.safe_load((run / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("network", "library", "tag", "loader"),
+    [
+        (lambda: adapted(Policy), "peft", "text-generation", "AutoPeftModelForCausalLM"),
+        (
+            lambda: adapted(Scalar),
+            "peft",
+            "text-classification",
+            "AutoPeftModelForSequenceClassification",
+        ),
+        (tiny, "transformers", "text-generation", "AutoModelForCausalLM"),
+    ],
+)
+def test_it_says_how_the_weights_are_loaded(network, library, tag, loader, run):
+    text = write_card(run / "hf", run, network()).read_text()
+    assert front(text)["library_name"] == library
+    assert front(text)["pipeline_tag"] == tag
+    assert f"from {library} import {loader}\n" in text
+
+
+def test_a_folder_is_no_hub_id(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "base-model").mkdir(parents=True)
+    network = tiny()
+    network.name = "some/base-model"
+    assert "base_model" not in front(write_card(run / "hf", run, network).read_text())
+
+
+def test_text_stays_in_its_cell_and_in_its_fence(run):
+    network = tiny()
+    network.name = "a|b<script>\nc"
+    (run / "config.yaml").write_text("note: 'a ```` b'\n")
+    text = write_card(run / "hf", run, network).read_text()
+    assert "| base model | a\\|b&lt;script> c |" in text
+    assert "`````yaml\nnote: 'a ```` b'\n`````" in text
+
+
+def test_it_names_the_commands_that_made_it(run):
+    first, other = "lit-align fit --config remax", "lit-align fit --config remax --ckpt_path last"
+    entries = [{"command": line} for line in (first, other, other, "")]
+    (run / "environment.json").write_text(json.dumps(entries))
+    text = write_card(run / "hf", run, tiny()).read_text()
+    assert f"Made by\n\n    {first}\n    {other}\n\nThe same with all settings" in text
+
+
+def test_a_merged_adapter_is_a_whole_model(run):
+    text = write_card(run / "hf", run, adapted(Policy), whole=True).read_text()
+    assert front(text)["library_name"] == "transformers"
+    assert "| weights | whole |" in text
+    assert "from transformers import AutoModelForCausalLM\n" in text
+
+
+def test_a_run_that_logged_nothing_has_a_card_too(tmp_path):
+    (tmp_path / "hf").mkdir()
+    text = write_card(tmp_path / "hf", tmp_path, tiny()).read_text()
+    assert "| base model | llama from random weights |" in text
+    assert "Over" not in text

@@ -1,0 +1,116 @@
+"""A run folder, read back."""
+
+import pytest
+from fake_run_folder import answer, write_run
+
+from lit_align.report.build import facts
+from lit_align.report.downsample import edges, thinned
+from lit_align.runs.run_folder import RunFolder, answers
+
+
+def test_curves_are_over_rollouts_and_evaluation_stands_at_the_last_one(tmp_path):
+    rows = [
+        {"step": 3, "rollout": 1.0, "reward": 0.5},
+        {"step": 7, "rollout": 2.0, "reward": 1.5},
+        {"step": 7, "val/reward": 4.0},
+    ]
+    run = RunFolder(write_run(tmp_path / "run", rows))
+    assert run.axis == "rollouts"
+    assert run.curves == {"reward": [(1.0, 0.5), (2.0, 1.5)], "val/reward": [(2.0, 4.0)]}
+
+
+def test_without_rollouts_curves_are_over_optimizer_steps(tmp_path):
+    rows = [{"step": 0, "loss": 2.0}, {"step": 9, "loss": 1.0}]
+    run = RunFolder(write_run(tmp_path / "run", rows))
+    assert run.axis == "optimizer steps"
+    assert run.curves == {"loss": [(1.0, 2.0), (10.0, 1.0)]}
+
+
+def test_values_that_are_no_numbers_are_counted_and_in_no_curve(tmp_path):
+    rows = [{"step": 0, "loss": 2.0}, {"step": 1, "loss": "nan"}, {"step": 2, "loss": "inf"}]
+    run = RunFolder(write_run(tmp_path / "run", rows))
+    assert run.curves == {"loss": [(1.0, 2.0)]}
+    assert run.num_odd_values == 2
+
+
+def test_settings_have_dotted_names(tmp_path):
+    run = RunFolder(write_run(tmp_path / "run", seed=3))
+    assert run.config["model"] == "lit_align.algorithms.remax.ReMax"
+    assert run.config["model.policy.path"] == "base"
+    assert run.config["seed_everything"] == "3"
+
+
+def test_memory_is_the_most_of_all_ranks(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "memory.rank0.csv").write_text("phase,peak,other\nupdate,10,4\n")
+    (folder / "memory.rank1.csv").write_text("phase,peak,other\nupdate,30,5\nload,1,1\n")
+    memory = RunFolder(folder).memory
+    assert memory == {"update": {"peak": 30.0, "other": 5.0}, "load": {"peak": 1.0, "other": 1.0}}
+
+
+def test_seconds_are_means_over_rollouts(tmp_path):
+    seconds = {"time/mine": 1.0, "time/prepare": 1.0, "time/update": 5.0}
+    rows = [{"step": s, "rollout": s + 1.0, "time/rollout": 2.0 + s, **seconds} for s in range(3)]
+    found = RunFolder(write_run(tmp_path / "run", rows)).seconds
+    assert list(found.items()) == [
+        ("rollout", 3.0),
+        ("prepare", 1.0),
+        ("update", 5.0),
+        ("mine", 1.0),
+    ]
+
+
+def test_files_of_ranks_belong_to_one_rollout(tmp_path):
+    tables = {name: [answer("p", name)] for name in ("rollout_00020.rank1", "rollout_00020.rank0")}
+    more = {"rollout_00010": [], "held_out_00000": []}
+    run = RunFolder(write_run(tmp_path / "run", completions={**tables, **more}))
+    assert [*run.rollouts] == [10, 20]
+    assert [*run.held_out] == [0]
+    said = [row["completion"] for row in answers(run.rollouts[20])]
+    assert said == ["rollout_00020.rank0", "rollout_00020.rank1"]
+
+
+def test_half_a_line_at_the_end_is_no_answer_and_elsewhere_an_error(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"score": 1}\n{"sco')
+    assert answers([file]) == [{"score": 1}]
+    file.write_text('{"sco\n{"score": 1}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .*x.jsonl is not JSON"):
+        answers([file])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no metrics.csv.*Found: nothing"),
+        ({"x.txt": ""}, "no metrics.csv.*Found: x.txt"),
+        ({"metrics.csv": "step,loss\n"}, "has no rows yet"),
+        ({"metrics.csv": "step,loss\n0,1\n", "config.yaml": "a: ["}, "config.yaml is not YAML"),
+    ],
+)
+def test_what_is_no_run_folder(files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        facts([RunFolder(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="no such run folder"):
+        RunFolder(tmp_path / "nowhere")
+
+
+def test_a_short_curve_stays_as_it_is():
+    points = [(1.0, 3.0), (2.0, 5.0)]
+    assert edges([points], 2) == (1.0, 0.0)
+    assert thinned(points, 1.0, 0.0) == {"x": [1.0, 2.0], "y": [3.0, 5.0]}
+
+
+def test_a_long_curve_becomes_means_with_their_ranges():
+    points = [(float(x), float(x % 2)) for x in range(8)]
+    thin = thinned(points, *edges([points], 2))
+    assert thin == {"x": [1.75, 5.25], "y": [0.5, 0.5], "lo": [0.0, 0.0], "hi": [1.0, 1.0]}
+
+
+def test_seeds_are_thinned_at_the_same_places():
+    one = [(float(x), 1.0) for x in range(100)]
+    other = one[:60]
+    where = edges([one, other], 10)
+    assert thinned(other, *where)["x"] == thinned(one, *where)["x"][:6]
