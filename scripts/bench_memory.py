@@ -24,10 +24,10 @@ import torch
 from bench.formulas import Size
 from bench.phases import Row, algorithms, layouts, measured
 
-from lit_align.runs.allocations import CPUAllocations, bytes_of
 from lit_align.data.text import load_tokenizer
 from lit_align.functional.logprobs import chosen_logprobs
 from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.runs.allocations import CPUAllocations, bytes_of
 
 SMALL, MIDDLE = Size(256, 64, 176, 2), Size(256, 128, 344, 3)
 METHODS = ("AdamW", "GaLore", "SLTrain")

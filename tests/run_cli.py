@@ -15,7 +15,7 @@ from torch.distributed import checkpoint as sharded
 from torch.utils import tensorboard
 from transformers.models.llama import modeling_llama
 
-from lit_align.cli.discovery import open_rooms
+from lit_align.cli.discovery import import_all
 from lit_align.cli.main import main
 from lit_align.runs.checkpoint_files import saved
 from lit_align.runs.checkpoint_io import CheckpointIO
@@ -31,7 +31,7 @@ FSDP2 = ("--data.batch_size=4", "--trainer.devices=2", "--trainer.strategy=fsdp2
 ONLINE = {"remax", "grpo", "grpovi", "rloo", "ppo", "rto", "spr", "hydra_ppo", "joint_hydra_ppo"}
 ONLINE |= {"dl_ppo", "lora_ppo"}
 assert all((sharded, tensorboard, modeling_llama))  # imported before the fork
-open_rooms()
+import_all()
 
 
 def words(folder: Path, config: str = "remax", *more: str, epochs: int = 2) -> list[str]:

@@ -8,7 +8,7 @@ import yaml
 from tiny_models import tiny
 
 from lit_align.algorithms.remax import ReMax
-from lit_align.cli.discovery import open_rooms
+from lit_align.cli.discovery import import_all
 from lit_align.cli.main import main
 from lit_align.cli.overlays import fit_overlays, packaged_configs, read
 
@@ -86,7 +86,7 @@ def test_an_overlay_parses_over_each_config(config, overlay, capsys):
 
 
 def test_an_overlay_applies_where_it_fits():
-    open_rooms()
+    import_all()
     line = fit_overlays(["fit", "--config", "sft", "--config", "toy"])
     toy = yaml.safe_load(line[4])
     assert {"policy", "optimizer", "warmup"} <= set(toy["model"]["init_args"])

@@ -10,7 +10,7 @@ from tiny_models import SHARED
 
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.cli.configs import packaged_configs
-from lit_align.cli.discovery import kinds, open_rooms
+from lit_align.cli.discovery import concrete_subclasses, import_all
 from lit_align.cli.overlays import read
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +27,12 @@ def results(monkeypatch):
 
 def algorithms() -> set[str]:
     """Our online algorithms; tests define others, and a parent leaves something to its children."""
-    open_rooms()
-    ours = [kind for kind in kinds(OnlineAlgorithm) if kind.__module__.startswith("lit_align.")]
+    import_all()
+    ours = [
+        kind
+        for kind in concrete_subclasses(OnlineAlgorithm)
+        if kind.__module__.startswith("lit_align.")
+    ]
     return {kind.__name__ for kind in ours if not is_parent(kind)}
 
 
@@ -66,18 +70,21 @@ def test_every_gain_is_beyond_chance():
         assert all(float(number) > 0 for number in measured)
 
 
-def test_the_page_says_how_it_was_made():
-    assert re.search(r"Made by `OMP_NUM_THREADS=1 python scripts/results.py` in one run", PAGE)
+def test_the_page_has_the_command_that_made_it():
+    command = (
+        r"OMP_NUM_THREADS=1 python scripts/results.py( --config tests/real_data/stories.yaml)?"
+    )
+    assert re.search(rf"Made by `{command}` in one run", PAGE)
     assert re.search(r"torch [\d.]+", PAGE)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_what_needs_the_most_gains_in_a_short_run(results, tmp_path):
-    """A DPO adapter and a critic; a two-headed model with two adapters, and with one."""
+    """RTO needs a DPO adapter and a critic; Hydra a model with a reward head and adapters."""
     if not (SHARED / "models" / "stories260K").is_dir() or not (SHARED / "data").is_dir():
-        pytest.skip("the shared real data and the shared real model are not here")
-    short = results.Results(tmp_path, batches=10)
+        pytest.skip("the reference data folder ../shared is not here")
+    short = results.Results(tmp_path, num_batches=10, overlay="tests/real_data/stories.yaml")
     short.prepare()
     for run in results.RUNS:
         if run.folder in ("RTO", "HydraPPO", "HydraPPO_one_adapter"):

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.online import OnlineAlgorithm
@@ -17,20 +18,24 @@ from lit_align.callbacks.checkpoint import Checkpoints
 from lit_align.callbacks.curves import Curves
 from lit_align.callbacks.environment import Environment
 from lit_align.callbacks.export import Export
-from lit_align.callbacks.foretold import Foretold
 from lit_align.callbacks.memory import Memory
 from lit_align.callbacks.nan_guard import Finite
+from lit_align.callbacks.out_of_memory import OutOfMemoryAdvice
 from lit_align.callbacks.progress import Progress
 from lit_align.callbacks.response_log import Samples
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.callbacks.run_summary import BatchPlan
 from lit_align.callbacks.timing import Timing
-from lit_align.cli.errors import Parser
+from lit_align.cli.errors import run_folder_message, shorten
 from lit_align.cli.resume import RunConfig, found_checkpoint
+from lit_align.cli.settings_parser import SettingsParser
 from lit_align.data.base import TextData
+from lit_align.errors import UserError
 from lit_align.runs.checkpoint_io import CheckpointIO
 from lit_align.runs.csv_log import RunLog
+
+DEVICES = " --trainer.accelerator auto and --trainer.devices auto take what this machine has."
 
 
 class AlignCLI(LightningCLI):
@@ -39,24 +44,32 @@ class AlignCLI(LightningCLI):
     Args:
         args: The command line without the program's name, its configs read.
         typed: The same as the user typed it.
-        planned: Bytes at the height of each phase, if this rank has planned the fit; None if
-            nobody has.
     """
 
-    def __init__(
-        self,
-        args: list[str],
-        typed: list[str] | None = None,
-        planned: dict[str, int] | None = None,
-    ):
-        self.typed, self.planned = tuple(typed or ()), planned
+    def __init__(self, args: list[str], typed: list[str] | None = None):
+        self.typed = tuple(typed or ())
+        try:
+            self.parse_and_run(args)
+        except OSError as error:
+            folder = self.run_folder()
+            text = None if folder is None else run_folder_message(error, folder)
+            if text is None:
+                raise
+            raise UserError(text) from error
+
+    def parse_and_run(self, args: list[str]) -> None:
+        """Parse the settings, build the objects, and run the command of Lightning's Trainer.
+
+        Args:
+            args: The command line without the program's name, its configs read.
+        """
         super().__init__(
             Algorithm,
             TextData,
             args=args,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            parser_class=Parser,
+            parser_class=SettingsParser,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -69,6 +82,13 @@ class AlignCLI(LightningCLI):
                 "enable_progress_bar": False,  # `Progress` prints lines instead
             },
         )
+
+    def run_folder(self) -> Path | None:
+        """Return the run folder, or None before the settings are parsed."""
+        config = getattr(self, "config", None)
+        if config is None or config.get("subcommand") is None:
+            return None
+        return Path(config[config.subcommand].trainer.default_root_dir)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections that online algorithms have and offline ones leave out."""
@@ -104,7 +124,7 @@ class AlignCLI(LightningCLI):
             config.return_predictions = False
 
     def check_strategy(self, config: Namespace) -> None:
-        """FSDP's older words mean FSDP2; its older strategy is refused."""
+        """Read FSDP's older words as FSDP2. `Algorithm.setup` refuses Lightning's FSDPStrategy."""
         strategy = config.trainer.get("strategy")
         if isinstance(strategy, str) and "." in strategy:  # the parser takes it for a word
             config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
@@ -113,12 +133,6 @@ class AlignCLI(LightningCLI):
             rank_zero_only(print)(
                 f"--trainer.strategy {strategy} means {config.trainer.strategy} here: PyTorch's "
                 f"FSDP2, through lit_align.models.parallel.fsdp2.FSDP2."
-            )
-        name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
-        if name.endswith("FSDPStrategy"):
-            raise ValueError(
-                "--trainer.strategy FSDPStrategy wraps the whole step and cannot serve one that "
-                "generates: take --trainer.strategy fsdp2, which shards the same way."
             )
 
     def model_path(self, model: Namespace) -> str | None:
@@ -140,13 +154,19 @@ class AlignCLI(LightningCLI):
             kwargs["logger"] = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
         self.check_sections(config)
         kwargs |= self.saving(config)
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+            own = (config.trainer.accelerator, config.trainer.devices) != ("auto", "auto")
+            hint = DEVICES if own else ""
+            raise UserError(f"{shorten(str(error))}{hint}") from error
         given = {type(callback) for callback in trainer.callbacks}
         sections = [section for section in (config.rollout, config.reward) if section is not None]
         writers = [
             BatchPlan(),
             Environment(self.typed),
             Finite(),
+            OutOfMemoryAdvice(),
             Progress(),
             Curves(),
             Export(),
@@ -158,16 +178,13 @@ class AlignCLI(LightningCLI):
         ]
         others = [each for each in trainer.callbacks if each not in early]
         early += [kind() for kind in self.measures(trainer) if kind not in given]
-        if self.planned is not None:
-            memory = next(each for each in early if isinstance(each, Memory))
-            writers.append(Foretold(self.planned, memory))
         trainer.callbacks[:] = [*early, *sections, *others, *writers]  # saved before a rollout
         return trainer
 
     def measures(self, trainer: Trainer) -> list[type[Callback]]:
         """What watches the phases of every fit; counting memory costs nothing but on a CPU."""
         free = trainer.strategy.root_device.type != "cpu"
-        return [Timing, Memory] if free or self.planned is not None else [Timing]
+        return [Timing, Memory] if free else [Timing]
 
     def saving(self, config: Namespace) -> dict[str, Any]:
         """Our checkpoints in the place of Lightning's, and the one that this command goes on from.
@@ -197,6 +214,13 @@ class AlignCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's settings win over the command line; ours has none."""
+
+
+class ExportCLI(AlignCLI):
+    """Parse and build a run, and start nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Start nothing (LightningCLI 2.6 has no public switch in subcommand mode)."""
 
 
 def listed(given: Any) -> list[Any]:

@@ -1,14 +1,14 @@
-"""A plain parser for the commands that are no Trainer's."""
+"""argparse for the commands beside the Trainer's, with errors of one line."""
 
 import argparse
-import sys
 from typing import NoReturn
 
+from lit_align.errors import UserError
 
-class Words(argparse.ArgumentParser):
-    """Says in one line what is wrong, instead of repeating the usage."""
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one sentence that names the help."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the sentence and leaves with status 2."""
-        sys.stderr.write(f"lit-align: {message} (see {self.prog} --help).\n")
-        sys.exit(2)
+        """Raise the message as a `UserError`."""
+        raise UserError(f"{message}. See {self.prog} --help.")

@@ -1,11 +1,13 @@
 """The configs that ship with lit_align: recipes, and overlays that change a recipe."""
 
+import difflib
 from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from lit_align.errors import UserError
+from lit_align.renamed import CONFIGS
 
 HELP = """usage: lit-align configs list | copy NAME [FILE]
 
@@ -48,13 +50,29 @@ def run_configs(args: list[str]) -> int:
         print(HELP, end="")
         return 0 if args in ([], ["--help"], ["-h"]) else 2
     if args[1] not in texts:
-        raise UserError(f"There is no config '{args[1]}'. The configs are {', '.join(texts)}.")
+        raise UserError(missing_config(args[1], list(texts)))
     target = Path(args[2] if len(args) == 3 else f"{args[1]}.yaml")
     if target.exists():
         raise UserError(f"{target} exists already. Name another file.")
     target.write_text(texts[args[1]])
     print(f"wrote {target}")
     return 0
+
+
+def missing_config(name: str, known: list[str]) -> str:
+    """Return a sentence about a config that is not there, with the name that may be meant.
+
+    Args:
+        name: As given.
+        known: Names of the configs that ship with lit_align.
+    """
+    if name in CONFIGS:
+        return f"config {name} was renamed to {CONFIGS[name]}. Use --config {CONFIGS[name]}."
+    if Path(name).stem in known:
+        return f"{name}: no such file. Use --config {Path(name).stem}."
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else f"The configs are {', '.join(known)}."
+    return f"config {name}: no such file and no packaged config. {hint}"
 
 
 def print_groups(texts: dict[str, str]) -> None:

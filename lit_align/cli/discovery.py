@@ -1,32 +1,45 @@
-"""Imports whatever a config may name, so that short class names work without a registry."""
+"""Import every class that a config may name, so that short class names work without a registry."""
 
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
 
-ROOMS = ("algorithms", "models", "data", "rewards", "callbacks")
+FOLDERS = ("algorithms", "models", "data", "rewards", "callbacks")
 
 
-def open_rooms() -> None:
+def import_all() -> None:
     """Import every module of the folders whose classes a config may name."""
-    for room in ROOMS:
-        package = importlib.import_module(f"lit_align.{room}")
+    for folder in FOLDERS:
+        package = importlib.import_module(f"lit_align.{folder}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
 
 
-def kinds(base: type) -> Iterator[type]:
-    """All subclasses of `base` that can be built, whoever wrote them."""
+def concrete_subclasses(base: type) -> Iterator[type]:
+    """Yield all subclasses of `base` that are not abstract, including a user's own."""
     subclasses: list[type] = base.__subclasses__()
-    for kind in subclasses:
-        if not inspect.isabstract(kind):
-            yield kind
-        yield from kinds(kind)
+    for subclass in subclasses:
+        if not inspect.isabstract(subclass):
+            yield subclass
+        yield from concrete_subclasses(subclass)
 
 
-def arguments(kind: type) -> set[str]:
-    """Names that the constructors of `kind` and of its parents take."""
-    builders = [vars(parent)["__init__"] for parent in kind.__mro__ if "__init__" in vars(parent)]
-    names = {name for builder in builders[:-1] for name in inspect.signature(builder).parameters}
-    return names - {"self", "args", "kwargs"}
+def init_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the named parameters that the constructors of `cls` and of its parents take.
+
+    `**kwargs` of a constructor is taken to go to its parent's.
+    """
+    builders = [vars(parent)["__init__"] for parent in cls.__mro__ if "__init__" in vars(parent)]
+    found: dict[str, inspect.Parameter] = {}
+    for builder in builders[:-1]:
+        parameters = inspect.signature(builder).parameters.values()
+        for each in parameters:
+            if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) and each.name != "self":
+                found.setdefault(each.name, each)
+    return found
+
+
+def init_arguments(cls: type) -> set[str]:
+    """Return the names that the constructors of `cls` and of its parents take."""
+    return set(init_parameters(cls))

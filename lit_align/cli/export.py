@@ -1,16 +1,19 @@
-"""`lit-align export`: a checkpoint as a folder that transformers loads."""
+"""`lit-align export`: turn a checkpoint into a folder that transformers loads."""
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lit_align.cli.align import AlignCLI
-from lit_align.cli.discovery import open_rooms
-from lit_align.cli.errors import Parser, quieten
-from lit_align.cli.overlays import inline, read
-from lit_align.runs.checkpoint_files import folder_of, head, newest
-from lit_align.tools.export import export
+from lit_align.cli.argument_parser import ArgumentParser
+from lit_align.errors import UserError
 
-ALONE = {  # one process, whatever the run was
+if TYPE_CHECKING:
+    from lit_align.cli.align import ExportCLI
+
+ABOUT = "Turn a checkpoint into a folder that transformers (or, for an adapter, peft) loads."
+ONE_PROCESS = {  # settings of the trainer, whatever those of the run were
     "accelerator": "cpu",
     "strategy": "auto",
     "devices": 1,
@@ -21,63 +24,75 @@ ALONE = {  # one process, whatever the run was
 }
 
 
-def main(argv: list[str]) -> int:
-    """Builds the run's networks, loads the checkpoint and writes the folders.
+def main(args: list[str]) -> int:
+    """Build the run's networks, load the checkpoint, and write the folders.
 
     Args:
-        argv: The words behind `export`.
+        args: The words after `export`.
     """
-    parser = Parser(prog="lit-align export", description=__doc__)
-    parser.add_argument("--ckpt_path", type=str, help="Checkpoint, or a run's folder for its last.")
-    parser.add_argument("--out", type=str, help="Folder to be written.")
-    parser.add_argument(
-        "--config", type=str | None, help="The run's config.yaml, if it is not in its folder."
-    )
-    parser.add_argument(
-        "--merge", action="store_true", help="Write adapters into the weights, in float32."
-    )
-    given = parser.parse_args(argv)
-    if given.ckpt_path is None or given.out is None:
-        raise ValueError("export needs --ckpt_path, a checkpoint or a run's folder, and --out.")
-    checkpoint = found_checkpoint(Path(given.ckpt_path))
-    config = Path(given.config or checkpoint.parents[1] / "config.yaml")
+    options = build_parser().parse_args(args)
+    from lit_align.tools.export import export
+
+    checkpoint = resolve_checkpoint(options.ckpt_path)
+    config = options.config or checkpoint.parents[1] / "config.yaml"
     if not config.is_file():
-        raise ValueError(f"{config}: no such file; give --config, the config.yaml of the run.")
+        raise UserError(f"{config}: no such file. Set --config to the config.yaml of the run.")
     built = build(config)
     with built.trainer.init_module():
         built.model.configure_model()
-    run, out = config.parent, Path(given.out)
-    for folder in export(built.model, built.datamodule, checkpoint, out, run, given.merge):
+    run, out = config.parent, options.out
+    for folder in export(built.model, built.datamodule, checkpoint, out, run, options.merge):
         print(f"wrote {folder}")
     return 0
 
 
-def found_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the newest of a run's folder."""
+def build_parser() -> ArgumentParser:
+    """Return the parser of the words after `export`."""
+    parser = ArgumentParser(prog="lit-align export", description=ABOUT)
+    add = parser.add_argument
+    add("--ckpt_path", type=Path, required=True, metavar="PATH",
+        help="Checkpoint, or a run folder for its newest one.")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="FOLDER", help="Folder to write.")
+    add("--config", type=Path, metavar="FILE",
+        help="The run's config.yaml. Default: the one in the run folder.")  # fmt: skip
+    add("--merge", action="store_true", help="Merge adapters into the weights, in float32.")
+    return parser
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Return a checkpoint's path, or the newest checkpoint of a run folder.
+
+    Args:
+        path: Of the checkpoint or of the run folder.
+    """
+    from lit_align.runs.checkpoint_files import folder_of, head, newest
+
     if not path.exists():
-        raise ValueError(f"--ckpt_path {path}: there is no such checkpoint.")
+        raise UserError(f"--ckpt_path {path}: no such checkpoint.")
     if not folder_of(path).is_dir():
         head(path)
         return path
     found, complaints = newest(folder_of(path))
     if found is None:
-        raise ValueError(" ".join([f"There is no checkpoint in {folder_of(path)}.", *complaints]))
+        raise UserError(" ".join([f"There is no checkpoint in {folder_of(path)}.", *complaints]))
     return found
 
 
-class Built(AlignCLI):
-    """Parses and builds, and runs nothing."""
+def build(config: Path) -> ExportCLI:
+    """Build the objects of a run in one process on the CPU.
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Leaves the trainer alone."""
+    Args:
+        config: The run's config.yaml.
+    """
+    from lit_align.cli.align import ExportCLI
+    from lit_align.cli.discovery import import_all
+    from lit_align.cli.errors import silence_known_warnings
+    from lit_align.cli.overlays import inline, read
 
-
-def build(config: Path) -> Built:
-    """What the run was made of, in one process on the CPU."""
-    quieten()
-    open_rooms()
+    silence_known_warnings()
+    import_all()
     sys.path.insert(0, str(Path.cwd()))
     settings = read(str(config))
-    settings["trainer"] = {**settings["trainer"], **ALONE}
-    settings["ckpt_path"] = None  # what the run itself went on from
-    return Built(["predict", "--config", inline(settings)])
+    settings["trainer"] = {**settings["trainer"], **ONE_PROCESS}
+    settings["ckpt_path"] = None  # the checkpoint that the run itself was resumed from
+    return ExportCLI(["predict", "--config", inline(settings)])

@@ -1,78 +1,127 @@
-"""The command `lit-align`."""
+"""The command `lit-align`: find the command, run it, and print a user's mistake as a sentence.
 
+Modules of this file's imports must not import torch: `lit-align --help` must answer at once.
+"""
+
+import difflib
 import importlib
 import sys
 from pathlib import Path
 
 from lit_align.cli.configs import run_configs
+from lit_align.errors import UserError
+from lit_align.renamed import renamed_flag
+from lit_align.terminal import harmless
 from lit_align.version import __version__
 
-TOOLS = ("chat", "evaluate", "export", "plan", "report")  # modules of this room, each with a `main`
+TRAINER_COMMANDS = {
+    "fit": "train a model: lit-align fit --config remax --config toy",
+    "validate": "run the validation of a config",
+    "test": "run the test rows of a config",
+    "predict": "write a completion for each prompt",
+}
+TOOLS = {  # modules of this folder, each with a `main`
+    "plan": "estimate the peak memory of a fit, without a GPU and without weights",
+    "export": "turn a checkpoint into a folder that transformers loads",
+    "evaluate": "compare models on the same prompts",
+    "report": "write one HTML page about runs",
+    "chat": "talk to a model, or to two side by side",
+    "configs": "list or copy the configs that ship with lit_align",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; what is wrong with it is said in a sentence, with status 2."""
-    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if args in (["--version"], ["-V"]):
+    """Run the command line and return the exit status.
+
+    A user's mistake is printed as a sentence and has status 2. Other errors keep their traceback.
+
+    Args:
+        argv: The words after `lit-align`. Default: those of the process.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in ([], ["--help"], ["-h"], ["help"]):
+        print(help_text())
+        return 0
+    if args[0] in ("--version", "-V"):
         print(f"lit-align {__version__}")
         return 0
-    hint(args)
     try:
-        if args[:1] == ["configs"]:
-            return run_configs(args[1:])
-        return tool(args) if args and args[0] in TOOLS else run(args)
+        return run_command(args[0], args[1:])
     except Exception as error:
-        from lit_align.cli.errors import explained  # imports torch: not for a version or a list
-        from lit_align.terminal import harmless
-
-        text = explained(error)
+        text = user_message(error)
         if text is None:
             raise
         print(f"lit-align: {harmless(text)}", file=sys.stderr)
         return 2
 
 
-def hint(args: list[str]) -> None:
-    """Prints above a help what Lightning does not know of.
+def help_text() -> str:
+    """Return what `lit-align --help` prints."""
+    lines = ["usage: lit-align COMMAND [options]", "", "Align language models on Lightning.", ""]
+    for title, commands in (("Training", TRAINER_COMMANDS), ("Tools", TOOLS)):
+        lines += [f"{title}:", *(f"  {name:9} {text}" for name, text in commands.items()), ""]
+    return "\n".join(
+        [
+            *lines,
+            "lit-align COMMAND --help shows the options of a command;",
+            "lit-align fit --model.help ReMax those of an algorithm.",
+        ]
+    )
+
+
+def run_command(name: str, args: list[str]) -> int:
+    """Import and run one command; return its exit status.
 
     Args:
-        args: The words that were given.
+        name: The command.
+        args: The words after it.
     """
-    named = [word for word in args if word not in ("--help", "-h")]
-    if named == args:
-        return
-    if not named:
-        tools = " | ".join(["configs", *TOOLS])
-        print(f"beside the Trainer's: lit-align {tools}, each with --help")
-    if named[:1] in ([], ["fit"]):
-        print("`fit --plan` says first what a fit will take, and afterwards how far that was off\n")
+    if name == "configs":
+        return run_configs(args)
+    if name not in {**TRAINER_COMMANDS, **TOOLS}:
+        near = difflib.get_close_matches(name, [*TRAINER_COMMANDS, *TOOLS], n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else "See lit-align --help."
+        raise UserError(f"'{name}' is not a command. {hint}")
+    for word in args:
+        if (answer := renamed_flag(name, word.partition("=")[0])) is not None:
+            raise UserError(answer)
+    if name in TOOLS:
+        status: int = importlib.import_module(f"lit_align.cli.{name}").main(args)
+        return status
+    return run_trainer([name, *args])
 
 
-def tool(args: list[str]) -> int:
-    """What stands beside the Trainer; loaded when it is asked for."""
-    status: int = importlib.import_module(f"lit_align.cli.{args[0]}").main(args[1:])
-    return status
+def run_trainer(args: list[str]) -> int:
+    """Run fit, validate, test or predict by Lightning's Trainer.
 
-
-def run(args: list[str]) -> int:
-    """Everything that Lightning's Trainer does: fit, validate, test, predict."""
+    Args:
+        args: The words after `lit-align`.
+    """
     from lit_align.cli.align import AlignCLI
-    from lit_align.cli.discovery import open_rooms
-    from lit_align.cli.errors import quieten
+    from lit_align.cli.discovery import import_all
+    from lit_align.cli.errors import silence_known_warnings
     from lit_align.cli.overlays import fit_overlays
 
-    quieten()
-    open_rooms()
+    silence_known_warnings()
+    import_all()
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as python itself would find them
-    plans = args[0] == "fit" and "--plan" in args
-    read = fit_overlays([word for word in args if not (plans and word == "--plan")])
-    planned = None
-    if plans:
-        from lit_align.cli.foretelling import foretold
-
-        planned = foretold(read[1:])
-    AlignCLI(read, args, planned)
+    AlignCLI(fit_overlays(args), args)
     return 0
+
+
+def user_message(error: Exception) -> str | None:
+    """Return the sentence for an error that a user can correct; None for any other error.
+
+    Args:
+        error: What a command raised.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if "lit_align.cli.errors" not in sys.modules:  # no library that explains itself was imported
+        return None
+    from lit_align.cli.errors import library_message
+
+    return library_message(error)
 
 
 if __name__ == "__main__":

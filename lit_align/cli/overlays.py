@@ -10,9 +10,10 @@ import yaml
 
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.online import OnlineAlgorithm
-from lit_align.cli.configs import packaged_configs
-from lit_align.cli.discovery import arguments, kinds
+from lit_align.cli.configs import missing_config, packaged_configs
+from lit_align.cli.discovery import concrete_subclasses, init_arguments
 from lit_align.data.base import TextData
+from lit_align.errors import UserError
 
 Settings = dict[str, Any]
 SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextData}
@@ -22,9 +23,7 @@ def read(name: str) -> Settings:
     """The settings of a file, or of a packaged config by its bare name."""
     path, known = Path(name), packaged_configs()
     if not path.is_file() and name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}."
-        raise FileNotFoundError(f"--config {name}: no such file and no packaged config; {hint}")
+        raise UserError(missing_config(name, list(known)))
     try:
         settings = yaml.safe_load(path.read_text() if path.is_file() else known[name])
     except yaml.YAMLError as error:
@@ -104,7 +103,7 @@ def chosen_class(section: str, base: type, configs: list[Settings], argv: list[s
             importlib.import_module(name.rpartition(".")[0])
         except ModuleNotFoundError as error:
             raise ValueError(f"--{section} {name}: {error}") from error
-    known = {kind.__name__: kind for kind in kinds(base)}
+    known = {kind.__name__: kind for kind in concrete_subclasses(base)}
     if name.rpartition(".")[2] not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(sorted(known))}."
@@ -120,7 +119,8 @@ def cut(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
     for section, base in SECTIONS.items():
         kind, settings = chosen[section], (overlay.get(section) or {}).get("init_args")
         if kind is not None and settings:
-            elsewhere = set().union(*map(arguments, kinds(base))) - arguments(kind)
+            anywhere = set().union(*map(init_arguments, concrete_subclasses(base)))
+            elsewhere = anywhere - init_arguments(kind)
             kept = {k: v for k, v in settings.items() if k not in elsewhere}
             left[section] = {**overlay[section], "init_args": kept}
     return left

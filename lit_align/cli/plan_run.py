@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
+from rich.console import Console
 
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.cli.align import AlignCLI
+from lit_align.cli.overlays import fit_overlays
 from lit_align.plan.max_length_data import Longest
 from lit_align.plan.patches import OneOfMany
-from lit_align.plan.simulate import Machine, Run
+from lit_align.plan.simulate import Machine, Run, simulated
+from lit_align.plan.suggestions import candidates, changes
+from lit_align.plan.table import Plan, as_json, table, verdict
 
 SHARDING = ("fsdp", "ddp")  # how words of strategies begin for which ranks talk
 
@@ -109,3 +119,70 @@ def counted(devices: Any) -> int:
         return len(devices)
     text = str(devices)
     return len([part for part in text.split(",") if part]) if "," in text else int(text)
+
+
+@contextmanager
+def disable_logging() -> Iterator[None]:
+    """Suppress log output of the simulated run except errors."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def run_plan(words: list[str], options: argparse.Namespace) -> int:
+    """One run, and if it does not fit, small changes of it.
+
+    Args:
+        words: As of `fit`.
+        options: The options of `plan`.
+    """
+    cli, plan = plan_once(words, options)
+    if not options.json:
+        Console(width=max(Console().width, 110)).print(table(plan))
+        print(verdict(plan))
+    others = [] if plan.fits else plan_suggestions(words, options, cli)
+    if options.json:
+        print(json.dumps({**as_json(plan), "changes": others}))
+    return 0 if plan.fits else 1
+
+
+def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlannedCLI, Plan]:
+    """A run, and what it takes.
+
+    Args:
+        words: As of `fit`.
+        options: The options of `plan`.
+    """
+    cli = PlannedCLI(fit_overlays(words), options.prompt_tokens)
+    machine = cli.machine._replace(memory=options.gpu_memory)
+    return cli, Plan(simulated(cli.build, machine), options.gpu_memory)
+
+
+def plan_suggestions(
+    words: list[str], options: argparse.Namespace, cli: PlannedCLI
+) -> list[dict[str, object]]:
+    """Small changes of a run that does not fit, each printed as soon as it is known.
+
+    Args:
+        words: As of `fit`.
+        options: The options of `plan`.
+        cli: The run as it is.
+    """
+    found: list[dict[str, object]] = []
+    more = list(candidates(cli.config.fit, cli.machine.ranks))
+    for change in changes(more, lambda added: plan_once([*words, *added], options)[1]):
+        line, plan = " ".join(change.words), change.plan
+        told = f"refused: {plan}" if isinstance(plan, str) else verdict(plan)
+        size = {} if isinstance(plan, str) else {"peak": plan.peak[1].total, "phase": plan.peak[0]}
+        found.append({"words": line, "fits": change.fits, "told": told, **size})
+        if not options.json:
+            print(f"  with {line}: {told}", flush=True)
+    return found

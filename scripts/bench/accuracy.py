@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.algorithms.dpo import DPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.hydra_ppo import HydraPPO
-from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
@@ -29,18 +29,18 @@ from lit_align.callbacks.rollout import Rollout
 from lit_align.data.instructions import InstructionData
 from lit_align.data.preferences import PreferenceData
 from lit_align.data.prompts import PromptData
-from lit_align.models.kernels import varlen_attention as packing
-from lit_align.models.hydra import Hydra
 from lit_align.models.adapters.lora import LoRA
+from lit_align.models.hydra import Hydra
+from lit_align.models.kernels import varlen_attention as packing
 from lit_align.models.parallel.offload import Sleeper
 from lit_align.models.policy import Policy
 from lit_align.models.scalar_head import Scalar
 from lit_align.optim.galore import GaLore
-from lit_align.rewards.base import RewardFunction
-from lit_align.rewards.shared_backbone import BaseReward
-from lit_align.rewards.reward_model import LearnedReward, TrainedScalar
-from lit_align.plan.max_length_data import FIRST, Longest
 from lit_align.plan.architectures import config_of
+from lit_align.plan.max_length_data import FIRST, Longest
+from lit_align.rewards.base import RewardFunction
+from lit_align.rewards.reward_model import LearnedReward, TrainedScalar
+from lit_align.rewards.shared_backbone import BaseReward
 
 TOY: dict[str, Any] = {
     "model_type": "llama",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from bench.accuracy import run, size_of
-from lit_align.plan.simulate import Machine, Run, simulated
 from lit_align.plan.memory_tracker import Place
+from lit_align.plan.simulate import Machine, Run, simulated
 
 
 def planned(name: str, model: str, folder: str, device: str) -> dict[str, int]:

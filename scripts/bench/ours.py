@@ -17,8 +17,8 @@ from lit_align.algorithms.rloo import RLOO
 from lit_align.algorithms.sft import SFT
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.data.instructions import InstructionData
 from lit_align.data.base import TextData
+from lit_align.data.instructions import InstructionData
 from lit_align.data.preferences import PreferenceData
 from lit_align.data.prompts import PromptData
 from lit_align.models.policy import Policy

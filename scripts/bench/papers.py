@@ -15,14 +15,14 @@ from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.models.hydra import Hydra
 from lit_align.models.adapters.lora import LoRA
+from lit_align.models.hydra import Hydra
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
 from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.models.scalar_head import Scalar
 from lit_align.rewards.base import RewardFunction
-from lit_align.rewards.shared_backbone import BaseReward
 from lit_align.rewards.reward_model import LearnedReward
+from lit_align.rewards.shared_backbone import BaseReward
 
 CLAIMS = [("remax", "ppo"), ("hydra_ppo", "lora_ppo")]
 

@@ -13,30 +13,30 @@ from torch.utils.data import DataLoader
 
 from bench.formulas import ADAPTER, DENSITY, RANK, Size, Static, head_state, state
 from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.grpovi import GRPOVI
 from lit_align.algorithms.hydra_ppo import HydraPPO
-from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.rto import RTO
 from lit_align.algorithms.sft import SFT
 from lit_align.algorithms.spr import SPR
 from lit_align.batches import Batch, Experience, Tokens
-from lit_align.runs.allocations import bytes_of
 from lit_align.callbacks.memory import Memory, Peak
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.data.text import load_tokenizer
-from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.adapters.lora import LoRA
+from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
 from lit_align.models.scalar_head import Scalar
 from lit_align.models.sltrain import SLTrain
 from lit_align.optim.galore import GaLore
 from lit_align.rewards.base import RewardFunction
-from lit_align.rewards.shared_backbone import BaseReward
 from lit_align.rewards.reward_model import LearnedReward
+from lit_align.rewards.shared_backbone import BaseReward
+from lit_align.runs.allocations import bytes_of
 
 PROMPTS, SAMPLES, BEFORE = 4, 4, 16  # rows are prompts x samples; tokens of a prompt
 

@@ -9,7 +9,7 @@ import yaml
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
-from lit_align.cli.discovery import arguments, open_rooms
+from lit_align.cli.discovery import import_all, init_arguments
 from lit_align.cli.main import main
 from lit_align.cli.overlays import (
     SECTIONS,
@@ -28,7 +28,7 @@ FAST = ("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"
 
 @pytest.fixture(autouse=True)
 def rooms():
-    open_rooms()
+    import_all()
 
 
 def resolved(capsys, *argv: str) -> dict:
@@ -156,8 +156,8 @@ def test_texts_of_a_config_stay_what_they_are(text):
 
 
 def test_arguments_are_those_of_the_class_and_its_parents():
-    assert {"kl_coef", "policy", "epochs", "microbatch_tokens"} <= arguments(ReMax)
-    assert "kwargs" not in arguments(ReMax)
+    assert {"kl_coef", "policy", "epochs", "microbatch_tokens"} <= init_arguments(ReMax)
+    assert "kwargs" not in init_arguments(ReMax)
 
 
 def test_predict_writes_completions(tmp_path, monkeypatch):

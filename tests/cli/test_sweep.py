@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lit_align.cli.discovery import open_rooms
+from lit_align.cli.discovery import import_all
 from lit_align.cli.main import main
 from lit_align.cli.plan import parser, silent, sweeping
 from lit_align.cli.sweep import BLOCKS, SIZES, Size, with_blocks
@@ -41,7 +41,7 @@ def small(tmp_path):
     ],
 )
 def test_blocks_are_counted_up_to_all(method, by, small):
-    open_rooms()
+    import_all()
     with silent():
         traces = {n: with_blocks(method, by, small, n, 10**9) for n in BLOCKS}
         whole = with_blocks(method, by, small, 6, 10**9)

@@ -1,0 +1,107 @@
+"""Run `lit-align evaluate` after its words are parsed: build the sections and query the models."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch import seed_everything
+from rich.console import Console
+
+from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
+from lit_align.cli.evaluate import ABOUT, add_options
+from lit_align.cli.overlays import Settings, chosen_class, cut, inline, read, split_config
+from lit_align.cli.settings_parser import SettingsParser
+from lit_align.data.base import TextData
+from lit_align.data.prompts import PromptData
+from lit_align.errors import UserError
+from lit_align.evaluation.compare import compared, shown, write
+from lit_align.evaluation.generate import answered
+from lit_align.evaluation.judge import judged_wins
+from lit_align.evaluation.lm_eval import Benchmarks, device_of
+from lit_align.tools.resolve_model import found_model
+
+
+def run_evaluation(args: list[str]) -> int:
+    """Query each model, print a table and write the figures as JSON.
+
+    Args:
+        args: The words after `evaluate`.
+    """
+    options, built = parse(args)
+    models = list(dict.fromkeys(map(found_model, options.models)))
+    reference = found_model(options.reference or models[0])
+    tasks = [task for task in options.tasks.split(",") if task]
+    benchmarks = [Benchmarks(tasks, options.tasks_limit, options.tasks_folder)] if tasks else []
+    responses = {}
+    for model in models:
+        seed_everything(options.seed, verbose=False)
+        responses[model] = answered(
+            model, reference, built.data, built.rollout, built.reward,
+            options.temperature, options.accelerator, options.precision,
+        )  # fmt: skip
+        print(f"{model}: {len(responses[model])} responses")
+    judge = partial(judged_wins, options.judge) if options.judge else None
+    figures = compared(responses, built.rollout.num_samples, judge)
+    for model, each in product(models, benchmarks):
+        figures[model] |= each.figures(model, device_of(options.accelerator))
+    Console().print(shown(figures))
+    write(figures, reference, Path(options.out))
+    print(f"wrote {options.out}")
+    return 0
+
+
+def parse(args: list[str]) -> tuple[Namespace, Namespace]:
+    """Return the options, and the same with the objects of the sections.
+
+    Args:
+        args: The words after `evaluate`.
+    """
+    parser = SettingsParser(prog="lit-align evaluate", description=ABOUT)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help=argparse.SUPPRESS)
+    add_options(parser)
+    parser.add_argument("--data", type=PromptData, required=True)
+    parser.add_argument("--reward", type=Reward | None, default=None)
+    parser.add_argument("--rollout", type=Rollout, default={"class_path": "Rollout"})
+    options = parser.parse_args(fit_sections(args))
+    if options.reward is None and not options.judge:
+        raise UserError(
+            "evaluate compares models by rewards. Add --reward.functions, --config of a run that "
+            "has a reward, or --judge."
+        )
+    data = options.data.init_args
+    if data.tokenizer is None:
+        data.tokenizer = found_model(options.models[0])
+    if not (data.eval_path or data.eval_split or data.eval_fraction) and isinstance(data.path, str):
+        data.eval_path = data.path  # all rows of a file are evaluated
+    return options, parser.instantiate_classes(options)
+
+
+def fit_sections(args: list[str]) -> list[str]:
+    """The words with each `--config` of a run cut to what an evaluation needs of it."""
+    argv = [part for word in args for part in split_config(word)]
+    places = [i + 1 for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
+    configs = {place: read(argv[place]) for place in places}
+    kind = chosen_class("data", TextData, list(configs.values()), argv)
+    if kind is None or not issubclass(kind, PromptData):
+        kind = PromptData  # which reads the prompts of any other data module's rows
+    for place, settings in configs.items():
+        argv[place] = inline(needed(settings, kind))
+    return argv
+
+
+def needed(settings: Settings, data: type) -> Settings:
+    """The sections of a run's config that an evaluation has, too."""
+    left = cut(settings, {"model": OnlineAlgorithm, "data": data})
+    trainer = left.get("trainer") or {}
+    kept = {name: left[name] for name in ("data", "reward", "rollout") if left.get(name)}
+    if "rollout" in kept:
+        kept["rollout"] = {**kept["rollout"], "class_path": "Rollout"}
+    if "data" in kept:
+        kept["data"] = {**kept["data"], "class_path": f"{data.__module__}.{data.__name__}"}
+    return {**kept, **{k: trainer[k] for k in ("accelerator", "precision") if trainer.get(k)}}
