@@ -1,3 +1,3 @@
 """The semantic version of lit_align."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
