@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
 from lit_align.algorithms.core.precomputed_logprobs import Precomputed, share
 from lit_align.algorithms.core.reference_model import Referenced
 from lit_align.algorithms.reward_model import won
@@ -16,7 +15,7 @@ from lit_align.models.backbone import Backbone
 from lit_align.models.roles import Role
 
 
-class DPO(Referenced, OfflineAlgorithm):
+class DPO(Referenced):
     """Learns which of two answers is better, with the policy itself as the reward model.
 
     An answer's implicit reward is beta times its log-ratio to the reference, summed over its

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
@@ -14,7 +14,7 @@ from lit_align.models.backbone import Backbone
 from lit_align.models.policy_with_reward_head import TwoHeaded
 
 
-class HydraSFT(OfflineAlgorithm):
+class HydraSFT(Algorithm):
     """Maximum likelihood of the chosen answers, and a score that is higher for them.
 
     L = mean cross-entropy per token of the chosen answers + rm_coef * mean Bradley-Terry loss

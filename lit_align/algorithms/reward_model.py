@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.backbone import Backbone
 from lit_align.models.scalar_head import Scalar
 
 
-class RewardModel(OfflineAlgorithm):
+class RewardModel(Algorithm):
     """Learns a score that is higher for the chosen text; a step averages over pairs.
 
     Args:

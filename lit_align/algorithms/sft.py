@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.batches import Tokens
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
 
 
-class SFT(OfflineAlgorithm):
+class SFT(Algorithm):
     """Maximum likelihood of the learnt tokens; every token of a batch weighs the same.
 
     Args:

@@ -26,10 +26,11 @@ from lit_align.models.weights.state_dict_check import check_fit, shapes
 
 
 class Algorithm(Measuring):
-    """A role or more to train, and the losses they learn from.
+    """One or more trained networks and the losses that they are trained on.
 
-    One Lightning batch is one step of the schedule. `update` owns the optimizer step, so that
-    results depend neither on micro-batches nor on the number of ranks.
+    One Lightning batch is one step of the learning rate schedule. An offline algorithm takes one
+    optimizer step on it, an `OnlineAlgorithm` a few. `update` owns the optimizer step, so results
+    depend neither on the micro-batches nor on the number of ranks.
 
     Args:
         optimizer: Optimizer class and settings.
@@ -75,6 +76,10 @@ class Algorithm(Measuring):
         `update` runs backward on each before it asks for the next.
         """
 
+    def prepare(self, batch: Any) -> Any:
+        """Add what is constant during the update, such as a reference's log-probs."""
+        return batch
+
     def count(self, batch: Any) -> Tensor:
         """What the summed loss is divided by, on this rank: response tokens by default."""
         count: Tensor = batch.scored.sum()
@@ -99,6 +104,14 @@ class Algorithm(Measuring):
         if network.files is not None:
             self.unverified.append(network)
         return shard(network, self.device_mesh, how)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Prepare a batch and take one optimizer step on it."""
+        with torch.no_grad(), self.phase("prepare"):
+            batch = self.prepare(batch)
+        with self.phase("update"):
+            metrics = self.update(batch)
+        self.end_iteration(metrics)
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
         """One optimizer step on the summed loss over the count of all ranks and micro-batches.
