@@ -59,12 +59,16 @@ class DPO(Referenced):
         """[n] per pair."""
         chosen, rejected = self.policy_sums(batch)
         better, worse = self.rewards(chosen, rejected, batch)
-        self.note("rewards/chosen", better, batch.scored)
-        self.note("rewards/rejected", worse, batch.scored)
-        self.note("rewards/accuracies", won(better, worse), batch.scored)
-        self.note("rewards/margins", better - worse, batch.scored)
-        self.note("logps/chosen", chosen, batch.scored)
-        self.note("logps/rejected", rejected, batch.scored)
+        means = {
+            "rewards/chosen": better,
+            "rewards/rejected": worse,
+            "rewards/accuracies": won(better, worse),
+            "rewards/margins": better - worse,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        for name, values in means.items():
+            self.metrics.add(name, values, batch.scored)
         yield self.loss(chosen, rejected, batch)
 
     def prepare(self, batch: Pairs) -> Pairs:
@@ -105,7 +109,8 @@ class DPO(Referenced):
             "rewards/chosen": better,
             "rewards/rejected": worse,
         }
-        self.measure(batch, **{name: (values, batch.scored) for name, values in means.items()})
+        pairs = batch.scored
+        self.metrics.add_eval(batch, **{name: (values, pairs) for name, values in means.items()})
 
     test_step = validation_step
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.metrics import Means
 from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
@@ -55,9 +56,9 @@ class HydraSFT(Algorithm):
         mask = batch.chosen_loss_mask[:, 1:]
         chosen, rejected = scores.unbind(-1)
         preference = bradley_terry(chosen, rejected)
-        self.note("language_loss", -logprobs, mask)
-        self.note("reward_loss", preference, batch.scored)
-        self.note("accuracy", won(chosen, rejected), batch.scored)
+        self.metrics.add("language_loss", -logprobs, mask)
+        self.metrics.add("reward_loss", preference, batch.scored)
+        self.metrics.add("accuracy", won(chosen, rejected), batch.scored)
         yield -logprobs.sum(-1) * batch.token_weights + self.rm_coef * preference
 
     @torch.no_grad()
@@ -65,7 +66,7 @@ class HydraSFT(Algorithm):
         """Adds the batch's pairs to the language loss per token and to the accuracy."""
         nll, chosen, rejected = self.in_parts(batch, self.verdicts)
         tokens = batch.chosen_loss_mask[:, 1:].sum(-1)
-        self.measure(
+        self.metrics.add_eval(
             batch,
             language_loss=(nll / tokens.clamp(min=1), tokens),
             reward_loss=(bradley_terry(chosen, rejected), batch.scored),
@@ -79,7 +80,6 @@ class HydraSFT(Algorithm):
 
     test_step = validation_step
 
-    def evaluation(self) -> dict[str, Tensor]:
-        """The joint loss beside its two terms."""
-        means = super().evaluation()
-        return {**means, "loss": means["language_loss"] + self.rm_coef * means["reward_loss"]}
+    def derived_eval_metrics(self, means: Means) -> Means:
+        """Return the joint loss of the two terms."""
+        return {"loss": means["language_loss"] + self.rm_coef * means["reward_loss"]}

@@ -56,8 +56,8 @@ class RewardModel(Algorithm):
         """[n] nats per pair."""
         chosen, rejected = self.scores(batch)
         loss = bradley_terry(chosen, rejected, batch.margin if self.use_margin else None)
-        self.note("accuracy", won(chosen, rejected), batch.scored)
-        self.note("margin", chosen - rejected, batch.scored)
+        self.metrics.add("accuracy", won(chosen, rejected), batch.scored)
+        self.metrics.add("margin", chosen - rejected, batch.scored)
         yield loss + self.center_coef * (chosen + rejected).square()
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class RewardModel(Algorithm):
         """Adds the batch's pairs to loss, accuracy and margin."""
         chosen, rejected = self.in_parts(batch, self.scores)
         pairs = batch.scored
-        self.measure(
+        self.metrics.add_eval(
             batch,
             loss=(bradley_terry(chosen, rejected), pairs),
             accuracy=(won(chosen, rejected), pairs),

@@ -117,12 +117,8 @@ class RTO(PPO):
         mask, settings = batch.response_mask, (self.dpo_coef, self.dpo_clip)
         dense = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
         whole_ratio = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
-        self.log_means(
-            {
-                "rto/dpo_reward": (dense.sum(-1), mask.any(-1)),
-                "rto/dpo_clipped": (dense != whole_ratio, mask),
-            }
-        )
+        self.metrics.add("rto/dpo_reward", dense.sum(-1), mask.any(-1))
+        self.metrics.add("rto/dpo_clipped", dense != whole_ratio, mask)
         return rewards + dense
 
     def final_scores(self, batch: Experience) -> Tensor:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from lit_align.algorithms.core.metrics import Measuring
+from lit_align.algorithms.core.finite_rows import FiniteRows
+from lit_align.algorithms.core.metrics import Means, MetricAccumulator
+from lit_align.algorithms.core.microbatches import join_microbatches
+from lit_align.algorithms.core.phases import PhaseListener, run_phase
+from lit_align.algorithms.core.schedule import lr_fraction
+from lit_align.algorithms.core.trainer_checks import check_trainer
 from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
@@ -25,7 +31,7 @@ from lit_align.models.roles import Role, whole
 from lit_align.models.weights.state_dict_check import check_fit, shapes
 
 
-class Algorithm(Measuring):
+class Algorithm(LightningModule):
     """One or more trained networks and the losses that they are trained on.
 
     One Lightning batch is one step of the learning rate schedule. An offline algorithm takes one
@@ -60,6 +66,10 @@ class Algorithm(Measuring):
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
         self.unverified: list[Backbone] = []  # networks whose weights came after they were built
         self.own_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
+        self.metrics = MetricAccumulator()
+        self.phase_listeners: list[PhaseListener] = []
+        self.finite_rows: list[FiniteRows] = []  # one per micro-batch of the optimizer step
+        self.norms: dict[str, Tensor] = {}  # gradient norms before clipping, by role
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
     # What an algorithm says ---------------------------------------------------------------------
@@ -122,18 +132,31 @@ class Algorithm(Measuring):
         world = self.trainer.world_size
         share = world / self.over_ranks(self.count(batch).float()).clamp(min=1.0)
         plan = self.plan(batch)
-        summed, self.judged = share.new_zeros(()), []
+        summed, self.finite_rows = share.new_zeros(()), []
         for number, rows in enumerate(plan, start=1):
             part = batch.rows(rows).trim()
             self.synchronise(number == len(plan))
             for loss in self.losses(part):
                 scored = part.scored if loss.ndim == part.scored.ndim else part.scored.any(-1)
                 each = torch.where(scored, loss, 0.0)
-                self.judge(part, rows, each)
+                self.record_finite_rows(part, rows, each)
                 total = each.sum() * share
                 self.manual_backward(total)
                 summed += total.detach()
         return {"loss": self.over_ranks(summed) / world, **self.step()}
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over all ranks."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Return a context in which listeners know that the phase `name` is running."""
+        return run_phase(name, self.phase_listeners)
+
+    def record_finite_rows(self, batch: AnyBatch, rows: list[int], losses: Tensor) -> None:
+        """Record which `rows` of the step have finite losses [n, r] or [n], reading no value."""
+        finite = losses.detach().isfinite().view(len(rows), -1).all(-1)
+        self.finite_rows.append(FiniteRows(rows, batch.columns, finite))
 
     def synchronise(self, last: bool) -> None:
         """Whether the next backward averages gradients over the ranks, or only adds them up."""
@@ -169,24 +192,15 @@ class Algorithm(Measuring):
     def in_parts(
         self, batch: AnyBatch, compute: Callable[[Any], tuple[Tensor, ...]]
     ) -> list[Tensor]:
-        """What `compute` says of each micro-batch, back in the batch's order and width.
+        """Return the results of `compute` for each micro-batch, in the batch's order and width.
 
         Args:
             batch: N rows.
-            compute: From a micro-batch to tensors [n, r] or [n].
+            compute: Function of a micro-batch that returns tensors [n, r] or [n].
         """
         plan, width = self.plan(batch), batch.scored.shape[-1]
         parts = [compute(batch.rows(rows).trim()) for rows in plan]
-        order = [row for rows in plan for row in rows]
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__)).to(self.device)
-        results = []
-        for column in zip(*parts, strict=True):
-            whole = [
-                nn.functional.pad(part, (0, width - part.shape[1])) if part.ndim > 1 else part
-                for part in column
-            ]
-            results.append(torch.cat(whole)[back])
-        return results
+        return [join_microbatches(results, plan, width) for results in zip(*parts, strict=True)]
 
     # Lightning's hooks --------------------------------------------------------------------------
 
@@ -201,23 +215,12 @@ class Algorithm(Measuring):
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def setup(self, stage: str) -> None:
-        """Refuses what cannot serve a step of ours; tells DDP of weights that a loss leaves out."""
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("16-mixed scales losses, and clipping would not: take bf16-mixed.")
+        """Refuse unsupported trainer settings, and tell DDP of losses that skip some weights."""
+        check_trainer(self.trainer)
         strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy):
-            raise ValueError(
-                "FSDPStrategy wraps the whole step and cannot serve one that generates: take "
-                "--trainer.strategy fsdp2, which shards the same way."
-            )
-        if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
-            width = strategy.device_mesh["tensor_parallel"].size()
-            if width > 1:
-                raise ValueError(
-                    f"ModelParallelStrategy splits tensors over {width} ranks, which would see "
-                    f"different rows: take --trainer.strategy fsdp2, which splits none."
-                )
         if self.several_losses and isinstance(strategy, DDPStrategy):
+            # Private, but the only way after construction: the keyword arguments of torch's DDP.
+            # Checked with Lightning 2.6.6. `DDPStrategy(find_unused_parameters=...)` sets the same.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def configure_optimizers(self) -> Optimizer:
@@ -251,19 +254,25 @@ class Algorithm(Measuring):
     def lr_share(self, step: int) -> float:
         """The learning rate at a Lightning batch, as a share of the configured one."""
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            return 1.0
-        rise = self.warmup * steps
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        progress = min((step - rise) / max(steps - rise, 1), 1.0)
-        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return lr_fraction(step, steps, self.warmup, self.final_lr)
 
     def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
-        """Logs the last step's metrics and what was noted, and counts the iteration."""
+        """Log the last step's metrics and the means of the iteration, and count the iteration."""
         self.log_dict(dict(metrics))
-        self.log_notes()
+        self.metrics.log_train(self)
         self.iteration += 1
+
+    def derived_eval_metrics(self, means: Means) -> Means:
+        """Return evaluation metrics that are computed from the means of the evaluated rows."""
+        return {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of the validation."""
+        self.metrics.log_eval(self, "val", self.derived_eval_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means of the test."""
+        self.metrics.log_eval(self, "test", self.derived_eval_metrics)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What trains; frozen weights come from their path again."""

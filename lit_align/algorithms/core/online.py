@@ -97,7 +97,7 @@ class OnlineAlgorithm(Referenced):
         }
         if "logprobs" in batch.fields():  # otherwise the update notes what it sees
             means |= self.distances(batch)
-        self.log_means(means)
+        self.metrics.add_all(means)
         self.log("reward_std", self.moments(batch.scores, answered)[2].sqrt())
         self.log("rollout", float(self.iteration + 1))
 
@@ -117,7 +117,7 @@ class OnlineAlgorithm(Referenced):
         scores = batch.scores.view(-1, self.num_samples)
         answered = batch.response_mask.any(-1).view(-1, self.num_samples).any(-1)
         equal = scores.amax(-1) == scores.amin(-1)
-        self.log_means({"frac_reward_zero_std": (equal, answered)})
+        self.metrics.add("frac_reward_zero_std", equal, answered)
 
     def moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Number, mean and unbiased variance over all True of all ranks, each [] in float64."""
@@ -155,7 +155,7 @@ class OnlineAlgorithm(Referenced):
             "mean_length": (batch.response_mask.sum(-1).float(), answered),
             "clipped_ratio": (self.on_device(batch.truncated), answered),
         }
-        self.measure(batch, **means)
+        self.metrics.add_eval(batch, **means)
 
     test_step = validation_step
 
