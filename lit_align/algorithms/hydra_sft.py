@@ -11,7 +11,6 @@ from lit_align.algorithms.core.metrics import Means
 from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
-from lit_align.models.backbone import Backbone
 from lit_align.models.policy_with_reward_head import TwoHeaded
 
 
@@ -31,17 +30,6 @@ class HydraSFT(Algorithm):
     def __init__(self, policy: Callable[[], TwoHeaded], rm_coef: float = 0.1, **kwargs: Any):
         super().__init__(**kwargs)
         self.build_policy, self.rm_coef = policy, rm_coef
-
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The two-headed model alone."""
-        return {"policy": self.policy}
-
-    def configure_model(self) -> None:
-        """Builds the network, once."""
-        if "policy" not in self._modules:
-            with self.phase("load"):
-                self.policy = self.placed(self.build_policy())
 
     def prepare(self, batch: Pairs) -> Pairs:
         """Adds `token_weights`: what turns a sum over tokens of pairs into a mean over tokens."""

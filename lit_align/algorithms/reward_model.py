@@ -23,6 +23,7 @@ class RewardModel(Algorithm):
             (arXiv:2312.09244, section 2).
     """
 
+    trained_roles = ("reward_model",)
     reward_model: Scalar
 
     def __init__(
@@ -36,16 +37,9 @@ class RewardModel(Algorithm):
         self.build_reward_model = reward_model
         self.use_margin, self.center_coef = use_margin, center_coef
 
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The reward model alone."""
-        return {"reward_model": self.reward_model}
-
-    def configure_model(self) -> None:
-        """Builds the network, once."""
-        if "reward_model" not in self._modules:
-            with self.phase("load"):
-                self.reward_model = self.placed(self.build_reward_model())
+    def build(self) -> dict[str, Backbone]:
+        """Return the unsharded reward model."""
+        return {"reward_model": self.build_reward_model()}
 
     def scores(self, batch: Pairs) -> tuple[Tensor, Tensor]:
         """([n], [n]): scores of the chosen and of the rejected texts."""

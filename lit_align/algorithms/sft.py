@@ -9,7 +9,6 @@ from torch import Tensor
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.metrics import Means
 from lit_align.batches import Tokens
-from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
 
 
@@ -25,17 +24,6 @@ class SFT(Algorithm):
     def __init__(self, policy: Callable[[], Policy], **kwargs: Any):
         super().__init__(**kwargs)
         self.build_policy = policy
-
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The policy alone."""
-        return {"policy": self.policy}
-
-    def configure_model(self) -> None:
-        """Builds the policy, once: Lightning asks before every fit, validate and test."""
-        if "policy" not in self._modules:
-            with self.phase("load"):
-                self.policy = self.placed(self.build_policy())
 
     def losses(self, batch: Tokens) -> Iterator[Tensor]:
         """[n, T-1] nats."""

@@ -11,22 +11,28 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
+from lit_align.algorithms.core.checkpoints import check_algorithm, without_frozen
 from lit_align.algorithms.core.finite_rows import FiniteRows
 from lit_align.algorithms.core.metrics import Means, MetricAccumulator
-from lit_align.algorithms.core.microbatches import join_microbatches
+from lit_align.algorithms.core.microbatches import (
+    Compute,
+    join_microbatches,
+    split_on_all_ranks,
+    sync_gradients,
+)
+from lit_align.algorithms.core.optimizer_groups import clip_by_role, role_group
 from lit_align.algorithms.core.phases import PhaseListener, run_phase
+from lit_align.algorithms.core.reference_model import ReferenceModel
 from lit_align.algorithms.core.schedule import lr_fraction
-from lit_align.algorithms.core.trainer_checks import check_trainer
+from lit_align.algorithms.core.trainer_checks import check_trainer, find_unused_parameters
 from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
-from lit_align.models.parallel.sharding import Model, reshard, shard, synchronise
+from lit_align.models.parallel.sharding import Model, reshard, shard
+from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, whole
 from lit_align.models.weights.state_dict_check import check_fit, shapes
 
@@ -47,6 +53,9 @@ class Algorithm(LightningModule):
     """
 
     several_losses: bool = False  # `losses` yields more than once: DDP must look for idle weights
+    trained_roles: tuple[str, ...] = ("policy",)  # networks that train; each is an attribute
+    build_policy: Callable[[], Policy]
+    reference_model: ReferenceModel | None = None  # of algorithms that stay near a reference
 
     def __init__(
         self,
@@ -74,10 +83,16 @@ class Algorithm(LightningModule):
 
     # What an algorithm says ---------------------------------------------------------------------
 
+    def build(self) -> dict[str, Backbone]:
+        """Return the unsharded networks by role: the policy and, if there is one, the reference."""
+        policy = self.build_policy()
+        reference = {} if self.reference_model is None else self.reference_model.build(policy)
+        return {"policy": policy, **reference}
+
     @property
-    @abstractmethod
     def roles(self) -> dict[str, Backbone]:
-        """The networks that train, by role; each is an optimizer group and clipped by itself."""
+        """The networks that train, by role. Each is an optimizer group and clipped by itself."""
+        return {role: getattr(self, role) for role in self.trained_roles}
 
     @abstractmethod
     def losses(self, batch: Any) -> Iterator[Tensor]:
@@ -90,20 +105,31 @@ class Algorithm(LightningModule):
         """Add what is constant during the update, such as a reference's log-probs."""
         return batch
 
-    def count(self, batch: Any) -> Tensor:
-        """What the summed loss is divided by, on this rank: response tokens by default."""
-        count: Tensor = batch.scored.sum()
-        return count
+    def count(self, batch: AnyBatch) -> Tensor:
+        """Return what the summed loss is divided by, on this rank: response tokens by default."""
+        return batch.scored.sum()
 
     def trained_in(self, role: str) -> list[nn.Parameter]:
         """What trains in a role; roles on one network share it out by name."""
         return [weight for weight in self.roles[role].parameters() if weight.requires_grad]
 
     def cast(self) -> list[Role]:
-        """Every role, frozen ones too, for the table at the start."""
-        return [whole(role, network) for role, network in self.roles.items()]
+        """Return all roles, frozen ones too, for the table at the start."""
+        roles = [whole(role, network) for role, network in self.roles.items()]
+        return roles if self.reference_model is None else [*roles, self.reference_model.role()]
 
     # What the base does -------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build, shard and register the networks once: Lightning calls this before every run."""
+        if hasattr(self, self.trained_roles[0]):
+            return
+        with self.phase("load"):
+            networks = {role: self.placed(network) for role, network in self.build().items()}
+            for role, network in networks.items():
+                setattr(self, role, network)
+            if self.reference_model is not None:
+                self.reference_model.register(networks, trained=self.roles)
 
     def placed(self, network: Model) -> Model:
         """A role's network as the strategy has it: split over the ranks, or as it is."""
@@ -124,11 +150,7 @@ class Algorithm(LightningModule):
         self.end_iteration(metrics)
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
-        """One optimizer step on the summed loss over the count of all ranks and micro-batches.
-
-        Returns:
-            Metrics of the step: the loss, and each role's gradient norm before clipping.
-        """
+        """Take one step on the summed loss over the count; return the loss and gradient norms."""
         world = self.trainer.world_size
         share = world / self.over_ranks(self.count(batch).float()).clamp(min=1.0)
         plan = self.plan(batch)
@@ -159,39 +181,25 @@ class Algorithm(LightningModule):
         self.finite_rows.append(FiniteRows(rows, batch.columns, finite))
 
     def synchronise(self, last: bool) -> None:
-        """Whether the next backward averages gradients over the ranks, or only adds them up."""
-        for role in self.roles.values():
-            synchronise(role, last)
-        replica = self.trainer.strategy.model
-        if isinstance(replica, DistributedDataParallel):
-            replica.require_backward_grad_sync = last
+        """Average gradients over the ranks in the last backward of a step, not before."""
+        sync_gradients(self.roles.values(), self.trainer.strategy.model, last)
 
     def step(self) -> dict[str, Tensor]:
-        """Clips each role, steps once; the gradient norms before clipping."""
+        """Clip each role, take one optimizer step, and return the gradient norms before it."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
-        self.norms = norms = {}
-        for group in optimizer.param_groups:
-            norm = nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
-            name = "grad_norm" if len(self.roles) == 1 else f"grad_norm/{group['role']}"
-            norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.norms = clip_by_role(optimizer.param_groups, self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return norms
+        return self.norms
 
     def plan(self, batch: AnyBatch) -> list[list[int]]:
-        """Rows of each micro-batch; every rank makes the same number of passes."""
-        rows = microbatches(batch.lengths, self.microbatch_tokens)
-        if self.trainer.world_size > 1:
-            most = self.trainer.strategy.reduce(
-                torch.tensor(len(rows), device=self.device), reduce_op="max"
-            )
-            rows = microbatches(batch.lengths, self.microbatch_tokens, at_least=int(most))
-        return rows
+        """Return the rows of each micro-batch. All ranks have the same number of micro-batches."""
+        if self.trainer.world_size == 1:
+            return microbatches(batch.lengths, self.microbatch_tokens)
+        return split_on_all_ranks(batch.lengths, self.microbatch_tokens, self.trainer.strategy)
 
-    def in_parts(
-        self, batch: AnyBatch, compute: Callable[[Any], tuple[Tensor, ...]]
-    ) -> list[Tensor]:
+    def in_parts(self, batch: AnyBatch, compute: Compute) -> list[Tensor]:
         """Return the results of `compute` for each micro-batch, in the batch's order and width.
 
         Args:
@@ -205,45 +213,40 @@ class Algorithm(LightningModule):
     # Lightning's hooks --------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Verifies what had no weights when it was built."""
+        """Verify the networks that had no weights when they were built."""
         while self.unverified:
+            network = self.unverified.pop()
             with self.trainer.precision_plugin.forward_context():
-                network = self.unverified.pop()
                 network.verify()
             reshard(network)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
+    def on_train_start(self) -> None:
+        """Offload the frozen networks: Lightning has moved all networks to the device."""
+        if self.reference_model is not None:
+            self.reference_model.offload()
+
     def setup(self, stage: str) -> None:
         """Refuse unsupported trainer settings, and tell DDP of losses that skip some weights."""
         check_trainer(self.trainer)
-        strategy = self.trainer.strategy
-        if self.several_losses and isinstance(strategy, DDPStrategy):
-            # Private, but the only way after construction: the keyword arguments of torch's DDP.
-            # Checked with Lightning 2.6.6. `DDPStrategy(find_unused_parameters=...)` sets the same.
-            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        if self.several_losses:
+            find_unused_parameters(self.trainer.strategy)
 
     def configure_optimizers(self) -> Optimizer:
-        """One optimizer with a group per role."""
-        groups = []
-        for role, network in self.roles.items():
-            reshard(network)  # a validation before may have left weights whole
-            names = {weight: name for name, weight in network.named_parameters()}
-            weights = [(names[weight], weight) for weight in self.trained_in(role)]
-            own = {"lr": self.own_lr[role]} if role in self.own_lr else {}
-            groups.append(
-                {"params": weights, "role": role, "max_grad_norm": self.max_grad_norm, **own}
-            )
+        """Build one optimizer with a group per role."""
+        for network in self.roles.values():
+            reshard(network)  # a validation before this may have left weights unsharded
+        groups = [
+            role_group(role, network, self.trained_in(role), self.max_grad_norm, self.own_lr)
+            for role, network in self.roles.items()
+        ]
         optimizer = self.build_optimizer(groups)
         self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
         return optimizer
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Sets the learning rates: a function of the iteration, so that no state is to be kept.
-
-        A learning rate changed on the command line holds after a resume, too. (Lightning's
-        schedulers would ask for the run's length before the data's position is restored.)
-        """
+        """Set the learning rates of this iteration (`schedule.py` says why it is no scheduler)."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
         share = self.lr_share(self.iteration)
@@ -275,24 +278,22 @@ class Algorithm(LightningModule):
         self.metrics.log_eval(self, "test", self.derived_eval_metrics)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What trains; frozen weights come from their path again."""
-        weights = self.named_parameters(remove_duplicate=False)  # tied ones under each name
-        frozen = {name for name, weight in weights if not weight.requires_grad}
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name not in frozen}
+        """Return the trained weights and the buffers."""
+        return without_frozen(self, super().state_dict(*args, **kwargs))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the iteration, from which sampling and shuffling draw their noise."""
         checkpoint["iteration"] = self.iteration
         checkpoint["algorithm"] = type(self).__name__
+        if self.reference_model is not None:  # identifies the frozen weights, which are not saved
+            checkpoint["frozen_fingerprint"] = self.reference_model.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint holds exactly what trains here."""
-        self.iteration, name = checkpoint["iteration"], type(self).__name__
-        if self.trainer.training and checkpoint["algorithm"] != name:
-            raise ValueError(
-                f"The checkpoint is of a {checkpoint['algorithm']} run and cannot go on as {name}; "
-                f"to start from its weights, give the path of its exported `hf` folder."
-            )
+        self.iteration = checkpoint["iteration"]
+        if self.trainer.training:
+            check_algorithm(checkpoint, type(self).__name__)
         if checkpoint.get("state_dict"):  # `FSDP2` looks at a sharded checkpoint's itself
             check_fit(self, shapes(checkpoint["state_dict"]))
+        if self.trainer.training and self.reference_model is not None:
+            self.reference_model.check_fingerprint(checkpoint)

@@ -1,7 +1,7 @@
-"""Trainer settings that an algorithm's step cannot work with."""
+"""Trainer settings that an algorithm's step needs or cannot work with."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_align.models.parallel.fsdp2 import FSDP2
 
@@ -23,3 +23,11 @@ def check_trainer(trainer: Trainer) -> None:
                 f"ModelParallelStrategy splits tensors over {width} ranks, which would see "
                 f"different rows: take --trainer.strategy fsdp2, which splits none."
             )
+
+
+def find_unused_parameters(strategy: Strategy) -> None:
+    """Make DDP look for weights that a backward pass does not reach, unless the user said no."""
+    if isinstance(strategy, DDPStrategy):
+        # Private, but the only place after the trainer has built its strategy: the arguments of
+        # torch's DistributedDataParallel. Checked with Lightning 2.6.6.
+        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
