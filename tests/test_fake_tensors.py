@@ -85,7 +85,8 @@ def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
 def test_one_step_runs_on_fake_tensors(kind, settings, make):
     policy, reference, batch, mode = tiny(), tiny(), make(), FakeTensorMode()
     algorithm = kind(policy=tiny, microbatch_tokens=16, **settings)
-    algorithm.policy, algorithm.reference = fake(policy, mode), fake(reference, mode)
+    algorithm.policy = fake(policy, mode)
+    algorithm.reference_model.network = fake(reference, mode)
     algorithm.adam = AdamW(policy.parameters(), lr=1e-3)
     with mode:
         algorithm.training_step(batch.map(mode.from_tensor), 0)

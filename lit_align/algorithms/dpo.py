@@ -6,37 +6,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.precomputed_logprobs import Precomputed, share
-from lit_align.algorithms.core.reference_model import Referenced
+from lit_align.algorithms.core.reference_model import ReferenceModel
 from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs, Tokens
 from lit_align.functional.losses import dpo, ipo
 from lit_align.models.backbone import Backbone
-from lit_align.models.roles import Role
+from lit_align.models.policy import Policy
+from lit_align.models.roles import Role, whole
 
 
-class DPO(Referenced, OfflineAlgorithm):
+class DPO(Algorithm):
     """Learns which of two answers is better, with the policy itself as the reward model.
 
     An answer's implicit reward is beta times its log-ratio to the reference, summed over its
     tokens. A step averages over pairs.
 
     Args:
+        policy: The model to align.
+        reference: The frozen model to stay near. Default: the policy at the start, which for an
+            adapted policy is its base with the adapter disabled.
+        park: Keep frozen models on the CPU between uses. False keeps them on the GPU, which saves
+            the copies.
         beta: Implicit reward per nat; a larger one stays closer to the reference.
         label_smoothing: Probability that a preference is the wrong way round (conservative DPO).
         precompute: Score all rows with the policy before its first step and keep the numbers, so
             that no reference is in memory; by default each batch is scored when its turn comes.
     """
 
+    policy: Policy
+    reference_model: ReferenceModel
+
     def __init__(
         self,
+        policy: Callable[[], Policy],
+        reference: Callable[[], Policy] | None = None,
+        park: bool = True,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         precompute: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.build_policy, self.reference_model = policy, ReferenceModel(reference, park)
         if not beta > 0:
             raise ValueError(f"beta must be above 0, found {beta}.")
         if not 0 <= label_smoothing < 0.5:
@@ -44,7 +57,7 @@ class DPO(Referenced, OfflineAlgorithm):
                 f"label_smoothing must be at least 0 and below 0.5, where a preference would say "
                 f"nothing, found {label_smoothing}."
             )
-        if precompute and self.build_reference is not None:
+        if precompute and reference is not None:
             raise ValueError(
                 "precompute scores with the policy as it is at the start: leave out reference."
             )
@@ -60,12 +73,16 @@ class DPO(Referenced, OfflineAlgorithm):
         """[n] per pair."""
         chosen, rejected = self.policy_sums(batch)
         better, worse = self.rewards(chosen, rejected, batch)
-        self.note("rewards/chosen", better, batch.scored)
-        self.note("rewards/rejected", worse, batch.scored)
-        self.note("rewards/accuracies", won(better, worse), batch.scored)
-        self.note("rewards/margins", better - worse, batch.scored)
-        self.note("logps/chosen", chosen, batch.scored)
-        self.note("logps/rejected", rejected, batch.scored)
+        means = {
+            "rewards/chosen": better,
+            "rewards/rejected": worse,
+            "rewards/accuracies": won(better, worse),
+            "rewards/margins": better - worse,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        for name, values in means.items():
+            self.metrics.add(name, values, batch.scored)
         yield self.loss(chosen, rejected, batch)
 
     def prepare(self, batch: Pairs) -> Pairs:
@@ -76,7 +93,7 @@ class DPO(Referenced, OfflineAlgorithm):
             batch.ref_rejected = rejected.to(self.device, non_blocking=True)
         else:
             batch.ref_chosen, batch.ref_rejected = self.in_parts(batch, self.reference_sums)
-            self.sleep()
+            self.reference_model.offload()
         return batch
 
     def rewards(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> tuple[Tensor, Tensor]:
@@ -91,7 +108,7 @@ class DPO(Referenced, OfflineAlgorithm):
     def reference_sums(self, batch: Pairs) -> tuple[Tensor, Tensor]:
         """([n], [n]) nats: the same under the reference, which the policy is before it learns."""
         alone = self.precomputed is not None
-        return both_sums(self.policy.logprobs if alone else self.reference_logprobs, batch)
+        return both_sums(self.policy.logprobs if alone else self.reference_model.logprobs, batch)
 
     @torch.no_grad()
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
@@ -106,22 +123,22 @@ class DPO(Referenced, OfflineAlgorithm):
             "rewards/chosen": better,
             "rewards/rejected": worse,
         }
-        self.measure(batch, **{name: (values, batch.scored) for name, values in means.items()})
+        pairs = batch.scored
+        self.metrics.add_eval(batch, **{name: (values, pairs) for name, values in means.items()})
 
     test_step = validation_step
 
     # The reference's log-probs in advance ---------------------------------------------------------
 
     def build(self) -> dict[str, Backbone]:
-        """The policy alone, if its log-probs at the start are kept."""
+        """Return the policy alone if its log-probs at the start are precomputed."""
         if self.precomputed is None:
             return super().build()
         return {"policy": self.build_policy()}
 
     def cast(self) -> list[Role]:
-        """Without a reference, if its log-probs at the start are kept."""
-        alone = self.precomputed is not None
-        return [role for role in super().cast() if not (alone and role.name == "reference")]
+        """Return the policy alone if the reference's log-probs are precomputed."""
+        return super().cast() if self.precomputed is None else [whole("policy", self.policy)]
 
     @torch.no_grad()
     def on_train_start(self) -> None:

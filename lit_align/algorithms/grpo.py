@@ -75,8 +75,7 @@ class GRPO(OnlineAlgorithm):
         """[n, R] nats: log-probs, which are the sampling policy's, too; notes what is logged."""
         logprobs, batch.entropy = self.policy.score(batch)
         batch.logprobs = logprobs.detach()
-        for name, (values, mask) in self.distances(batch).items():
-            self.note(name, values, mask)
+        self.metrics.add_all(self.distances(batch))
         return logprobs
 
     def note_clipping(self, batch: Experience, log_ratio: Tensor, advantages: Tensor) -> None:
@@ -85,7 +84,7 @@ class GRPO(OnlineAlgorithm):
         low = (ratio < 1 - self.clip_low) & (advantages < 0)
         high = (ratio > 1 + self.clip_high) & (advantages > 0)
         for name, clipped in (("low", low), ("high", high), ("region", low | high)):
-            self.note(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
+            self.metrics.add(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
 
     def count(self, batch: Experience) -> Tensor:
         """Responses, if each is averaged by itself; else response tokens."""

@@ -41,7 +41,7 @@ class HydraPPO(ActorCritic):
             policy=policy, kl_coef=kl_coef, score_clip=score_clip, whiten=whiten, **kwargs
         )
         self.value_coef = value_coef
-        if self.build_reference is not None:
+        if self.reference_model.build_network is not None:
             raise ValueError(
                 "HydraPPO's reference is its own base with the adapters off: leave out reference."
             )

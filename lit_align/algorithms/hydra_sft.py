@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.metrics import Means
 from lit_align.algorithms.reward_model import won
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
-from lit_align.models.backbone import Backbone
 from lit_align.models.policy_with_reward_head import TwoHeaded
 
 
-class HydraSFT(OfflineAlgorithm):
+class HydraSFT(Algorithm):
     """Maximum likelihood of the chosen answers, and a score that is higher for them.
 
     L = mean cross-entropy per token of the chosen answers + rm_coef * mean Bradley-Terry loss
@@ -31,17 +31,6 @@ class HydraSFT(OfflineAlgorithm):
         super().__init__(**kwargs)
         self.build_policy, self.rm_coef = policy, rm_coef
 
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The two-headed model alone."""
-        return {"policy": self.policy}
-
-    def configure_model(self) -> None:
-        """Builds the network, once."""
-        if "policy" not in self._modules:
-            with self.phase("load"):
-                self.policy = self.placed(self.build_policy())
-
     def prepare(self, batch: Pairs) -> Pairs:
         """Adds `token_weights`: what turns a sum over tokens of pairs into a mean over tokens."""
         pairs = self.over_ranks(self.count(batch).float())
@@ -55,9 +44,9 @@ class HydraSFT(OfflineAlgorithm):
         mask = batch.chosen_loss_mask[:, 1:]
         chosen, rejected = scores.unbind(-1)
         preference = bradley_terry(chosen, rejected)
-        self.note("language_loss", -logprobs, mask)
-        self.note("reward_loss", preference, batch.scored)
-        self.note("accuracy", won(chosen, rejected), batch.scored)
+        self.metrics.add("language_loss", -logprobs, mask)
+        self.metrics.add("reward_loss", preference, batch.scored)
+        self.metrics.add("accuracy", won(chosen, rejected), batch.scored)
         yield -logprobs.sum(-1) * batch.token_weights + self.rm_coef * preference
 
     @torch.no_grad()
@@ -65,7 +54,7 @@ class HydraSFT(OfflineAlgorithm):
         """Adds the batch's pairs to the language loss per token and to the accuracy."""
         nll, chosen, rejected = self.in_parts(batch, self.verdicts)
         tokens = batch.chosen_loss_mask[:, 1:].sum(-1)
-        self.measure(
+        self.metrics.add_eval(
             batch,
             language_loss=(nll / tokens.clamp(min=1), tokens),
             reward_loss=(bradley_terry(chosen, rejected), batch.scored),
@@ -79,7 +68,6 @@ class HydraSFT(OfflineAlgorithm):
 
     test_step = validation_step
 
-    def evaluation(self) -> dict[str, Tensor]:
-        """The joint loss beside its two terms."""
-        means = super().evaluation()
-        return {**means, "loss": means["language_loss"] + self.rm_coef * means["reward_loss"]}
+    def derived_eval_metrics(self, means: Means) -> Means:
+        """Return the joint loss of the two terms."""
+        return {"loss": means["language_loss"] + self.rm_coef * means["reward_loss"]}

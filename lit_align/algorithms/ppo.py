@@ -25,16 +25,12 @@ class PPO(ActorCritic):
             the start, with a new head.
     """
 
+    trained_roles = ("policy", "critic")
     critic: Scalar
 
     def __init__(self, critic: Callable[[], Scalar] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.build_critic = critic
-
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """Policy and critic."""
-        return {"policy": self.policy, "critic": self.critic}
 
     def cast(self) -> list[Role]:
         """The critic's head is a value head."""

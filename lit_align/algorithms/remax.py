@@ -55,8 +55,7 @@ class ReMax(OnlineAlgorithm):
         batch = batch.rows([row for row, greedy in enumerate(batch.greedy) if not greedy])
         batch = super().prepare(batch)
         lead = batch.scores - baseline.repeat_interleave(self.num_samples)
-        zero = ((lead == 0), batch.response_mask.any(-1))
-        self.log_means({"frac_advantage_zero": zero})
+        self.metrics.add("frac_advantage_zero", lead == 0, batch.response_mask.any(-1))
         batch.advantages = self.credit(batch, lead)
         return batch
 

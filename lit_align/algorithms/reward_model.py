@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.batches import Pairs
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.backbone import Backbone
 from lit_align.models.scalar_head import Scalar
 
 
-class RewardModel(OfflineAlgorithm):
+class RewardModel(Algorithm):
     """Learns a score that is higher for the chosen text; a step averages over pairs.
 
     Args:
@@ -23,6 +23,7 @@ class RewardModel(OfflineAlgorithm):
             (arXiv:2312.09244, section 2).
     """
 
+    trained_roles = ("reward_model",)
     reward_model: Scalar
 
     def __init__(
@@ -36,16 +37,9 @@ class RewardModel(OfflineAlgorithm):
         self.build_reward_model = reward_model
         self.use_margin, self.center_coef = use_margin, center_coef
 
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The reward model alone."""
-        return {"reward_model": self.reward_model}
-
-    def configure_model(self) -> None:
-        """Builds the network, once."""
-        if "reward_model" not in self._modules:
-            with self.phase("load"):
-                self.reward_model = self.placed(self.build_reward_model())
+    def build(self) -> dict[str, Backbone]:
+        """Return the unsharded reward model."""
+        return {"reward_model": self.build_reward_model()}
 
     def scores(self, batch: Pairs) -> tuple[Tensor, Tensor]:
         """([n], [n]): scores of the chosen and of the rejected texts."""
@@ -56,8 +50,8 @@ class RewardModel(OfflineAlgorithm):
         """[n] nats per pair."""
         chosen, rejected = self.scores(batch)
         loss = bradley_terry(chosen, rejected, batch.margin if self.use_margin else None)
-        self.note("accuracy", won(chosen, rejected), batch.scored)
-        self.note("margin", chosen - rejected, batch.scored)
+        self.metrics.add("accuracy", won(chosen, rejected), batch.scored)
+        self.metrics.add("margin", chosen - rejected, batch.scored)
         yield loss + self.center_coef * (chosen + rejected).square()
 
     @torch.no_grad()
@@ -65,7 +59,7 @@ class RewardModel(OfflineAlgorithm):
         """Adds the batch's pairs to loss, accuracy and margin."""
         chosen, rejected = self.in_parts(batch, self.scores)
         pairs = batch.scored
-        self.measure(
+        self.metrics.add_eval(
             batch,
             loss=(bradley_terry(chosen, rejected), pairs),
             accuracy=(won(chosen, rejected), pairs),

@@ -83,11 +83,11 @@ class RTO(PPO):
     def cast(self) -> list[Role]:
         """Adds the DPO model and its reference."""
         roles = super().cast()
-        if DPO in self._modules:
+        if hasattr(self, DPO):
             roles.append(whole(DPO, self.dpo))
         elif self.dpo_coef:
-            roles.append(whole(DPO, self.base, DPO))
-        if "dpo_reference" in self._modules:
+            roles.append(whole(DPO, self.reference_model.network, DPO))
+        if hasattr(self, "dpo_reference"):
             roles.append(whole("dpo_reference", self.dpo_reference))
         return roles
 
@@ -95,17 +95,18 @@ class RTO(PPO):
         """Adds `dpo_logprobs`, and `dpo_ref_logprobs` where they are not the reference's."""
         if self.dpo_coef:
             (batch.dpo_logprobs,) = self.in_parts(batch, lambda part: (self.dpo_logprobs(part),))
-        if "dpo_reference" in self._modules:
+        if hasattr(self, "dpo_reference"):
             score = self.dpo_reference.logprobs
             (batch.dpo_ref_logprobs,) = self.in_parts(batch, lambda part: (score(part),))
         return super().prepare(batch)
 
     def dpo_logprobs(self, batch: Experience) -> Tensor:
         """[n, r] nats under the DPO model."""
-        if DPO in self._modules:
+        if hasattr(self, DPO):
             return self.dpo.logprobs(batch)
-        with self.base.wearing(DPO):
-            return self.base.logprobs(batch)
+        network = self.reference_model.network
+        with network.wearing(DPO):
+            return network.logprobs(batch)
 
     def token_rewards(self, batch: Experience) -> Tensor:
         """[N, R]: PPO's, and what the DPO model says of each token."""
@@ -117,12 +118,8 @@ class RTO(PPO):
         mask, settings = batch.response_mask, (self.dpo_coef, self.dpo_clip)
         dense = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
         whole_ratio = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
-        self.log_means(
-            {
-                "rto/dpo_reward": (dense.sum(-1), mask.any(-1)),
-                "rto/dpo_clipped": (dense != whole_ratio, mask),
-            }
-        )
+        self.metrics.add("rto/dpo_reward", dense.sum(-1), mask.any(-1))
+        self.metrics.add("rto/dpo_clipped", dense != whole_ratio, mask)
         return rewards + dense
 
     def final_scores(self, batch: Experience) -> Tensor:

@@ -169,13 +169,10 @@ class SPR(OnlineAlgorithm):
         rows = answered.unsqueeze(-1).expand_as(weights)
         capped = log_rho.clamp(max=math.inf if self.max_ratio is None else math.log(self.max_ratio))
         rho = capped.exp().where(rows, 0.0)
-        means = {
-            "spr/ess": (effective_share(weights), answered),
-            "spr/log_z": (log_normaliser(shaped, capped), answered),
-            "spr/ratio_mean": (rho, rows),
-            "spr/ratio_clipped": (log_rho > capped, rows),
-        }
-        self.log_means(means)
+        self.metrics.add("spr/ess", effective_share(weights), answered)
+        self.metrics.add("spr/log_z", log_normaliser(shaped, capped), answered)
+        self.metrics.add("spr/ratio_mean", rho, rows)
+        self.metrics.add("spr/ratio_clipped", log_rho > capped, rows)
         self.log("spr/ratio_max", self.trainer.strategy.reduce(rho.max(), reduce_op="max"))
         self.log("spr/stored_share", self.num_stored / self.group_size)
 

@@ -81,7 +81,7 @@ class Memory(Callback):
             )
         self.allocations = CPUAllocations() if on_cpu else AcceleratorAllocations(self.device)
         self.allocations.resume()
-        algorithm.watchers.append(self)
+        algorithm.phase_listeners.append(self)
 
     def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """All networks are there; some may have been built before anyone listened."""
@@ -99,18 +99,18 @@ class Memory(Callback):
 
     def on_validation_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Evaluation is no phase of training."""
-        if self in algorithm.watchers:
+        if self in algorithm.phase_listeners:
             self.allocations.pause()
 
     def on_validation_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Goes on."""
-        if self in algorithm.watchers:
+        if self in algorithm.phase_listeners:
             self.allocations.resume()
 
     def teardown(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
         """Stops listening."""
-        if self in algorithm.watchers:
-            algorithm.watchers.remove(self)
+        if self in algorithm.phase_listeners:
+            algorithm.phase_listeners.remove(self)
             self.allocations.pause()
 
     def on_exception(

@@ -26,7 +26,7 @@ class Finite(Callback):
         moved = isinstance(optimizer, GaLore) and optimizer.per_layer
         numbers = shares(optimizer) if moved else algorithm.norms.values()
         facts = [number.isfinite().all() for number in numbers]
-        facts += [part.finite.all() for part in algorithm.judged]
+        facts += [part.finite.all() for part in algorithm.finite_rows]
         known = torch.stack(
             [fact.to(algorithm.device) for fact in facts]
         )  # shards may be offloaded
@@ -55,7 +55,7 @@ def shares(optimizer: Optimizer) -> list[Tensor]:
 def strange_rows(trainer: Trainer, algorithm: Algorithm) -> str:
     """Names this rank's rows whose loss is not finite, with their prompts where they have any."""
     named = []
-    for part in algorithm.judged:
+    for part in algorithm.finite_rows:
         prompts = part.columns.get("prompt", [""] * len(part.rows))
         for row, prompt, finite in zip(part.rows, prompts, part.finite.tolist(), strict=True):
             if not finite:

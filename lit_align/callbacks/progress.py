@@ -52,7 +52,7 @@ class Progress(Callback):
         self.started, self.steps = time.monotonic(), 0
         if trainer.is_global_zero and self.lines and self.console.is_terminal:
             self.head = Text("starting  ")
-            algorithm.watchers.append(self)
+            algorithm.phase_listeners.append(self)
             self.live = Live(console=self.console, get_renderable=self.bar, transient=True)
             self.live.start()
 
@@ -98,7 +98,7 @@ class Progress(Callback):
     def teardown(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
         """Takes the bar away."""
         if self.live is not None:
-            algorithm.watchers.remove(self)
+            algorithm.phase_listeners.remove(self)
             self.live.stop()
             self.live = None
 

@@ -121,7 +121,7 @@ def prepare(run: Run, ledger: Ledger) -> None:
             vars(callback)["judge"] = Judge(callback, ledger)
     clerk = Clerk(ledger, run)
     callbacks.insert(0, clerk)
-    algorithm.watchers.append(clerk)
+    algorithm.phase_listeners.append(clerk)
     vars(trainer.strategy).update(
         model_to_device=partial(clerk.arrive, algorithm),
         tensor_init_context=partial(clerk.built, trainer.strategy.tensor_init_context),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import islice, zip_longest
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.microbatches import Compute
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.algorithms.dpo import DPO
 from lit_align.batches import AnyBatch, Experience
@@ -19,8 +19,6 @@ from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.plan.memory_tracker import Kind, Ledger, Place
 from lit_align.rewards.reward_model import LearnedReward
-
-Compute = Callable[[Any], tuple[Tensor, ...]]
 
 
 def longest_answers(

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 from lit_align.algorithms.core.base import Algorithm
-from lit_align.algorithms.core.reference_model import Referenced
 from lit_align.data.base import TextData
 from lit_align.models.backbone import Backbone
 from lit_align.models.merge_adapter import merged
@@ -61,8 +60,8 @@ def load(algorithm: Algorithm, checkpoint: Path) -> None:
         raise ValueError(
             f"{checkpoint} is of a {found['algorithm']} run, and the config of {name}."
         )
-    if isinstance(algorithm, Referenced):
-        expected, frozen = found["frozen_fingerprint"], algorithm.frozen_fingerprint
+    if algorithm.reference_model is not None:
+        expected, frozen = found["frozen_fingerprint"], algorithm.reference_model.fingerprint
         if not math.isclose(expected, frozen, abs_tol=1e-6):
             raise ValueError(
                 f"The frozen weights are others than those that {checkpoint} was trained on: give "

@@ -125,7 +125,8 @@ def loss_of(kind, policy, reference, **settings):
     pairs = RandomPairs().batch(0).rows([0])
     pairs.ref_chosen, pairs.ref_rejected = torch.tensor(reference).view(2, 1)
     (loss,) = algorithm.losses(pairs)
-    return loss.tolist(), {name: float(total) for name, (total, _) in algorithm.notes.items()}
+    sums = algorithm.metrics.sums.items()
+    return loss.tolist(), {name: float(total) for name, (total, _) in sums}
 
 
 def test_losses_and_metrics_by_hand():
@@ -274,7 +275,9 @@ def test_precomputed_log_probs_have_the_precision_of_the_run(tmp_path, precision
 def test_before_the_first_step_the_policy_is_the_reference(tmp_path):
     algorithm = DPO(policy=small, precompute=True, optimizer=adam)
     seen = []
-    algorithm.on_validation_epoch_end = lambda: seen.append(float(algorithm.evaluation()["loss"]))
+    algorithm.on_validation_epoch_end = lambda: seen.append(
+        float(algorithm.metrics.compute_eval()["loss"])
+    )
     fit(tmp_path, algorithm, toy(), limit_val_batches=1, num_sanity_val_steps=1)
     assert seen[0] == pytest.approx(math.log(2), abs=1e-6)
     assert seen[1] != pytest.approx(math.log(2), abs=1e-3)

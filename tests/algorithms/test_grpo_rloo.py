@@ -53,7 +53,8 @@ def test_grpo_clips_low_and_high_apart_and_notes_it():
     algorithm = GRPO(policy=tiny, kl_coef=0.0, clip_low=0.1, clip_high=0.3, per_response=False)
     ratios = torch.tensor([[2.0, 0.5]], dtype=torch.float64).log().tolist()
     assert one_loss(algorithm, ratios, **fields)[0] == pytest.approx([-1.3, 0.9])
-    noted = {name: float(total / number) for name, (total, number) in algorithm.notes.items()}
+    sums = algorithm.metrics.sums.items()
+    noted = {name: float(total / number) for name, (total, number) in sums}
     assert noted == {
         "clip_ratio/low_mean": 0.5, "clip_ratio/high_mean": 0.5, "clip_ratio/region_mean": 1.0
     }  # fmt: skip

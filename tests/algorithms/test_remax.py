@@ -190,8 +190,8 @@ def test_half_precision_runs_and_measures_in_fp32(tmp_path, precision):
     assert tool.callback_metrics["sampling/sampling_logp_difference/mean"] < 0.02
     means = {"value": (torch.ones(1000).cumsum(0) > 500, torch.ones(1000, dtype=torch.bool))}
     for _ in range(2):
-        algorithm.measure(Experience(counted=[True] * 1000), **means)
-    assert float(algorithm.evaluation()["value"]) == 0.5
+        algorithm.metrics.add_eval(Experience(counted=[True] * 1000), **means)
+    assert float(algorithm.metrics.compute_eval()["value"]) == 0.5
 
 
 def test_scaled_losses_are_refused(tmp_path):

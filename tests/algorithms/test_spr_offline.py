@@ -46,6 +46,7 @@ def weighed(stored_logprobs, stored_scores=None, max_ratio=2.0):
     batch.stored_scores = [None] * 4 + (stored_scores or [None, None])
     with torch.no_grad():
         prepared = algorithm.prepare(batch)
+        algorithm.metrics.log_train(algorithm)
         both = (table.whole[groups] for table in (algorithm.policy, algorithm.reference))
     return prepared, groups, *both, algorithm.logged
 

@@ -294,7 +294,7 @@ def test_a_run_that_fails_leaves_no_profiler_behind(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         trainer(tmp_path, callbacks=[Memory()]).fit(failing, RandomPrompts(1))
     assert not torch.autograd._profiler_enabled()
-    assert failing.watchers == []
+    assert failing.phase_listeners == []
 
 
 def test_a_second_profiler_is_refused_in_a_sentence(tmp_path):
@@ -310,7 +310,7 @@ def test_a_second_fit_counts_the_networks_that_are_there(tmp_path):
         rows = table(tmp_path)
         assert list(rows) == phases
         assert all(row["other"] >= 0 for row in rows.values())
-    assert remax.watchers == []
+    assert remax.phase_listeners == []
 
 
 def test_the_command_line_takes_it_and_the_profiler_is_quiet(tmp_path):

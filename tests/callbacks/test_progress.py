@@ -98,7 +98,7 @@ def test_on_a_terminal_there_is_a_bar_and_it_is_taken_away(tmp_path):
     assert "━" in screen.getvalue()
     assert "step 3/3" in screen.getvalue()
     assert shown.live is None
-    assert not remax.watchers
+    assert not remax.phase_listeners
 
 
 def test_an_error_takes_the_bar_away(tmp_path):

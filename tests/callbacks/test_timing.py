@@ -24,7 +24,7 @@ def test_phases_of_one_name_add_up(run, slow_clock):
     assert found == {
         "time/rollout": 3.0, "time/score": 3.0, "time/prepare": 3.0, "time/update": 6.0,
     }  # fmt: skip
-    assert not grpo.watchers
+    assert not grpo.phase_listeners
 
 
 def test_an_offline_step_goes_through_the_tokens_of_its_texts(tmp_path, slow_clock):

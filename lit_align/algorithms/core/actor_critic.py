@@ -143,11 +143,11 @@ class ActorCritic(OnlineAlgorithm):
         )
         low = (ratio < 1 - self.clip_low) & (batch.advantages < 0)
         high = (ratio > 1 + self.clip_high) & (batch.advantages > 0)
-        self.note("policy/approxkl_avg", log_ratio.square() / 2, mask)
-        self.note("policy/clipfrac_avg", low | high, mask)
-        self.note("policy/entropy_avg", entropy, mask)
-        self.note("loss/policy_avg", loss, mask)
-        self.note("val/ratio", ratio, mask)
+        self.metrics.add("policy/approxkl_avg", log_ratio.square() / 2, mask)
+        self.metrics.add("policy/clipfrac_avg", low | high, mask)
+        self.metrics.add("policy/entropy_avg", entropy, mask)
+        self.metrics.add("loss/policy_avg", loss, mask)
+        self.metrics.add("val/ratio", ratio, mask)
         if self.kl_in_loss:
             loss = loss + self.kl.coef * k3(logprobs, batch.ref_logprobs)
         return self.each_averaged(loss, batch) if self.per_response else loss
@@ -157,8 +157,8 @@ class ActorCritic(OnlineAlgorithm):
         loss = clipped_value(values, batch.values, batch.returns, self.value_clip)
         plain = 0.5 * (values - batch.returns).square()
         moved = (values.detach() - batch.values).abs() > self.value_clip  # not by rounding alone
-        self.note("loss/value_avg", loss, batch.response_mask)
-        self.note("val/clipfrac_avg", moved & (loss > plain), batch.response_mask)
+        self.metrics.add("loss/value_avg", loss, batch.response_mask)
+        self.metrics.add("val/clipfrac_avg", moved & (loss > plain), batch.response_mask)
         return self.each_averaged(loss, batch) if self.per_response else loss
 
     def count(self, batch: Experience) -> Tensor:
@@ -171,13 +171,11 @@ class ActorCritic(OnlineAlgorithm):
         price = -self.kl_price(batch).where(mask, 0.0).sum(-1) * float(not self.kl_in_loss)
         number, kl, _ = self.moments(self.sequence_kl(batch), answered)
         self.seen = (kl, number)
-        means = {
-            "objective/scores": (batch.scores, answered),
-            "objective/non_score_reward": (price, answered),
-            "objective/rlhf_reward": (rewards.where(mask, 0.0).sum(-1), answered),
-            "objective/entropy": (-batch.logprobs.where(mask, 0.0).sum(-1), answered),
-        }
-        self.log_means(means)
+        self.metrics.add("objective/scores", batch.scores, answered)
+        self.metrics.add("objective/non_score_reward", price, answered)
+        self.metrics.add("objective/rlhf_reward", rewards.where(mask, 0.0).sum(-1), answered)
+        surprise = -batch.logprobs.where(mask, 0.0).sum(-1)
+        self.metrics.add("objective/entropy", surprise, answered)
         _, _, unknown = self.moments(batch.returns - batch.values, mask)
         _, _, spread = self.moments(batch.returns, mask)
         self.log("critic/vf_explained_var", 1 - unknown / spread.clamp(min=1e-8))

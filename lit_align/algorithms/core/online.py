@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.minibatches import shuffled
-from lit_align.algorithms.core.reference_model import Referenced
+from lit_align.algorithms.core.reference_model import ReferenceModel
 from lit_align.batches import Experience
 from lit_align.functional.kl import k1, k3
+from lit_align.models.policy import Policy
 
 
-class OnlineAlgorithm(Referenced):
+class OnlineAlgorithm(Algorithm):
     """Learns from its own answers, which callbacks have sampled and scored before each step.
 
     One training step = one iteration of the paper. A subclass says what to sample (the three
@@ -21,16 +24,32 @@ class OnlineAlgorithm(Referenced):
     generates, scores, steps or clips.
 
     Args:
+        policy: The model to align.
+        reference: The frozen model to stay near. Default: the policy at the start, which for an
+            adapted policy is its base with the adapter disabled.
+        park: Keep frozen models on the CPU between uses. False keeps them on the GPU, which saves
+            the copies.
         epochs: Passes over each rollout.
         minibatch_size: Rows per optimizer step and rank; by default the whole rollout.
     """
 
+    policy: Policy
+    reference_model: ReferenceModel
     num_samples: int = 1  # sampled responses per prompt
     greedy_baseline: bool = False  # and one more, decoded greedily
     num_stored: int = 0  # and answers per prompt that came with the data
 
-    def __init__(self, epochs: int = 1, minibatch_size: int | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        policy: Callable[[], Policy],
+        reference: Callable[[], Policy] | None = None,
+        park: bool = True,
+        epochs: int = 1,
+        minibatch_size: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
+        self.build_policy, self.reference_model = policy, ReferenceModel(reference, park)
         if epochs < 1 or (minibatch_size is not None and minibatch_size < 1):
             raise ValueError(
                 f"epochs and minibatch_size must be at least 1, found {epochs} and "
@@ -46,7 +65,7 @@ class OnlineAlgorithm(Referenced):
         with torch.no_grad(), self.phase("prepare"):
             batch = self.prepare(batch)
             self.log_rollout(batch)
-            self.sleep()
+            self.reference_model.offload()
         for epoch in range(self.epochs):
             for rows in self.minibatches(len(batch), epoch):
                 with self.phase("update"):
@@ -63,6 +82,10 @@ class OnlineAlgorithm(Referenced):
         """Writes the log-probs of the reference alone."""
         (batch.ref_logprobs,) = self.in_parts(batch, lambda part: (self.reference_logprobs(part),))
         return batch
+
+    def reference_logprobs(self, batch: Experience) -> Tensor:
+        """Return the reference's log-prob of each response token, [n, R] nats."""
+        return self.reference_model.logprobs(batch)
 
     @property
     def updates_once(self) -> bool:
@@ -97,7 +120,7 @@ class OnlineAlgorithm(Referenced):
         }
         if "logprobs" in batch.fields():  # otherwise the update notes what it sees
             means |= self.distances(batch)
-        self.log_means(means)
+        self.metrics.add_all(means)
         self.log("reward_std", self.moments(batch.scores, answered)[2].sqrt())
         self.log("rollout", float(self.iteration + 1))
 
@@ -117,7 +140,7 @@ class OnlineAlgorithm(Referenced):
         scores = batch.scores.view(-1, self.num_samples)
         answered = batch.response_mask.any(-1).view(-1, self.num_samples).any(-1)
         equal = scores.amax(-1) == scores.amin(-1)
-        self.log_means({"frac_reward_zero_std": (equal, answered)})
+        self.metrics.add("frac_reward_zero_std", equal, answered)
 
     def moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Number, mean and unbiased variance over all True of all ranks, each [] in float64."""
@@ -155,7 +178,7 @@ class OnlineAlgorithm(Referenced):
             "mean_length": (batch.response_mask.sum(-1).float(), answered),
             "clipped_ratio": (self.on_device(batch.truncated), answered),
         }
-        self.measure(batch, **means)
+        self.metrics.add_eval(batch, **means)
 
     test_step = validation_step
 

@@ -266,7 +266,7 @@ def test_adapters_learn_and_the_base_does_not_move(scheme, tmp_path):
 def test_a_checkpoint_holds_adapters_alone_and_is_of_this_base(run, tmp_path):
     algorithm = ReMax(policy=lambda: build(Int8Weights()))
     done = run(algorithm, 1)
-    assert algorithm.frozen_fingerprint == build(Int8Weights()).fingerprint
+    assert algorithm.reference_model.fingerprint == build(Int8Weights()).fingerprint
     done.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
     assert len(saved) == 2 * 28  # under the network's name and under peft's
