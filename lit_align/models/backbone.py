@@ -25,7 +25,7 @@ from lit_align.models.kernels.varlen_attention import let_pack
 from lit_align.models.sltrain import SLTrain, with_dense_weights
 from lit_align.models.weights.loading import check_task, data_type, load_network, quiet_transformers
 from lit_align.models.weights.quantization import Quantisation
-from lit_align.models.weights.sharded_loading import LATER, WeightFiles, light
+from lit_align.models.weights.sharded_loading import WeightFiles, light
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -35,6 +35,8 @@ class Backbone(Wearer):
     """A network from the hub, from a folder, or from random weights; dropout is switched off.
 
     Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
+    Built inside a `torch.device("meta")` context, a network reads its weights from their files when
+    it is sharded. Buffers and new weights (heads, adapters) always get their values at once.
 
     Args:
         path: Hub id or folder of the weights; an adapter's folder is merged into its base.
@@ -87,23 +89,36 @@ class Backbone(Wearer):
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
-        self.later = LATER.get() and quantisation is None
+        self.trained_adapters = ["default"] if lora else []
+        self.compiles = compile
+        is_meta = torch.get_default_device().type == "meta"
+        self.defers_loading = is_meta and quantisation is None  # codes are made of whole weights
+        with torch.device("cpu"):
+            self.build(config, lora, dtype, checkpointing, quantisation)
+            if sltrain is not None:
+                sltrain.replace(self.blocks)
+        if compile:
+            compile_blocks(self.blocks, checkpointing)
+
+    def build(
+        self,
+        config: dict[str, Any] | None,
+        lora: LoRA | None,
+        dtype: str | None,
+        checkpointing: bool,
+        quantisation: Quantisation | None,
+    ) -> None:
+        """Load the network and adapt it; the arguments are the constructor's."""
         self.network, self.missing = self.load(config, data_type(dtype))
         replace_norms(self.network)
         self.packs = let_pack(self.network)  # reads texts one behind the other
         self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
-        if checkpointing:
+        if checkpointing:  # before the adapters: peft then lets the inputs require gradients
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         if quantisation is not None:
             quantisation.replace(self.blocks)
-        self.trained_adapters = ["default"] if lora else []
         with light(self.network):
             self.adapted = self.adapt(lora)
-        if sltrain is not None:
-            sltrain.replace(self.blocks)
-        self.compiles = compile
-        if compile:
-            compile_blocks(self.blocks, checkpointing)
 
     def refuse(
         self,
@@ -140,7 +155,7 @@ class Backbone(Wearer):
         options["revision"] = revision
         check_task(self.path, self.task)
         network, missing, self.files = load_network(
-            self.auto, self.path, self.configure, self.new_weights, options, self.later
+            self.auto, self.path, self.configure, self.new_weights, options, self.defers_loading
         )
         return network, missing
 

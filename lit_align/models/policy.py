@@ -48,8 +48,9 @@ class Policy(Backbone):
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {temperature}.")
         self.temperature = temperature
-        if self.files is None:  # otherwise there is nothing to verify yet
-            self.verify()
+        if self.files is None:  # otherwise the weights have no values yet
+            with torch.device("cpu"):  # the default may be meta, see `Backbone`
+                self.verify()
 
     @property
     def head(self) -> nn.Linear:

@@ -207,7 +207,7 @@ def verify(network: Policy) -> None:
             f"{network.name} changes its logits after the output head: soft-capped or scaled "
             f"logits are not supported."
         )
-    if not network.later:
+    if not network.defers_loading:
         network(network._faithful)
 
 

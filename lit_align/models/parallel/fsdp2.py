@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lit_align.models.parallel.sharding import Sharding
-from lit_align.models.weights.sharded_loading import weights_later
 from lit_align.models.weights.state_dict_check import check_fit, shapes_in
 
 WORDS: Mapping[str, dict[str, bool]] = {"fsdp2": {}, "fsdp2_cpu_offload": {"cpu_offload": True}}
@@ -92,8 +91,12 @@ class FSDP2(ModelParallelStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Weights of files are read once it is known which rank needs which."""
-        with weights_later():
+        """Open a meta device context: networks built inside read their weights when sharded.
+
+        Only then is it known which rank needs which rows. Lightning opens the context around
+        `configure_model`.
+        """
+        with torch.device("meta"):
             yield
 
     def model_to_device(self) -> None:

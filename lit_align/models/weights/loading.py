@@ -24,7 +24,7 @@ def load_network(
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-    later: bool = False,
+    defer_loading: bool = False,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
     """The network with all of its weights, or one sentence about what is missing.
 
@@ -38,7 +38,8 @@ def load_network(
         configure: Changes the configuration before the network is built.
         new_weights: What the weights may lack.
         options: For `from_pretrained`.
-        later: Whether weights may stay in their files; an adapter's base is read at once.
+        defer_loading: Leave the weights in their files, to be read when the network is sharded. The
+            base of an adapter is always read at once.
     """
     folder = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not folder.is_dir():
@@ -51,12 +52,12 @@ def load_network(
         return *merged(network, missing, place, new_weights), None
     try:
         with quiet_transformers():
-            network, missing, files = read(auto, place, configure, new_weights, options, later)
+            loaded = read(auto, place, configure, new_weights, options, defer_loading)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} could not be loaded: {reason}") from error
-    check_missing(path, missing, new_weights)
-    return network, missing, files
+    check_missing(path, loaded[1], new_weights)
+    return loaded
 
 
 def read(
@@ -65,14 +66,15 @@ def read(
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-    later: bool,
+    defer_loading: bool,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
     """What transformers makes of a place, with its weights or still without; see `load_network`."""
     known = {key: options[key] for key in ("revision", "trust_remote_code")}
     settings = configure(AutoConfig.from_pretrained(place, **known))
-    empty = empty_network(auto, place, settings, new_weights, options) if later else None
-    if empty is not None:
-        return empty
+    if defer_loading:
+        empty = empty_network(auto, place, settings, new_weights, options)
+        if empty is not None:
+            return empty
     network, report = auto.from_pretrained(
         place, config=settings, output_loading_info=True, use_safetensors=True, **options
     )  # files of pickles are never read

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,18 +18,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 AT_ONCE = 4 * 2**20  # numbers that are read at once
-LATER: ContextVar[bool] = ContextVar("LATER", default=False)
 INSIDE_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
-
-
-@contextmanager
-def weights_later() -> Iterator[None]:
-    """Networks that are built inside get their weights when they are sharded."""
-    before = LATER.set(True)
-    try:
-        yield
-    finally:
-        LATER.reset(before)
 
 
 class WeightFiles:
@@ -81,16 +69,18 @@ class WeightFiles:
         return next((name for name in names if name in self.places), None)
 
     def read(self, key: str, start: int, into: Tensor) -> None:
-        """Copies rows from `start` on; safetensors makes copies of its own of what is read at once.
+        """Copy rows from `start` on into a tensor.
 
-        The file is open no longer than that, nor are its pages in memory.
+        safetensors copies the rows that are read at once, so a few are read at a time. The file is
+        closed afterwards, which frees its pages. safetensors creates tensors on torch's default
+        device, which may be meta here (checked with safetensors 0.8).
 
         Args:
-            key: Of a tensor [out, ..] in the files.
+            key: Name of a tensor [out, ..] in the files.
             start: First row.
-            into: [rows, ..] of any type, on any device.
+            into: [rows, ..] of any dtype, on any device.
         """
-        with safe_open(self.places[key], framework="pt") as file:
+        with torch.device("cpu"), safe_open(self.places[key], framework="pt") as file:
             if not into.ndim:
                 into.copy_(file.get_tensor(key))
                 return
@@ -165,9 +155,10 @@ def generation_config(
 
 @contextmanager
 def light(network: nn.Module) -> Iterator[None]:
-    """Weights on the meta device are numbers spread over their shape, on the CPU, for a while.
+    """Replace weights on the meta device by CPU tensors of stride 0 while the context is open.
 
-    peft moves a new adapter to where its base is: what is on the meta device has no values.
+    peft creates an adapter on the device of its base, and an adapter on meta would have no values.
+    New tensors are created on the CPU, also inside a `torch.device("meta")` context.
     """
     heavy = [
         (module, name, weight)
@@ -183,7 +174,8 @@ def light(network: nn.Module) -> Iterator[None]:
         spread[weight].requires_grad_(weight.requires_grad)
         module.register_parameter(name, spread[weight])
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
         for module, name, weight in heavy:
             weight.requires_grad_(spread[weight].requires_grad)
