@@ -76,7 +76,7 @@ class RTO(PPO):
             if build is not None:
                 network = build().requires_grad_(False).eval()
                 same_vocabulary(role, network, policy)
-                network.temperature = policy.temperature
+                network.set_temperature(policy.temperature)
                 networks[role] = network
         return networks
 

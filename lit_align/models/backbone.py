@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -22,10 +24,11 @@ from lit_align.models.kernels.compile import compile_blocks
 from lit_align.models.kernels.packing import is_trimmed, reading
 from lit_align.models.kernels.rms_norm import replace_norms
 from lit_align.models.kernels.varlen_attention import let_pack
+from lit_align.models.parallel.sharding import Sharding, ShardState, gathered, shard
 from lit_align.models.sltrain import SLTrain, with_dense_weights
 from lit_align.models.weights.loading import check_task, data_type, load_network, quiet_transformers
 from lit_align.models.weights.quantization import Quantisation
-from lit_align.models.weights.sharded_loading import WeightFiles, light
+from lit_align.models.weights.sharded_loading import fill, light
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -61,10 +64,7 @@ class Backbone(Wearer):
     adapts: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
 
     missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
-    gathers: bool | None = True  # whether answering gathers whole weights; None: not yet known
-    sums_once: bool = True  # whether gradients cross the ranks at the last micro-batch alone
-    gathered_size: int = 0  # bytes of whole weights, where ranks share them
-    files: WeightFiles | None = None  # where weights are that come when the network is sharded
+    shard_state: ShardState  # set when the network is loaded, and by `shard`
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class Backbone(Wearer):
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
+        self.shard_state = ShardState()
         self.trained_adapters = ["default"] if lora else []
         self.compiles = compile
         is_meta = torch.get_default_device().type == "meta"
@@ -154,9 +155,10 @@ class Backbone(Wearer):
             return self.auto.from_config(settings, **options), []
         options["revision"] = revision
         check_task(self.path, self.task)
-        network, missing, self.files = load_network(
+        network, missing, files = load_network(
             self.auto, self.path, self.configure, self.new_weights, options, self.defers_loading
         )
+        self.shard_state = ShardState(weight_files=files)
         return network, missing
 
     def adapt(self, lora: LoRA | None) -> PeftModel | None:
@@ -247,6 +249,29 @@ class Backbone(Wearer):
         """[n, t, H]: the last hidden state of token ids [n, t]."""
         hidden: Tensor = self.network.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden
+
+    def shard(self, mesh: DeviceMesh, how: Sharding) -> None:
+        """Split the weights over the ranks of a mesh, and load those that are still in their files.
+
+        Args:
+            mesh: Lightning's mesh with a tensor-parallel size of 1, or a mesh of replicas x shards.
+            how: Settings of the split.
+        """
+        files = self.shard_state.weight_files
+        if how.checkpointing:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            if self.compiles:
+                compile_blocks(self.blocks, recomputed=True)
+        self.shard_state = shard(self, self.blocks, mesh, how)
+        if files is not None:
+            kind = "cpu" if how.offload else mesh.device_type  # its current one, as in fully_shard
+            fill(self.network, files, torch.device(kind))
+
+    @contextmanager
+    def gathered(self) -> Iterator[Self]:
+        """Generate in eval mode, from the unsharded weights if they fit in memory."""
+        with gathered(self, self.shard_state.decide_gather(self, self.name)):
+            yield self
 
     @property
     def saved_whole(self) -> bool:

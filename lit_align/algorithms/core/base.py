@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -20,9 +20,11 @@ from lit_align.algorithms.core.metrics import Measuring
 from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
-from lit_align.models.parallel.sharding import Model, reshard, shard, synchronise
+from lit_align.models.parallel.sharding import Sharding, reshard, synchronise
 from lit_align.models.roles import Role, whole
 from lit_align.models.weights.state_dict_check import check_fit, shapes
+
+Network = TypeVar("Network", bound=Backbone)
 
 
 class Algorithm(Measuring):
@@ -90,15 +92,16 @@ class Algorithm(Measuring):
 
     # What the base does -------------------------------------------------------------------------
 
-    def placed(self, network: Model) -> Model:
+    def placed(self, network: Network) -> Network:
         """A role's network as the strategy has it: split over the ranks, or as it is."""
         if self.device_mesh is None:
             return network
         strategy = self.trainer.strategy
-        how = strategy.sharding if isinstance(strategy, FSDP2) else None
-        if network.files is not None:
+        if network.shard_state.weight_files is not None:
             self.unverified.append(network)
-        return shard(network, self.device_mesh, how)
+        how = strategy.sharding if isinstance(strategy, FSDP2) else Sharding()
+        network.shard(self.device_mesh, how)
+        return network
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
         """One optimizer step on the summed loss over the count of all ranks and micro-batches.
@@ -125,7 +128,7 @@ class Algorithm(Measuring):
     def synchronise(self, last: bool) -> None:
         """Whether the next backward averages gradients over the ranks, or only adds them up."""
         for role in self.roles.values():
-            synchronise(role, last)
+            synchronise(role, role.shard_state, last)
         replica = self.trainer.strategy.model
         if isinstance(replica, DistributedDataParallel):
             replica.require_backward_grad_sync = last

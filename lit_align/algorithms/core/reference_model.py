@@ -77,7 +77,7 @@ class Referenced(Algorithm):
             return {"policy": policy}
         reference = self.build_reference() if self.build_reference else copied(policy)
         same_vocabulary("reference", reference, policy)
-        reference.temperature = policy.temperature  # a KL of two distributions sharpened alike
+        reference.set_temperature(policy.temperature)  # a KL of two distributions sharpened alike
         return {"policy": policy, "reference": reference.requires_grad_(False).eval()}
 
     @property

@@ -277,5 +277,5 @@ def test_a_slice_of_a_file_is_read_alone(tmp_path):
 
 def test_networks_are_whole_outside_of_sharded_training(tmp_path):
     policy: Backbone = Policy(saved(tmp_path, Policy))
-    assert policy.files is None
+    assert policy.shard_state.weight_files is None
     assert not any(weight.is_meta for weight in policy.parameters())
