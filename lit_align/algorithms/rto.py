@@ -71,7 +71,8 @@ class RTO(PPO):
         policy = networks["policy"]
         assert isinstance(policy, Policy)
         if self.dpo_adapter is not None:
-            networks.get("reference", policy).lend(self.dpo_adapter, DPO)
+            base = networks.get("reference", policy)
+            base.adapters.load_frozen_adapter(self.dpo_adapter, DPO)
         for role, build in ((DPO, self.build_dpo), ("dpo_reference", self.build_dpo_reference)):
             if build is not None:
                 network = build().requires_grad_(False).eval()
@@ -104,7 +105,7 @@ class RTO(PPO):
         """[n, r] nats under the DPO model."""
         if DPO in self._modules:
             return self.dpo.logprobs(batch)
-        with self.base.wearing(DPO):
+        with self.base.adapters.use_adapter(DPO):
             return self.base.logprobs(batch)
 
     def token_rewards(self, batch: Experience) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from lit_align.batches import Experience, Tokens
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.adapters.sparse_lora import is_merged_when_saved, with_update_merged
-from lit_align.models.adapters.switching import Wearer
+from lit_align.models.adapters.switching import AdapterSwitching
 from lit_align.models.kernels.compile import compile_blocks
 from lit_align.models.kernels.packing import is_trimmed, reading
 from lit_align.models.kernels.rms_norm import replace_norms
@@ -34,7 +34,7 @@ Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
-class Backbone(Wearer):
+class Backbone(nn.Module):
     """A network from the hub, from a folder, or from random weights; dropout is switched off.
 
     Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
@@ -64,6 +64,9 @@ class Backbone(Wearer):
     adapts: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
 
     missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
+    network: PreTrainedModel
+    adapted: PeftModel | None  # peft's view of the network
+    task: str  # peft's name of the task
     shard_state: ShardState  # set when the network is loaded, and by `shard`
 
     def __init__(
@@ -90,7 +93,6 @@ class Backbone(Wearer):
             "trust_remote_code": trust_remote_code,
         }
         self.shard_state = ShardState()
-        self.trained_adapters = ["default"] if lora else []
         self.compiles = compile
         is_meta = torch.get_default_device().type == "meta"
         self.defers_loading = is_meta and quantisation is None  # codes are made of whole weights
@@ -119,7 +121,9 @@ class Backbone(Wearer):
         if quantisation is not None:
             quantisation.replace(self.blocks)
         with light(self.network):
-            self.adapted = self.adapt(lora)
+            adapted = self.adapt(lora)
+        self.register_module("adapted", adapted)  # also None: a frozen adapter may be loaded later
+        self.trained_adapters = list(adapted.peft_config) if adapted is not None else []
 
     def refuse(
         self,
@@ -164,6 +168,11 @@ class Backbone(Wearer):
     def adapt(self, lora: LoRA | None) -> PeftModel | None:
         """Puts the adapter into the network; peft's view of it."""
         return lora.adapt(self.network, self.task) if lora else None
+
+    @property
+    def adapters(self) -> AdapterSwitching:
+        """The adapters of the network, to activate, disable or load them."""
+        return AdapterSwitching(self)
 
     @classmethod
     def configure(cls, config: PretrainedConfig) -> PretrainedConfig:

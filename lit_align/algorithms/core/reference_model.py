@@ -95,7 +95,7 @@ class Referenced(Algorithm):
 
     def reference_logprobs(self, batch: Experience | Tokens) -> Tensor:
         """[n, r] nats: from the reference, or from the policy's base where they share it."""
-        with self.base.adapters_off():
+        with self.base.adapters.disabled():
             return self.base.logprobs(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
