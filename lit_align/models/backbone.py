@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
@@ -13,20 +14,31 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lit_align.batches import Experience, Tokens
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.adapters.sparse_lora import is_merged_when_saved, with_update_merged
+from lit_align.models.adapters.sparse_lora import (
+    SparseLowRankAdapter,
+    is_merged_when_saved,
+    with_update_merged,
+)
 from lit_align.models.adapters.switching import AdapterSwitching
+from lit_align.models.hidden_states import masked_hidden, packed_hidden
 from lit_align.models.kernels.compile import compile_blocks
-from lit_align.models.kernels.packing import is_trimmed, reading
+from lit_align.models.kernels.packing import is_trimmed
 from lit_align.models.kernels.rms_norm import replace_norms
 from lit_align.models.kernels.varlen_attention import let_pack
 from lit_align.models.parallel.sharding import Sharding, ShardState, gathered, shard
 from lit_align.models.sltrain import SLTrain, with_dense_weights
-from lit_align.models.weights.loading import check_task, data_type, load_network, quiet_transformers
+from lit_align.models.weights.loading import (
+    check_task,
+    data_type,
+    load_network,
+    quiet_transformers,
+    without_dropout,
+)
 from lit_align.models.weights.quantization import Quantisation
 from lit_align.models.weights.sharded_loading import fill, light
 
@@ -133,13 +145,25 @@ class Backbone(nn.Module):
         sltrain: SLTrain | None,
         quantisation: Quantisation | None,
     ) -> None:
-        """Says what does not go together; all as given."""
+        """Refuse arguments of the constructor that cannot be combined."""
         if path is None and config is None:
             raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
         if sltrain is not None:
             sltrain.refuse(path)
-        if quantisation is not None:
-            quantisation.refuse(self.adapts or lora is not None, lora, sltrain)
+        if quantisation is None:
+            return
+        if sltrain is not None:
+            raise ValueError("SLTrain trains all weights, and quantised ones are frozen: drop one.")
+        if lora is None and not self.adapts:
+            raise ValueError(
+                "A quantised base is frozen, so there would be nothing to train: add lora, or "
+                "leave quantisation out."
+            )
+        if isinstance(lora, SparseLowRankAdapter):
+            raise ValueError(
+                "SparseLowRankAdapter saves its update in whole weights, and a quantised base has "
+                "none: take LoRA."
+            )
 
     def load(
         self, config: dict[str, Any] | None, dtype: torch.dtype
@@ -154,13 +178,14 @@ class Backbone(nn.Module):
         options = {"dtype": dtype, "trust_remote_code": trust}
         if attention:
             options["attn_implementation"] = attention
+        configure = partial(without_dropout, overrides=self.overrides)
         if self.path is None:
-            settings = self.configure(AutoConfig.for_model(**(config or {})))
+            settings = configure(AutoConfig.for_model(**(config or {})))
             return self.auto.from_config(settings, **options), []
         options["revision"] = revision
         check_task(self.path, self.task)
         network, missing, files = load_network(
-            self.auto, self.path, self.configure, self.new_weights, options, self.defers_loading
+            self.auto, self.path, configure, self.new_weights, options, self.defers_loading
         )
         self.shard_state = ShardState(weight_files=files)
         return network, missing
@@ -173,16 +198,6 @@ class Backbone(nn.Module):
     def adapters(self) -> AdapterSwitching:
         """The adapters of the network, to activate, disable or load them."""
         return AdapterSwitching(self)
-
-    @classmethod
-    def configure(cls, config: PretrainedConfig) -> PretrainedConfig:
-        """The configuration without dropout and with what the head asks for."""
-        for name, value in config.to_dict().items():
-            if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
-                setattr(config, name, 0.0)
-        for name, value in cls.overrides.items():
-            setattr(config, name, value)
-        return config
 
     def forward(
         self, compute: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
@@ -224,40 +239,16 @@ class Backbone(nn.Module):
         Positions count from the first real token of each text.
         """
         if not self.packs or not is_trimmed(batch):
-            return self.masked_hidden(batch)
-        row, back = self.packed_hidden(batch)
+            return masked_hidden(self.network, batch)
+        row, back = packed_hidden(self.network, batch)
         return row.index_select(0, back).view(*batch.tokens.shape, -1)
 
     def hidden_at(self, batch: Experience | Tokens, places: Tensor) -> Tensor:
         """[n, H]: those at [n] places in [N * T]."""
         if not self.packs or not is_trimmed(batch):
-            return self.masked_hidden(batch).flatten(0, 1).index_select(0, places)
-        row, back = self.packed_hidden(batch)
+            return masked_hidden(self.network, batch).flatten(0, 1).index_select(0, places)
+        row, back = packed_hidden(self.network, batch)
         return row.index_select(0, back.index_select(0, places))
-
-    def packed_hidden(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
-        """[t, H] of all texts without padding, and [N * T] places in it of the batch's tokens."""
-        read = reading(batch)
-        hidden = self.trunk(
-            input_ids=read.tokens,
-            position_ids=read.positions,
-            attention_mask=read.packed.as_mask,
-            packed=read.packed,
-        )
-        return hidden.squeeze(0), read.back
-
-    def masked_hidden(self, batch: Experience | Tokens) -> Tensor:
-        """[N, T, H]: the same with padding wherever it is and a mask of it."""
-        mask = batch.token_mask
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return self.trunk(
-            input_ids=batch.tokens, attention_mask=mask.long(), position_ids=positions
-        )
-
-    def trunk(self, **inputs: Any) -> Tensor:
-        """[n, t, H]: the last hidden state of token ids [n, t]."""
-        hidden: Tensor = self.network.base_model(use_cache=False, **inputs).last_hidden_state
-        return hidden
 
     def shard(self, mesh: DeviceMesh, how: Sharding) -> None:
         """Split the weights over the ranks of a mesh, and load those that are still in their files.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,21 @@ def check_missing(path: str, missing: list[str], new_weights: tuple[str, ...]) -
             f"{path} lacks {len(absent)} weights, the first is '{absent[0]}': give a path that has "
             f"them, such as the hf folder of a {wanted} run."
         )
+
+
+def without_dropout(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """Set all dropout rates of a configuration to 0, and the values that a head needs.
+
+    Args:
+        config: Configuration, changed in place.
+        overrides: Values by name.
+    """
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    return config
 
 
 def data_type(name: str | None) -> torch.dtype:
