@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 
 from lit_align.batches import Experience, Tokens
 from lit_align.models.adapters.lora import LoRA
@@ -208,6 +208,7 @@ class Backbone(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, from first to last."""
+        # the classes that `device_map` may not split (transformers 5.23)
         names = set(self.network._no_split_modules or ())
         return [module for module in self.modules() if type(module).__name__ in names]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.strategies.registry import _StrategyRegistry  # lightning 2.6
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
@@ -74,7 +74,11 @@ class FSDP2(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def setup_environment(self) -> None:
-        """Starts the processes' group and lays the ranks out: one line, or copies x shares."""
+        """Start the process group and build the mesh: one dimension, or replicas x shards.
+
+        Lightning has no setting for such a mesh: its private attributes are set here, as its own
+        method of this name sets them (checked with lightning 2.6).
+        """
         self._data_parallel_size = self.world_size
         super().setup_environment()
         copies = self.num_replicas or self.num_nodes
@@ -116,7 +120,10 @@ class FSDP2(ModelParallelStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _get_process_group_backend(self) -> str:
-        """Offloaded gradients are clipped on the host, which nccl cannot reach."""
+        """Add gloo for offloaded gradients, which are clipped on the host: nccl cannot reach it.
+
+        A private method of Lightning, checked with lightning 2.6.
+        """
         if self.cpu_offload and self.root_device.type == "cuda":
             return self._process_group_backend or "cuda:nccl,cpu:gloo"
         return super()._get_process_group_backend()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 from transformers.utils import logging as transformers_logging
 
 from lit_align.models.weights.sharded_loading import WeightFiles, empty_network

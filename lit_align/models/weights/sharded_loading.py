@@ -14,10 +14,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 AT_ONCE = 4 * 2**20  # numbers that are read at once
+# Private argument of `cached_file`: return None for a missing file (transformers 5.23).
+MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False}
 INSIDE_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
 
 
@@ -45,7 +47,7 @@ class WeightFiles:
             place: Folder or hub id.
             revision: On the hub.
         """
-        options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        options = {"revision": revision, **MAY_BE_MISSING}
         single = cached_file(place, SAFE_WEIGHTS_NAME, **options)
         if single is not None:
             return cls([single])
@@ -137,7 +139,7 @@ def initialise(network: PreTrainedModel, name: str) -> None:
     owner, _, leaf = name.rpartition(".")
     module, meta = network.get_submodule(owner), network.get_parameter(name)
     module.register_parameter(leaf, nn.Parameter(torch.empty_like(meta, device="cpu")))
-    network._init_weights(module)
+    network._init_weights(module)  # private, transformers 5.23
 
 
 def generation_config(
@@ -147,7 +149,7 @@ def generation_config(
     if not network.can_generate():
         return None
     name = "generation_config.json"
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    options = {"revision": revision, **MAY_BE_MISSING}
     if cached_file(place, name, **options) is None:
         return GenerationConfig.from_model_config(network.config)
     return GenerationConfig.from_pretrained(place, **({"revision": revision} if revision else {}))
