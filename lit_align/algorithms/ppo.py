@@ -52,7 +52,7 @@ class PPO(ActorCritic):
     def base_scores(self, batch: Experience) -> Tensor:
         """[N]: what the critic was before its adapter learnt anything, for `BaseReward`."""
         self.reward_role()
-        with self.critic.adapters_off():
+        with self.critic.adapters.disabled():
             (scores,) = self.in_parts(batch, lambda part: (self.critic.scores(part),))
         return scores
 

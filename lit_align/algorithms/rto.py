@@ -71,12 +71,13 @@ class RTO(PPO):
         policy = networks["policy"]
         assert isinstance(policy, Policy)
         if self.dpo_adapter is not None:
-            networks.get("reference", policy).lend(self.dpo_adapter, DPO)
+            base = networks.get("reference", policy)
+            base.adapters.load_frozen_adapter(self.dpo_adapter, DPO)
         for role, build in ((DPO, self.build_dpo), ("dpo_reference", self.build_dpo_reference)):
             if build is not None:
                 network = build().requires_grad_(False).eval()
                 same_vocabulary(role, network, policy)
-                network.temperature = policy.temperature
+                network.set_temperature(policy.temperature)
                 networks[role] = network
         return networks
 
@@ -105,7 +106,7 @@ class RTO(PPO):
         if hasattr(self, DPO):
             return self.dpo.logprobs(batch)
         network = self.reference_model.network
-        with network.wearing(DPO):
+        with network.adapters.use_adapter(DPO):
             return network.logprobs(batch)
 
     def token_rewards(self, batch: Experience) -> Tensor:

@@ -12,7 +12,6 @@ from lit_align.batches import Answer, Experience
 from lit_align.callbacks.offline_rollout import drawn, stored_rows
 from lit_align.functional.masks import through_first
 from lit_align.models.generation.decode import Sampling
-from lit_align.models.parallel.sharding import gathered
 
 
 class Rollout(Callback):
@@ -110,7 +109,7 @@ class Rollout(Callback):
         uniform = self.noise(trainer, len(batch), samples, moment).to(algorithm.device)
         spare = uniform.new_zeros(len(batch) * greedy, self.max_new_tokens)
         stops, pad = self.stops(trainer, algorithm), trainer.datamodule.tokenizer.pad_token_id
-        with trainer.precision_plugin.forward_context(), gathered(algorithm.policy) as policy:
+        with trainer.precision_plugin.forward_context(), algorithm.policy.gathered() as policy:
             answered.responses, answered.sampling_logprobs = policy.respond(
                 answered,
                 torch.cat([uniform, spare]),

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 
 from lit_align.batches import Experience, Tokens
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.adapters.sparse_lora import is_merged_when_saved, with_update_merged
-from lit_align.models.adapters.switching import Wearer
+from lit_align.models.adapters.sparse_lora import (
+    SparseLowRankAdapter,
+    is_merged_when_saved,
+    with_update_merged,
+)
+from lit_align.models.adapters.switching import AdapterSwitching
+from lit_align.models.hidden_states import masked_hidden, packed_hidden
 from lit_align.models.kernels.compile import compile_blocks
-from lit_align.models.kernels.packing import is_trimmed, reading
+from lit_align.models.kernels.packing import is_trimmed
 from lit_align.models.kernels.rms_norm import replace_norms
 from lit_align.models.kernels.varlen_attention import let_pack
+from lit_align.models.parallel.sharding import Sharding, ShardState, gathered, shard
 from lit_align.models.sltrain import SLTrain, with_dense_weights
-from lit_align.models.weights.loading import check_task, data_type, load_network, quiet_transformers
+from lit_align.models.weights.loading import (
+    check_task,
+    data_type,
+    load_network,
+    quiet_transformers,
+    without_dropout,
+)
 from lit_align.models.weights.quantization import Quantisation
-from lit_align.models.weights.sharded_loading import LATER, WeightFiles, light
+from lit_align.models.weights.sharded_loading import fill, light
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
-class Backbone(Wearer):
+class Backbone(nn.Module):
     """A network from the hub, from a folder, or from random weights; dropout is switched off.
 
     Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
+    Built inside a `torch.device("meta")` context, a network reads its weights from their files when
+    it is sharded. Buffers and new weights (heads, adapters) always get their values at once.
 
     Args:
         path: Hub id or folder of the weights; an adapter's folder is merged into its base.
@@ -59,10 +76,10 @@ class Backbone(Wearer):
     adapts: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
 
     missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
-    gathers: bool | None = True  # whether answering gathers whole weights; None: not yet known
-    sums_once: bool = True  # whether gradients cross the ranks at the last micro-batch alone
-    gathered_size: int = 0  # bytes of whole weights, where ranks share them
-    files: WeightFiles | None = None  # where weights are that come when the network is sharded
+    network: PreTrainedModel
+    adapted: PeftModel | None  # peft's view of the network
+    task: str  # peft's name of the task
+    shard_state: ShardState  # set when the network is loaded, and by `shard`
 
     def __init__(
         self,
@@ -87,23 +104,38 @@ class Backbone(Wearer):
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
-        self.later = LATER.get() and quantisation is None
+        self.shard_state = ShardState()
+        self.compiles = compile
+        is_meta = torch.get_default_device().type == "meta"
+        self.defers_loading = is_meta and quantisation is None  # codes are made of whole weights
+        with torch.device("cpu"):
+            self.build(config, lora, dtype, checkpointing, quantisation)
+            if sltrain is not None:
+                sltrain.replace(self.blocks)
+        if compile:
+            compile_blocks(self.blocks, checkpointing)
+
+    def build(
+        self,
+        config: dict[str, Any] | None,
+        lora: LoRA | None,
+        dtype: str | None,
+        checkpointing: bool,
+        quantisation: Quantisation | None,
+    ) -> None:
+        """Load the network and adapt it; the arguments are the constructor's."""
         self.network, self.missing = self.load(config, data_type(dtype))
         replace_norms(self.network)
         self.packs = let_pack(self.network)  # reads texts one behind the other
         self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
-        if checkpointing:
+        if checkpointing:  # before the adapters: peft then lets the inputs require gradients
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         if quantisation is not None:
             quantisation.replace(self.blocks)
-        self.trained_adapters = ["default"] if lora else []
         with light(self.network):
-            self.adapted = self.adapt(lora)
-        if sltrain is not None:
-            sltrain.replace(self.blocks)
-        self.compiles = compile
-        if compile:
-            compile_blocks(self.blocks, checkpointing)
+            adapted = self.adapt(lora)
+        self.register_module("adapted", adapted)  # also None: a frozen adapter may be loaded later
+        self.trained_adapters = list(adapted.peft_config) if adapted is not None else []
 
     def refuse(
         self,
@@ -113,13 +145,25 @@ class Backbone(Wearer):
         sltrain: SLTrain | None,
         quantisation: Quantisation | None,
     ) -> None:
-        """Says what does not go together; all as given."""
+        """Refuse arguments of the constructor that cannot be combined."""
         if path is None and config is None:
             raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
         if sltrain is not None:
             sltrain.refuse(path)
-        if quantisation is not None:
-            quantisation.refuse(self.adapts or lora is not None, lora, sltrain)
+        if quantisation is None:
+            return
+        if sltrain is not None:
+            raise ValueError("SLTrain trains all weights, and quantised ones are frozen: drop one.")
+        if lora is None and not self.adapts:
+            raise ValueError(
+                "A quantised base is frozen, so there would be nothing to train: add lora, or "
+                "leave quantisation out."
+            )
+        if isinstance(lora, SparseLowRankAdapter):
+            raise ValueError(
+                "SparseLowRankAdapter saves its update in whole weights, and a quantised base has "
+                "none: take LoRA."
+            )
 
     def load(
         self, config: dict[str, Any] | None, dtype: torch.dtype
@@ -134,29 +178,26 @@ class Backbone(Wearer):
         options = {"dtype": dtype, "trust_remote_code": trust}
         if attention:
             options["attn_implementation"] = attention
+        configure = partial(without_dropout, overrides=self.overrides)
         if self.path is None:
-            settings = self.configure(AutoConfig.for_model(**(config or {})))
+            settings = configure(AutoConfig.for_model(**(config or {})))
             return self.auto.from_config(settings, **options), []
         options["revision"] = revision
         check_task(self.path, self.task)
-        network, missing, self.files = load_network(
-            self.auto, self.path, self.configure, self.new_weights, options, self.later
+        network, missing, files = load_network(
+            self.auto, self.path, configure, self.new_weights, options, self.defers_loading
         )
+        self.shard_state = ShardState(weight_files=files)
         return network, missing
 
     def adapt(self, lora: LoRA | None) -> PeftModel | None:
         """Puts the adapter into the network; peft's view of it."""
         return lora.adapt(self.network, self.task) if lora else None
 
-    @classmethod
-    def configure(cls, config: PretrainedConfig) -> PretrainedConfig:
-        """The configuration without dropout and with what the head asks for."""
-        for name, value in config.to_dict().items():
-            if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
-                setattr(config, name, 0.0)
-        for name, value in cls.overrides.items():
-            setattr(config, name, value)
-        return config
+    @property
+    def adapters(self) -> AdapterSwitching:
+        """The adapters of the network, to activate, disable or load them."""
+        return AdapterSwitching(self)
 
     def forward(
         self, compute: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
@@ -167,6 +208,7 @@ class Backbone(Wearer):
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, from first to last."""
+        # the classes that `device_map` may not split (transformers 5.23)
         names = set(self.network._no_split_modules or ())
         return [module for module in self.modules() if type(module).__name__ in names]
 
@@ -198,40 +240,39 @@ class Backbone(Wearer):
         Positions count from the first real token of each text.
         """
         if not self.packs or not is_trimmed(batch):
-            return self.masked_hidden(batch)
-        row, back = self.packed_hidden(batch)
+            return masked_hidden(self.network, batch)
+        row, back = packed_hidden(self.network, batch)
         return row.index_select(0, back).view(*batch.tokens.shape, -1)
 
     def hidden_at(self, batch: Experience | Tokens, places: Tensor) -> Tensor:
         """[n, H]: those at [n] places in [N * T]."""
         if not self.packs or not is_trimmed(batch):
-            return self.masked_hidden(batch).flatten(0, 1).index_select(0, places)
-        row, back = self.packed_hidden(batch)
+            return masked_hidden(self.network, batch).flatten(0, 1).index_select(0, places)
+        row, back = packed_hidden(self.network, batch)
         return row.index_select(0, back.index_select(0, places))
 
-    def packed_hidden(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
-        """[t, H] of all texts without padding, and [N * T] places in it of the batch's tokens."""
-        read = reading(batch)
-        hidden = self.trunk(
-            input_ids=read.tokens,
-            position_ids=read.positions,
-            attention_mask=read.packed.as_mask,
-            packed=read.packed,
-        )
-        return hidden.squeeze(0), read.back
+    def shard(self, mesh: DeviceMesh, how: Sharding) -> None:
+        """Split the weights over the ranks of a mesh, and load those that are still in their files.
 
-    def masked_hidden(self, batch: Experience | Tokens) -> Tensor:
-        """[N, T, H]: the same with padding wherever it is and a mask of it."""
-        mask = batch.token_mask
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return self.trunk(
-            input_ids=batch.tokens, attention_mask=mask.long(), position_ids=positions
-        )
+        Args:
+            mesh: Lightning's mesh with a tensor-parallel size of 1, or a mesh of replicas x shards.
+            how: Settings of the split.
+        """
+        files = self.shard_state.weight_files
+        if how.checkpointing:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            if self.compiles:
+                compile_blocks(self.blocks, recomputed=True)
+        self.shard_state = shard(self, self.blocks, mesh, how)
+        if files is not None:
+            kind = "cpu" if how.offload else mesh.device_type  # its current one, as in fully_shard
+            fill(self.network, files, torch.device(kind))
 
-    def trunk(self, **inputs: Any) -> Tensor:
-        """[n, t, H]: the last hidden state of token ids [n, t]."""
-        hidden: Tensor = self.network.base_model(use_cache=False, **inputs).last_hidden_state
-        return hidden
+    @contextmanager
+    def gathered(self) -> Iterator[Self]:
+        """Generate in eval mode, from the unsharded weights if they fit in memory."""
+        with gathered(self, self.shard_state.decide_gather(self, self.name)):
+            yield self
 
     @property
     def saved_whole(self) -> bool:

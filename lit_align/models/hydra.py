@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftModel, get_peft_model
@@ -48,7 +46,6 @@ class Hydra(TwoHeaded):
         adapted = get_peft_model(self.network, actor, adapter_name=ACTOR)
         if not self.joint:
             adapted.add_adapter(CRITIC, lora.settings("SEQ_CLS", heads, exclude=heads))
-        self.trained_adapters = list(adapted.peft_config)
         for adapter, settings in adapted.peft_config.items():
             adapted.set_requires_grad(adapter, True)
             settings.exclude_modules = None  # peft has listed the layers: where it loads is no head
@@ -72,41 +69,34 @@ class Hydra(TwoHeaded):
 
     def respond(self, *args: Any, **kwargs: Any) -> Responses:
         """The actor's answers."""
-        self.wear(ACTOR)
+        self.adapters.set_adapter(ACTOR)
         return super().respond(*args, **kwargs)
 
     def score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
         """([N, R], [N, R]) nats: log-probs and entropy of the actor, or of the base."""
-        self.wear(ACTOR)
+        self.adapters.set_adapter(ACTOR)
         return super().score(batch)
 
     def state_values(self, batch: Experience) -> Tensor:
         """[N, R] the critic's number before each token is chosen; 0 off the mask."""
-        self.wear(self.critic)
+        self.adapters.set_adapter(self.critic)
         return before_each_token(self(lambda: self.numbers(self.hidden(batch))), batch)
 
     def act_and_value(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, entropy (nats) and state values, each [N, R], from one pass of one adapter."""
-        self.wear(ACTOR)
+        self.adapters.set_adapter(ACTOR)
         logprobs, entropy, values = self(self._both, batch)
         return logprobs, entropy, before_each_token(values, batch)
 
     def base_scores(self, batch: Experience) -> tuple[Tensor, Tensor]:
         """([N], [N, R]): scores and the reference's log-probs (nats), from one pass."""
-        with self.adapters_off():
+        with self.adapters.disabled():
             logprobs, _, values = self(self._both, batch)
         return at_last_token(values, batch), logprobs
 
     def _both(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.hidden(batch)
         return *self.chosen_in(hidden, batch), self.numbers(hidden)
-
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """The base alone: reference and reward model."""
-        self.wear(ACTOR)  # so that nothing switches while all are off
-        with super().adapters_off():
-            yield
 
 
 def part(name: str) -> str:

@@ -20,7 +20,9 @@ def merged(network: Backbone, adapter: str) -> PreTrainedModel:
         network: Whole and adapted.
         adapter: One of those that it has.
     """
-    network.wear(adapter)  # peft takes the fully trained layers of the adapter that is on
+    network.adapters.set_adapter(
+        adapter
+    )  # peft takes the fully trained layers of the adapter that is on
     adapted = network.adapted
     assert adapted is not None
     dtype = network.network.dtype

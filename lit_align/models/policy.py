@@ -45,11 +45,20 @@ class Policy(Backbone):
                 f"another one: leave out fixed_cache."
             )
         self.fixed_cache = fixed_cache
+        self.set_temperature(temperature)
+        if self.shard_state.weight_files is None:  # otherwise the weights have no values yet
+            with torch.device("cpu"):  # the default may be meta, see `Backbone`
+                self.verify()
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set what divides the logits, in sampling and in scoring.
+
+        Args:
+            temperature: Above 0.
+        """
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {temperature}.")
         self.temperature = temperature
-        if self.files is None:  # otherwise there is nothing to verify yet
-            self.verify()
 
     @property
     def head(self) -> nn.Linear:
@@ -81,7 +90,8 @@ class Policy(Backbone):
         rows = torch.tensor(list(greedy), device=device)
         ends = torch.tensor(list(stops), dtype=torch.long, device=device)
         given = (prompts, noise, rows, ends, pad, self.temperature, sampling)
-        over, alike = (bool, int) if self.gathers else (on_all_ranks, largest)
+        is_gathered = self.shard_state.gather_for_generation
+        over, alike = (bool, int) if is_gathered else (on_all_ranks, largest)
 
         def answers() -> Responses:
             context = Context(self.network, prompts, alike)
@@ -97,7 +107,7 @@ class Policy(Backbone):
         wanted = self.fixed_cache
         if wanted is None:
             wanted = self.packs and device.type == "cuda"
-        return wanted and bool(self.gathers)
+        return wanted and bool(self.shard_state.gather_for_generation)
 
     def logprobs(self, batch: Experience | Tokens) -> Tensor:
         """[N, R] nats, log-probability of each scored token in its context; 0 elsewhere.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 
 from lit_align.batches import Experience, Pairs, Tokens
 from lit_align.models.adapters.lora import LoRA, with_float_heads
@@ -23,6 +23,7 @@ class AutoTwoHeaded(_BaseAutoModelClass):
     def from_config(cls, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         """Random weights."""
         options.pop("trust_remote_code")
+        # what transformers' own auto classes call (transformers 5.23)
         network: PreTrainedModel = two_headed(config)._from_config(config, **options)
         return network
 

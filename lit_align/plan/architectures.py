@@ -86,7 +86,7 @@ def empty_weights(
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-    later: bool = False,
+    defer_loading: bool = False,
 ) -> tuple[PreTrainedModel, list[str], None]:
     """`load_network` of weights that have no values, and that nothing lacks.
 
@@ -96,7 +96,7 @@ def empty_weights(
         configure: Changes the configuration before the network is built.
         new_weights: Not asked for.
         options: For `from_config`, and the revision.
-        later: Not asked for.
+        defer_loading: Not used, because no weight is read.
     """
     options = dict(options)
     settings = configure(config_of(path, options.pop("revision"), options["trust_remote_code"]))

@@ -23,7 +23,6 @@ from transformers import DynamicCache, PreTrainedModel, masking_utils
 
 from lit_align.functional import logprobs
 from lit_align.models import backbone, policy
-from lit_align.models.backbone import Backbone
 from lit_align.models.generation import prefill
 from lit_align.models.generation.static_cache import FixedContext
 from lit_align.models.kernels import rms_norm as norms
@@ -169,8 +168,9 @@ def collectives(ledger: Ledger) -> dict[str, Callable[..., Any]]:
 def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
     """Weights are not compared, answers run to their end, and `memory` bytes are to be had."""
 
-    def fits(model: Backbone) -> bool:
-        return sharding.room_for(model, memory - ledger.total[Place.DEVICE]) >= 0
+    def fits(model: nn.Module, unsharded_size: int) -> bool:
+        free = memory - ledger.total[Place.DEVICE]
+        return sharding.room_for(model, unsharded_size, free) >= 0
 
     def load(*args: Any) -> tuple[PreTrainedModel, list[str], None]:
         # where ranks share weights, each reads its own rows alone, once it knows which
@@ -207,7 +207,7 @@ def verify(network: Policy) -> None:
             f"{network.name} changes its logits after the output head: soft-capped or scaled "
             f"logits are not supported."
         )
-    if not network.later:
+    if not network.defers_loading:
         network(network._faithful)
 
 

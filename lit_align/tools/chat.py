@@ -72,7 +72,7 @@ class Speaker:
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature must be at least 0, found {temperature:g}.")
         self.greedy = temperature == 0
-        self.policy.temperature = temperature or 1.0
+        self.policy.set_temperature(temperature or 1.0)
 
     def answer(self, words: str) -> Iterator[str]:
         """What has been said so far, again and again until the answer is complete.

@@ -196,7 +196,7 @@ def test_the_dpo_adapter_stays_frozen_and_the_policys_learns(tmp_path, places):
     algorithm, _ = rolled(tmp_path, 3, **settings, dpo_adapter=places["adapter"])
     named = dict(algorithm.policy.network.named_parameters())
     fresh = Policy(places["base"], lora=LoRA(rank=2))
-    fresh.lend(places["adapter"], "dpo")
+    fresh.adapters.load_frozen_adapter(places["adapter"], "dpo")
     frozen = dict(fresh.network.named_parameters())
     assert all(torch.equal(named[n], frozen[n]) for n in named if ".dpo." in n)
     assert not any(named[n].requires_grad for n in named if ".dpo." in n)

@@ -95,7 +95,7 @@ def test_a_language_model_gets_a_new_reward_head_and_hydra_refuses_it(tmp_path):
 
 def test_h2_adapters_off_is_the_base_bit_for_bit(base, answered):
     network, untouched = stir(hydra(base)), TwoHeaded(base)
-    with network.adapters_off(), torch.no_grad():
+    with network.adapters.disabled(), torch.no_grad():
         assert torch.equal(network.logprobs(answered), untouched.logprobs(answered))
     scores, logprobs = network.base_scores(answered)
     assert torch.equal(logprobs, untouched.logprobs(answered))

@@ -142,7 +142,7 @@ def test_an_adapter_starts_as_its_base_and_can_be_switched_off(prompts):
             if "lora_B" in name:
                 weight.normal_()
     assert (policy.logprobs(batch) - before).abs().max() > 0.1
-    with policy.adapters_off():
+    with policy.adapters.disabled():
         torch.testing.assert_close(policy.logprobs(batch), before)
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert trained

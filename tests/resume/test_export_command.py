@@ -170,7 +170,7 @@ def test_only_adapters_that_train_are_saved(tmp_path):
     lent = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
     lent.save(tmp_path / "lent")
     policy = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
-    policy.lend(str(tmp_path / "lent"), "dpo")
+    policy.adapters.load_frozen_adapter(str(tmp_path / "lent"), "dpo")
     policy.save(tmp_path / "own")
     files = sorted(path.name for path in (tmp_path / "own").rglob("*") if path.is_file())
     assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]

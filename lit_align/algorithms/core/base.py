@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -31,10 +31,12 @@ from lit_align.algorithms.core.trainer_checks import check_trainer, find_unused_
 from lit_align.batches import AnyBatch, microbatches
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
-from lit_align.models.parallel.sharding import Model, reshard, shard
+from lit_align.models.parallel.sharding import Sharding, reshard
 from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, whole
 from lit_align.models.weights.state_dict_check import check_fit, shapes
+
+Network = TypeVar("Network", bound=Backbone)
 
 
 class Algorithm(LightningModule):
@@ -131,15 +133,16 @@ class Algorithm(LightningModule):
             if self.reference_model is not None:
                 self.reference_model.register(networks, trained=self.roles)
 
-    def placed(self, network: Model) -> Model:
+    def placed(self, network: Network) -> Network:
         """A role's network as the strategy has it: split over the ranks, or as it is."""
         if self.device_mesh is None:
             return network
         strategy = self.trainer.strategy
-        how = strategy.sharding if isinstance(strategy, FSDP2) else None
-        if network.files is not None:
+        if network.shard_state.weight_files is not None:
             self.unverified.append(network)
-        return shard(network, self.device_mesh, how)
+        how = strategy.sharding if isinstance(strategy, FSDP2) else Sharding()
+        network.shard(self.device_mesh, how)
+        return network
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Prepare a batch and take one optimizer step on it."""

@@ -61,6 +61,6 @@ def sync_gradients(networks: Iterable[Backbone], replica: nn.Module | None, last
         last: No micro-batch of the step follows.
     """
     for network in networks:
-        synchronise(network, last)
+        synchronise(network, network.shard_state, last)
     if isinstance(replica, DistributedDataParallel):
         replica.require_backward_grad_sync = last

@@ -51,7 +51,7 @@ class ReferenceModel:
             return {}
         reference = self.build_network() if self.build_network else copied(policy)
         same_vocabulary("reference", reference, policy)
-        reference.temperature = policy.temperature  # both distributions of the KL have the same
+        reference.set_temperature(policy.temperature)  # both distributions of the KL have the same
         self.network = reference.requires_grad_(False).eval()
         return {"reference": self.network}
 
@@ -72,8 +72,9 @@ class ReferenceModel:
 
     def logprobs(self, batch: Experience | Tokens) -> Tensor:
         """Return the log-prob of each response token, [n, r] nats."""
-        with self.network.adapters_off():
+        with self.network.adapters.disabled():
             return self.network.logprobs(batch)
+
 
     def role(self, name: str = "reference") -> Role:
         """Return the network without adapters as a role."""

@@ -73,6 +73,7 @@ class SparseLowRankAdapter(LoRA):
             )
         settings = super().settings(task, train_fully)
         layer = partial(SparseLoraLinear, density=self.density, seed=common_seed())
+        # peft documents this method in its guide on custom models, as subject to change (peft 0.21)
         settings._register_custom_module({nn.Linear: layer})
         return settings
 
@@ -111,7 +112,7 @@ class SparseLoraLinear(Linear):
                 joins later has none.
             seed: Of all supports; each layer's follows from it and its name.
         """
-        if "lora_sparse" not in self._modules:
+        if not hasattr(self, "lora_sparse"):
             self.lora_sparse = nn.ModuleDict()
         own = random.Random(f"{seed} {kwargs['target_name']}").getrandbits(63)
         self.lora_sparse[adapter_name] = SparsePart(self.get_base_layer(), density, own)

@@ -24,9 +24,12 @@ def compile_blocks(blocks: Iterable[nn.Module], recomputed: bool) -> None:
         blocks: The transformer blocks of a network.
         recomputed: Whether they keep their inputs alone and compute the rest again in backward.
     """
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, KINDS)
+    limits = torch.compiler.config
+    limits.recompile_limit = max(limits.recompile_limit, KINDS)
     for block in blocks:
+        # The underscored attributes are private; checked with torch 2.13 and transformers 5.23.
+        # torch's `checkpoint_wrapper` would replace them, but its module is private, too. It also
+        # changes the names in `named_parameters`, and checkpoints in eval mode.
         block.compile(dynamic=True)
         compiled = block._compiled_call_impl
         if recomputed and compiled is not None:
@@ -61,7 +64,7 @@ def recomputed_and_compiled(block: Callable[..., Any], *args: Any) -> Any:
 
     Outside it would not be compiled at all, and would not say so: attention breaks the graph, and
     a checkpoint in a graph must not be broken. torch forbids to compile inside of its
-    `checkpoint`, but not inside of what that wraps.
+    `checkpoint`, but not inside of what that wraps (checked with torch 2.13).
 
     Args:
         block: With its other arguments.
@@ -102,5 +105,6 @@ def of_any_size(tensor: Tensor, *dims: int) -> Tensor:
         tensor: Any.
         dims: Which.
     """
+    # torch 2.13; `mark_dynamic` would raise if a dimension turned out to be static
     torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
     return tensor

@@ -40,6 +40,7 @@ def let_pack(network: PreTrainedModel) -> bool:
 
     That is one whose tokens meet in attention alone, and there see all that stand before them.
     """
+    # The underscored attributes are private to transformers; checked with 5.23.
     settings = network.config.to_dict()
     plain = set(settings.get("layer_types") or ["full_attention"]) == {"full_attention"}
     packs = (

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.strategies.registry import _StrategyRegistry  # lightning 2.6
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lit_align.models.parallel.sharding import Sharding
-from lit_align.models.weights.sharded_loading import weights_later
 from lit_align.models.weights.state_dict_check import check_fit, shapes_in
 
 WORDS: Mapping[str, dict[str, bool]] = {"fsdp2": {}, "fsdp2_cpu_offload": {"cpu_offload": True}}
@@ -75,7 +74,11 @@ class FSDP2(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def setup_environment(self) -> None:
-        """Starts the processes' group and lays the ranks out: one line, or copies x shares."""
+        """Start the process group and build the mesh: one dimension, or replicas x shards.
+
+        Lightning has no setting for such a mesh: its private attributes are set here, as its own
+        method of this name sets them (checked with lightning 2.6).
+        """
         self._data_parallel_size = self.world_size
         super().setup_environment()
         copies = self.num_replicas or self.num_nodes
@@ -92,8 +95,12 @@ class FSDP2(ModelParallelStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Weights of files are read once it is known which rank needs which."""
-        with weights_later():
+        """Open a meta device context: networks built inside read their weights when sharded.
+
+        Only then is it known which rank needs which rows. Lightning opens the context around
+        `configure_model`.
+        """
+        with torch.device("meta"):
             yield
 
     def model_to_device(self) -> None:
@@ -113,7 +120,10 @@ class FSDP2(ModelParallelStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _get_process_group_backend(self) -> str:
-        """Offloaded gradients are clipped on the host, which nccl cannot reach."""
+        """Add gloo for offloaded gradients, which are clipped on the host: nccl cannot reach it.
+
+        A private method of Lightning, checked with lightning 2.6.
+        """
         if self.cpu_offload and self.root_device.type == "cuda":
             return self._process_group_backend or "cuda:nccl,cpu:gloo"
         return super()._get_process_group_backend()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 from transformers.utils import logging as transformers_logging
 
 from lit_align.models.weights.sharded_loading import WeightFiles, empty_network
@@ -24,7 +24,7 @@ def load_network(
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-    later: bool = False,
+    defer_loading: bool = False,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
     """The network with all of its weights, or one sentence about what is missing.
 
@@ -38,7 +38,8 @@ def load_network(
         configure: Changes the configuration before the network is built.
         new_weights: What the weights may lack.
         options: For `from_pretrained`.
-        later: Whether weights may stay in their files; an adapter's base is read at once.
+        defer_loading: Leave the weights in their files, to be read when the network is sharded. The
+            base of an adapter is always read at once.
     """
     folder = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not folder.is_dir():
@@ -51,12 +52,12 @@ def load_network(
         return *merged(network, missing, place, new_weights), None
     try:
         with quiet_transformers():
-            network, missing, files = read(auto, place, configure, new_weights, options, later)
+            loaded = read(auto, place, configure, new_weights, options, defer_loading)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} could not be loaded: {reason}") from error
-    check_missing(path, missing, new_weights)
-    return network, missing, files
+    check_missing(path, loaded[1], new_weights)
+    return loaded
 
 
 def read(
@@ -65,14 +66,15 @@ def read(
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-    later: bool,
+    defer_loading: bool,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
     """What transformers makes of a place, with its weights or still without; see `load_network`."""
     known = {key: options[key] for key in ("revision", "trust_remote_code")}
     settings = configure(AutoConfig.from_pretrained(place, **known))
-    empty = empty_network(auto, place, settings, new_weights, options) if later else None
-    if empty is not None:
-        return empty
+    if defer_loading:
+        empty = empty_network(auto, place, settings, new_weights, options)
+        if empty is not None:
+            return empty
     network, report = auto.from_pretrained(
         place, config=settings, output_loading_info=True, use_safetensors=True, **options
     )  # files of pickles are never read
@@ -158,6 +160,21 @@ def check_missing(path: str, missing: list[str], new_weights: tuple[str, ...]) -
             f"{path} lacks {len(absent)} weights, the first is '{absent[0]}': give a path that has "
             f"them, such as the hf folder of a {wanted} run."
         )
+
+
+def without_dropout(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """Set all dropout rates of a configuration to 0, and the values that a head needs.
+
+    Args:
+        config: Configuration, changed in place.
+        overrides: Values by name.
+    """
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    return config
 
 
 def data_type(name: str | None) -> torch.dtype:

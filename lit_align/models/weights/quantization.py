@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_align.models.adapters.lora import LoRA
-from lit_align.models.adapters.sparse_lora import SparseLowRankAdapter
-from lit_align.models.sltrain import SLTrain
-
 Parts = tuple[Tensor, ...]
 Decode = Callable[[Parts, torch.dtype], Tensor]
 
@@ -43,27 +39,6 @@ class Quantisation(ABC):
             parts: As `code` made them.
             dtype: Of the result.
         """
-
-    def refuse(self, adapted: bool, lora: LoRA | None, sltrain: SLTrain | None) -> None:
-        """Refuses a network that would train coded weights, or save them as a model.
-
-        Args:
-            adapted: Whether adapters stand above the base.
-            lora: The adapters.
-            sltrain: Weights of another kind.
-        """
-        if sltrain is not None:
-            raise ValueError("SLTrain trains all weights, and quantised ones are frozen: drop one.")
-        if not adapted:
-            raise ValueError(
-                "A quantised base is frozen, so there would be nothing to train: add lora, or "
-                "leave quantisation out."
-            )
-        if isinstance(lora, SparseLowRankAdapter):
-            raise ValueError(
-                "SparseLowRankAdapter saves its update in whole weights, and a quantised base has "
-                "none: take LoRA."
-            )
 
     def replace(self, blocks: Sequence[nn.Module]) -> None:
         """Codes the linear layers of the blocks, in place.

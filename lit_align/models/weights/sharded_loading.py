@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,22 +14,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 AT_ONCE = 4 * 2**20  # numbers that are read at once
-LATER: ContextVar[bool] = ContextVar("LATER", default=False)
+# Private argument of `cached_file`: return None for a missing file (transformers 5.23).
+MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False}
 INSIDE_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
-
-
-@contextmanager
-def weights_later() -> Iterator[None]:
-    """Networks that are built inside get their weights when they are sharded."""
-    before = LATER.set(True)
-    try:
-        yield
-    finally:
-        LATER.reset(before)
 
 
 class WeightFiles:
@@ -57,7 +47,7 @@ class WeightFiles:
             place: Folder or hub id.
             revision: On the hub.
         """
-        options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        options = {"revision": revision, **MAY_BE_MISSING}
         single = cached_file(place, SAFE_WEIGHTS_NAME, **options)
         if single is not None:
             return cls([single])
@@ -81,16 +71,18 @@ class WeightFiles:
         return next((name for name in names if name in self.places), None)
 
     def read(self, key: str, start: int, into: Tensor) -> None:
-        """Copies rows from `start` on; safetensors makes copies of its own of what is read at once.
+        """Copy rows from `start` on into a tensor.
 
-        The file is open no longer than that, nor are its pages in memory.
+        safetensors copies the rows that are read at once, so a few are read at a time. The file is
+        closed afterwards, which frees its pages. safetensors creates tensors on torch's default
+        device, which may be meta here (checked with safetensors 0.8).
 
         Args:
-            key: Of a tensor [out, ..] in the files.
+            key: Name of a tensor [out, ..] in the files.
             start: First row.
-            into: [rows, ..] of any type, on any device.
+            into: [rows, ..] of any dtype, on any device.
         """
-        with safe_open(self.places[key], framework="pt") as file:
+        with torch.device("cpu"), safe_open(self.places[key], framework="pt") as file:
             if not into.ndim:
                 into.copy_(file.get_tensor(key))
                 return
@@ -147,7 +139,7 @@ def initialise(network: PreTrainedModel, name: str) -> None:
     owner, _, leaf = name.rpartition(".")
     module, meta = network.get_submodule(owner), network.get_parameter(name)
     module.register_parameter(leaf, nn.Parameter(torch.empty_like(meta, device="cpu")))
-    network._init_weights(module)
+    network._init_weights(module)  # private, transformers 5.23
 
 
 def generation_config(
@@ -157,7 +149,7 @@ def generation_config(
     if not network.can_generate():
         return None
     name = "generation_config.json"
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    options = {"revision": revision, **MAY_BE_MISSING}
     if cached_file(place, name, **options) is None:
         return GenerationConfig.from_model_config(network.config)
     return GenerationConfig.from_pretrained(place, **({"revision": revision} if revision else {}))
@@ -165,9 +157,10 @@ def generation_config(
 
 @contextmanager
 def light(network: nn.Module) -> Iterator[None]:
-    """Weights on the meta device are numbers spread over their shape, on the CPU, for a while.
+    """Replace weights on the meta device by CPU tensors of stride 0 while the context is open.
 
-    peft moves a new adapter to where its base is: what is on the meta device has no values.
+    peft creates an adapter on the device of its base, and an adapter on meta would have no values.
+    New tensors are created on the CPU, also inside a `torch.device("meta")` context.
     """
     heavy = [
         (module, name, weight)
@@ -183,7 +176,8 @@ def light(network: nn.Module) -> Iterator[None]:
         spread[weight].requires_grad_(weight.requires_grad)
         module.register_parameter(name, spread[weight])
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
         for module, name, weight in heavy:
             weight.requires_grad_(spread[weight].requires_grad)

@@ -53,13 +53,13 @@ def test_the_update_is_low_rank_plus_sparse_and_switched_off_as_one():
     assert (len(value), scale) == (204, 2)
     torch.testing.assert_close(layer(inputs), expected)
     assert (policy.logprobs(TEXTS) - base.logprobs(TEXTS)).abs().max() > 0.1
-    with policy.adapters_off():
+    with policy.adapters.disabled():
         assert torch.equal(policy.logprobs(TEXTS), base.logprobs(TEXTS))
 
 
 def test_only_the_update_trains_and_a_pass_of_the_reference_does_not_change_that():
     policy = tiny(lora=SMALL)
-    with policy.adapters_off():
+    with policy.adapters.disabled():
         policy.logprobs(TEXTS)
     policy.logprobs(TEXTS).sum().backward()
     trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
@@ -144,8 +144,8 @@ def test_a_plain_adapter_can_be_lent_to_it(tmp_path):
     other.save(tmp_path / "adapter")
     policy = learnt(Policy(str(tmp_path / "base"), lora=SMALL))
     before = policy.logprobs(TEXTS)
-    policy.lend(str(tmp_path / "adapter"), "dpo")
-    with torch.no_grad(), policy.wearing("dpo"):
+    policy.adapters.load_frozen_adapter(str(tmp_path / "adapter"), "dpo")
+    with torch.no_grad(), policy.adapters.use_adapter("dpo"):
         torch.testing.assert_close(policy.logprobs(TEXTS), other.logprobs(TEXTS))
     assert torch.equal(policy.logprobs(TEXTS), before)
     policy.save(tmp_path / "whole")

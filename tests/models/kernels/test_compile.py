@@ -130,7 +130,7 @@ def test_an_adapter_goes_on_and_off(compiler):
     with torch.no_grad():
         for _ in range(2):
             on, same_on = plain.logprobs(batch), compiled.logprobs(batch)
-            with plain.adapters_off(), compiled.adapters_off():
+            with plain.adapters.disabled(), compiled.adapters.disabled():
                 off, same_off = plain.logprobs(batch), compiled.logprobs(batch)
             assert (on - off).abs().max() > 0.01
             torch.testing.assert_close(same_on, on, atol=1e-5, rtol=0)

@@ -4,6 +4,7 @@ import torch
 from tiny_models import RandomPairs, RandomTexts, ragged_rollout, tiny
 
 from lit_align.batches import Tokens
+from lit_align.models.hidden_states import masked_hidden
 from lit_align.models.kernels.packing import last_places, reading, scored_places
 
 
@@ -53,7 +54,7 @@ def test_hidden_states_are_those_of_the_masked_batch():
     assert policy.packs
     for batch in (ragged_rollout(), RandomTexts().batch(0), RandomPairs().batch(0).texts()):
         real = batch.token_mask
-        expected, found = policy.masked_hidden(batch), policy.hidden(batch)
+        expected, found = masked_hidden(policy.network, batch), policy.hidden(batch)
         torch.testing.assert_close(found[real], expected[real], atol=1e-6, rtol=0)
 
 

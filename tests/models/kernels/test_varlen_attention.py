@@ -6,6 +6,7 @@ from tiny_models import TINY, RandomTexts, ragged_rollout, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_align.algorithms.sft import SFT
+from lit_align.models.hidden_states import masked_hidden
 from lit_align.models.kernels.varlen_attention import NAME, Packed, by_kernel
 from lit_align.models.policy import Policy
 
@@ -21,7 +22,7 @@ def difference(policy: Policy) -> float:
     """The largest of hidden states with padding from those without."""
     batch = ragged_rollout()
     real = batch.token_mask
-    distance = policy.hidden(batch)[real] - policy.masked_hidden(batch)[real]
+    distance = policy.hidden(batch)[real] - masked_hidden(policy.network, batch)[real]
     return float(distance.detach().abs().max())
 
 

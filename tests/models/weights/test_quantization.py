@@ -223,7 +223,7 @@ def test_blocks_that_are_computed_again_have_the_same_gradients(scheme):
 def test_the_base_is_what_remains_when_adapters_are_off(scheme):
     coded = build(scheme())
     stirred = coded.logprobs(TEXTS)
-    with coded.adapters_off():
+    with coded.adapters.disabled():
         base = coded.logprobs(TEXTS)
     assert not torch.equal(base, stirred)
     for name, weight in coded.named_parameters():
@@ -231,7 +231,7 @@ def test_the_base_is_what_remains_when_adapters_are_off(scheme):
             nn.init.zeros_(weight)
     assert torch.equal(coded.logprobs(TEXTS), base)
     whole = twin(coded)
-    with whole.adapters_off():
+    with whole.adapters.disabled():
         assert torch.equal(whole.logprobs(TEXTS), base)
 
 

@@ -1,17 +1,21 @@
 """Sharded networks read their weights from files, each rank its own share."""
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 from rank_equality_cases import fit_three_batches
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, RandomPairs, RandomPrompts, RandomTexts, distance, trainer, weights
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from lit_align.algorithms.dpo import DPO
 from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.hydra_sft import HydraSFT
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.reward_model import RewardModel
 from lit_align.algorithms.rto import RTO
@@ -23,7 +27,8 @@ from lit_align.models.hydra import Hydra
 from lit_align.models.policy import Policy
 from lit_align.models.policy_with_reward_head import TwoHeaded
 from lit_align.models.scalar_head import Scalar
-from lit_align.models.weights.sharded_loading import WeightFiles, weights_later
+from lit_align.models.weights.sharded_loading import WeightFiles
+from lit_align.models.weights.torchao import Int8Weights
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
@@ -145,10 +150,62 @@ def test_shares_of_files_train_as_a_whole_load_does(two_ranks, tmp_path, case):
         assert same == pytest.approx(fingerprint, rel=1e-9)
 
 
+def quantized(folder):
+    """An adapter on int8 codes, which are made of the unsharded weights on each rank."""
+    return dpo(folder, lora=LoRA(rank=2, alpha=4), quantisation=Int8Weights())
+
+
+def new_reward_head(folder):
+    """A language model that gets a reward head with random weights."""
+    path = saved(folder, Policy)
+    return HydraSFT(policy=lambda: TwoHeaded(path), optimizer=adam)
+
+
+LOAD_CASES = {
+    **CASES,
+    "a new reward head on a policy": (new_reward_head, RandomPairs),
+    "quantized": (quantized, RandomPairs),
+}
+
+
+def loaded(folder, case, ranks):
+    """Name -> value of each parameter and buffer before the first step, unsharded."""
+    build, data = LOAD_CASES[case]
+    algorithm, found = build(folder), {}
+
+    def record() -> None:
+        for source in (algorithm.named_parameters, algorithm.named_buffers):
+            for name, tensor in source(remove_duplicate=False):
+                full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                found[name] = full.detach().clone(), tensor.requires_grad
+
+    algorithm.on_fit_start = record
+    torch.manual_seed(0)
+    more = {"devices": ranks, "strategy": "fsdp2"} if ranks > 1 else {}
+    fit = trainer(folder, max_steps=0, limit_val_batches=0, **more)
+    fit.callbacks.clear()
+    fit.fit(algorithm, data(1))
+    return found
+
+
+@pytest.mark.parametrize("case", LOAD_CASES)
+def test_a_sharded_load_equals_a_plain_load(two_ranks, tmp_path, case):
+    if case == "quantized" and find_spec("torchao") is None:
+        pytest.skip("torchao makes the codes")
+    plain = loaded(tmp_path, case, 1)
+    for sharded in two_ranks(loaded, tmp_path, case, 2):
+        assert list(sharded) == list(plain)
+        for name, (tensor, trains) in plain.items():
+            other: Tensor = sharded[name][0]
+            assert (other.dtype, other.device) == (tensor.dtype, tensor.device), name
+            assert torch.equal(other, tensor), name
+            assert sharded[name][1] == trains, name
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_has_memory_before_it_is_sharded(tmp_path, name):
     path = saved(tmp_path, Policy, name)
-    with weights_later():
+    with torch.device("meta"):
         policy = Policy(path, lora=LoRA(rank=2))
         critic = Scalar.on_trunk(Policy(path)) if name != "gpt2" else Scalar(path)
     real = {n for n, weight in policy.network.named_parameters() if not weight.is_meta}
@@ -205,7 +262,7 @@ def test_files_with_names_of_their_own_are_left_to_transformers(tmp_path):
     weights = load_file(f"{path}/model.safetensors")
     weights["model.strange.weight"] = weights.pop("model.norm.weight")
     save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
-    with weights_later(), pytest.raises(ValueError, match="lacks 1 weights"):
+    with torch.device("meta"), pytest.raises(ValueError, match="lacks 1 weights"):
         Policy(path)
 
 
@@ -222,5 +279,5 @@ def test_a_slice_of_a_file_is_read_alone(tmp_path):
 
 def test_networks_are_whole_outside_of_sharded_training(tmp_path):
     policy: Backbone = Policy(saved(tmp_path, Policy))
-    assert policy.files is None
+    assert policy.shard_state.weight_files is None
     assert not any(weight.is_meta for weight in policy.parameters())
