@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_align.algorithms.core.online import OnlineAlgorithm, refuse_single_samples
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
-from lit_align.functional.losses import clipped_surrogate
+from lit_align.functional.losses import clip_fractions, clipped_surrogate
 from lit_align.functional.returns import group_relative
 
 
@@ -64,10 +64,11 @@ class GRPO(OnlineAlgorithm):
         """[n, R]: the clipped surrogate and the KL of each token."""
         known = "logprobs" in batch.fields()
         logprobs = self.policy.logprobs(batch) if known else self.first_look(batch)
-        self.note_clipping(batch, logprobs - batch.logprobs, batch.advantages)
-        loss = clipped_surrogate(
-            logprobs, batch.logprobs, batch.advantages, self.clip_low, self.clip_high
-        )
+        clipping = (batch.logprobs, batch.advantages, self.clip_low, self.clip_high)
+        low, high = clip_fractions(logprobs, *clipping)
+        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
+            self.metrics.add(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
+        loss = clipped_surrogate(logprobs, *clipping)
         loss = loss + self.kl_coef * k3(logprobs, batch.ref_logprobs)
         yield self.each_averaged(loss, batch) if self.per_response else loss
 
@@ -77,14 +78,6 @@ class GRPO(OnlineAlgorithm):
         batch.logprobs = logprobs.detach()
         self.metrics.add_all(self.distances(batch))
         return logprobs
-
-    def note_clipping(self, batch: Experience, log_ratio: Tensor, advantages: Tensor) -> None:
-        """Notes the share of tokens whose ratio left the region on the side that is clipped."""
-        ratio = log_ratio.detach().exp()
-        low = (ratio < 1 - self.clip_low) & (advantages < 0)
-        high = (ratio > 1 + self.clip_high) & (advantages > 0)
-        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
-            self.metrics.add(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
 
     def count(self, batch: Experience) -> Tensor:
         """Responses, if each is averaged by itself; else response tokens."""

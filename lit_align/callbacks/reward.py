@@ -80,13 +80,22 @@ class Reward(Callback):
             name = f"{prefix}rewards/skipped_prompts"
             algorithm.log(name, number, sync_dist=True, reduce_fx="sum")
 
-    def evaluate(
-        self, trainer: Trainer, algorithm: LightningModule, batch: Any, prefix: str
+    def _evaluate(
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, prefix: str | None
     ) -> None:
-        """Scores a batch whose counted rows are measured; skipped rows no longer count."""
+        """Score an evaluation batch and log its counted rows. Skipped rows no longer count.
+
+        Args:
+            trainer: Lightning's.
+            algorithm: Logs the means.
+            batch: Skipped if `Rollout` has not generated responses for it.
+            prefix: Of the names in the log. None: nothing is logged or left out.
+        """
         if not answered(batch):
             return
         scored = self.judge(trainer, batch)
+        if prefix is None:
+            return
         batch.counted = [a and b for a, b in zip(batch.counted, scored, strict=True)]
         for name, (mean, _, number) in self.spread(trainer, batch, batch.counted).items():
             key, rows = f"{prefix}rewards/{name}/mean", int(number)
@@ -107,38 +116,22 @@ class Reward(Callback):
         self.log_skipped(algorithm, batch, scored)
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        algorithm: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, *index: int
     ) -> None:
-        """Scores the held-out answers."""
-        self.evaluate(trainer, algorithm, batch, "val/")
+        """Score the responses to the held-out prompts."""
+        self._evaluate(trainer, algorithm, batch, "val/")
 
     def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        algorithm: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, *index: int
     ) -> None:
-        """Scores the held-out answers."""
-        self.evaluate(trainer, algorithm, batch, "test/")
+        """Score the responses to the held-out prompts."""
+        self._evaluate(trainer, algorithm, batch, "test/")
 
     def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        algorithm: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, *index: int
     ) -> None:
-        """Scores the answers; Lightning logs nothing here."""
-        if answered(batch):
-            self.judge(trainer, batch)
+        """Score the responses. Lightning cannot log here."""
+        self._evaluate(trainer, algorithm, batch, None)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where responses come from."""
+"""Responses of a rollout: sampled, decoded greedily, or drawn from the data set."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.batches import Answer, Experience
-from lit_align.callbacks.offline_rollout import drawn, stored_rows
+from lit_align.errors import UserError
 from lit_align.functional.masks import through_first
 from lit_align.models.generation.decode import Sampling
 
@@ -28,6 +28,8 @@ class Rollout(Callback):
             policy's own, and its gradient is biased (papers' note on ReMax, pitfall 1).
         top_k: Likeliest tokens that may be sampled, 0 for all.
         predict_greedily: `predict` takes the likeliest tokens instead of sampling.
+        predict_samples: Responses that `predict` samples per prompt. Different models get the same
+            noise. Must be 1 with `predict_greedily`.
     """
 
     def __init__(
@@ -36,14 +38,20 @@ class Rollout(Callback):
         top_p: float = 1.0,
         top_k: int = 0,
         predict_greedily: bool = False,
+        predict_samples: int = 1,
     ):
         if max_new_tokens < 1 or not 0 < top_p <= 1 or top_k < 0:
             raise ValueError(
                 f"Rollout needs max_new_tokens >= 1, 0 < top_p <= 1 and top_k >= 0, found "
                 f"{max_new_tokens}, {top_p} and {top_k}."
             )
+        if predict_samples < 1 or (predict_greedily and predict_samples > 1):
+            raise UserError(
+                f"predict_samples must be at least 1, and 1 with predict_greedily, found "
+                f"{predict_samples}. Set --rollout.predict_samples."
+            )
         self.max_new_tokens, self.sampling = max_new_tokens, Sampling(top_k, top_p)
-        self.predict_greedily = predict_greedily
+        self.predict_greedily, self.predict_samples = predict_greedily, predict_samples
 
     def setup(self, trainer: Trainer, algorithm: LightningModule, stage: str) -> None:
         """Refuses algorithms that learn from given answers."""
@@ -83,9 +91,10 @@ class Rollout(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """One answer per prompt, sampled unless `predict_greedily`."""
+        """Generate `predict_samples` responses per prompt, or a greedy one."""
         greedy = int(self.predict_greedily)
-        self.answer(trainer, algorithm, batch, 1 - greedy, greedy, f"predict {batch_idx}")
+        samples = 0 if greedy else self.predict_samples
+        self.answer(trainer, algorithm, batch, samples, greedy, f"predict {batch_idx}")
 
     @torch.no_grad()
     def answer(
@@ -157,3 +166,74 @@ class Rollout(Callback):
     def stops(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> list[int]:
         """Token ids that end an answer: the policy's, the tokenizer's and the template's."""
         return sorted({*algorithm.policy.stop_ids, *trainer.datamodule.stop_ids})
+
+
+def drawn(batch: Experience, number: int, moment: str, rank: int, world: int) -> list[Answer]:
+    """[B * number] answers, a prompt's side by side: each once while there are enough.
+
+    Which ones depends on the seed, the moment and the prompt's place in the batch of all ranks, as
+    a sample's noise does.
+
+    Args:
+        batch: B prompts of this rank, which holds each `world`-th of them all.
+        number: Answers per prompt.
+        moment: What is drawn for.
+        rank: This one.
+        world: Number of ranks.
+    """
+    if not number:
+        return []
+    if "answers" not in batch.fields():
+        raise ValueError(
+            "num_stored asks for answers that come with the data: give `data` the class "
+            "AnsweredPrompts and rows with prompt and completion, or set num_stored to 0."
+        )
+    found: list[Answer] = []
+    for row, answers in enumerate(batch.answers):
+        place = row * world + rank
+        source = random.Random(f"{torch.initial_seed()} {moment} stored {place}")
+        found += several(answers, number, source)
+    return found
+
+
+def several(answers: Sequence[Answer], number: int, source: random.Random) -> list[Answer]:
+    """So many answers in random order, all of them before any comes again."""
+    again, rest = divmod(number, len(answers))
+    rounds = [len(answers)] * again + [rest]
+    return [answer for size in rounds for answer in source.sample(answers, size)]
+
+
+def stored_rows(
+    batch: Experience, answers: Sequence[Answer], room: int, stops: Sequence[int], pad: int
+) -> Experience:
+    """The answers as rows beside sampled ones.
+
+    Args:
+        batch: B prompts.
+        answers: [B * number], a prompt's side by side.
+        room: R, tokens after which an answer is cut.
+        stops: Token ids that end an answer.
+        pad: Token id that stands behind the end.
+    """
+    number = len(answers) // len(batch)
+    rows = batch.repeat(number)
+    said = [as_sampled(answer, room, stops) for answer in answers]
+    padded = [[*answer.tokens, *[pad] * (room - len(answer.tokens))] for answer in said]
+    rows.responses = torch.tensor(padded).to(batch.prompts.device, non_blocking=True)
+    rows.sampling_logprobs = torch.zeros(rows.responses.shape, device=batch.prompts.device)
+    rows.group = [row for row in range(len(batch)) for _ in range(number)]
+    rows.greedy, rows.stored = [False] * len(rows), [True] * len(rows)
+    rows.stored_scores = [answer.score for answer in said]
+    rows.stored_logprobs = [answer.logprob for answer in said]
+    return rows
+
+
+def as_sampled(answer: Answer, room: int, stops: Sequence[int]) -> Answer:
+    """The answer as far as a policy would have got: to its first stop, or to the end of the room.
+
+    Score and log-prob of a whole answer say nothing about a part of it.
+    """
+    ends = [place + 1 for place, token in enumerate(answer.tokens) if token in stops]
+    length = min([room, len(answer.tokens), *ends])
+    whole = length == len(answer.tokens)
+    return answer if whole else Answer(answer.tokens[:length], None, None)

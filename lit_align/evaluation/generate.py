@@ -7,9 +7,9 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.batches import Experience
-from lit_align.callbacks.asking import Asking
 from lit_align.callbacks.response_log import table
 from lit_align.callbacks.reward import Reward
+from lit_align.callbacks.rollout import Rollout
 from lit_align.data.prompts import PromptData
 from lit_align.data.text import load_tokenizer
 from lit_align.evaluation.statistics import Answers
@@ -20,7 +20,7 @@ def answered(
     path: str,
     reference: str,
     data: PromptData,
-    asking: Asking,
+    rollout: Rollout,
     reward: Reward | None,
     temperature: float = 1.0,
     accelerator: str = "auto",
@@ -32,7 +32,7 @@ def answered(
         path: Hub id or folder of the model.
         reference: Of the model that the KL is to.
         data: Whose evaluation rows are asked.
-        asking: How.
+        rollout: Generates `predict_samples` responses per prompt, or a greedy one.
         reward: What scores the answers, if anything does.
         temperature: Of the model, when it answers and when it is scored.
         accelerator: Lightning's word for where to compute.
@@ -40,7 +40,7 @@ def answered(
     """
     check_tokenizer(path, data)
     other = None if path == reference else partial(Policy, reference, temperature=temperature)
-    callbacks: list[Callback] = [asking] if reward is None else [asking, reward]
+    callbacks: list[Callback] = [rollout] if reward is None else [rollout, reward]
     policy = partial(Policy, path, temperature=temperature)
     algorithm = ReMax(policy=policy, reference=other)  # all online algorithms predict alike
     trainer = quiet_trainer(callbacks, accelerator, precision)

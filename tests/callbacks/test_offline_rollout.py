@@ -9,9 +9,8 @@ from tiny_models import RandomAnswers, tiny
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.batches import Answer, Experience
-from lit_align.callbacks.offline_rollout import as_sampled, drawn
 from lit_align.callbacks.response_log import table
-from lit_align.callbacks.rollout import Rollout
+from lit_align.callbacks.rollout import Rollout, as_sampled, drawn
 
 
 class Asking(ReMax):

@@ -144,6 +144,20 @@ def test_predict_samples_unless_it_is_told_not_to(prompts):
     assert torch.equal(answers[1], greedy)
 
 
+def test_predict_samples_several_responses_per_prompt_side_by_side(prompts):
+    batch = copied(prompts)
+    rollout = Rollout(max_new_tokens=6, predict_samples=2)
+    rollout.on_predict_batch_start(fake_trainer(), sampler(), batch, 0)
+    assert batch.group == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.greedy == [False] * 8
+
+
+@pytest.mark.parametrize(("samples", "greedily"), [(0, False), (2, True)])
+def test_predict_samples_is_checked(samples, greedily):
+    with pytest.raises(ValueError, match="predict_samples must be at least 1, and 1 with"):
+        Rollout(predict_samples=samples, predict_greedily=greedily)
+
+
 def test_the_likeliest_of_one_is_the_greedy_token(prompts):
     batch = train(prompts, top_k=1)
     assert batch.responses[:8].tolist() == batch.responses[[8, 8, 9, 9, 10, 10, 11, 11]].tolist()

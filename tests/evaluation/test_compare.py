@@ -93,7 +93,7 @@ EVALUATE = (
     "toy",
     "--data.max_rows",
     "6",
-    "--rollout.num_samples",
+    "--rollout.predict_samples",
     "2",
 )
 
@@ -137,8 +137,8 @@ def test_a_file_of_its_own_is_evaluated_whole_and_greedy_answers_do_not_vary(tmp
     ("more", "message"),
     [
         (("--reward", "null"), "evaluate compares by rewards: add --reward.sources"),
-        (("--rollout.num_samples", "0"), "num_samples must be at least 1"),
-        (("--rollout.predict_greedily", "true"), "1 where answers are greedy: found 2"),
+        (("--rollout.predict_samples", "0"), "predict_samples must be at least 1"),
+        (("--rollout.predict_greedily", "true"), "and 1 with predict_greedily, found 2"),
         (("--data.pth", "x"), "'pth' is not accepted. Did you mean 'path'?"),
     ],
 )

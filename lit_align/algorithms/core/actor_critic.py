@@ -13,7 +13,7 @@ from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.algorithms.core.running_statistics import KLController, RunningScale
 from lit_align.batches import Experience
 from lit_align.functional.kl import k1, k3
-from lit_align.functional.losses import clipped_surrogate, clipped_value
+from lit_align.functional.losses import clip_fractions, clipped_surrogate, clipped_value
 from lit_align.functional.returns import gae, on_last_token
 
 
@@ -137,17 +137,14 @@ class ActorCritic(OnlineAlgorithm):
     def policy_loss(self, batch: Experience, logprobs: Tensor, entropy: Tensor) -> Tensor:
         """[n, R]: the clipped surrogate, with the KL where it belongs in the loss."""
         mask, log_ratio = batch.response_mask, (logprobs - batch.logprobs).detach()
-        ratio = log_ratio.exp()
-        loss = clipped_surrogate(
-            logprobs, batch.logprobs, batch.advantages, self.clip_low, self.clip_high
-        )
-        low = (ratio < 1 - self.clip_low) & (batch.advantages < 0)
-        high = (ratio > 1 + self.clip_high) & (batch.advantages > 0)
+        clipping = (batch.logprobs, batch.advantages, self.clip_low, self.clip_high)
+        loss = clipped_surrogate(logprobs, *clipping)
+        low, high = clip_fractions(logprobs, *clipping)
         self.metrics.add("policy/approxkl_avg", log_ratio.square() / 2, mask)
         self.metrics.add("policy/clipfrac_avg", low | high, mask)
         self.metrics.add("policy/entropy_avg", entropy, mask)
         self.metrics.add("loss/policy_avg", loss, mask)
-        self.metrics.add("val/ratio", ratio, mask)
+        self.metrics.add("val/ratio", log_ratio.exp(), mask)
         if self.kl_in_loss:
             loss = loss + self.kl.coef * k3(logprobs, batch.ref_logprobs)
         return self.each_averaged(loss, batch) if self.per_response else loss
