@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 import transformers
-from compare_predictions import read, summarise
+from compare_predictions import read_predictions, summarize
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.cli.main import main as lit_align
@@ -34,9 +34,9 @@ PAGE = Path("docs/results.md")
 OVERLAY = "docs/examples/stories.yaml"
 PHASES = ("load", "rollout", "score", "prepare", "update")
 MEASURED = 3  # iterations of the runs that count bytes
-LORA = "--model.policy.lora.rank 16 --model.policy.lora.alpha 32"
-VALUED = "--data.batch_size 128 --model.lam 1.0"
-CRITIC = f"{VALUED} --model.critic_lr 2e-3 --model.critic_warmup 2"
+LORA = "--model.policy.lora.r 16 --model.policy.lora.lora_alpha 32"
+VALUED = "--data.batch_size 128 --model.gae_lambda 1.0"
+CRITIC = f"{VALUED} --model.critic_lr 2e-3 --model.critic_warmup_iterations 2"
 HYDRA = f"{LORA} --model.policy.path {{folder}}/hydra_sft/hf --model.optimizer.lr 2e-3"
 
 
@@ -71,15 +71,15 @@ class Run(NamedTuple):
 RUNS = [
     Run("ReMax", "remax"),
     Run("GRPO", "grpo", "--model.kl_coef 0.2"),
-    Run("GRPOVI", "grpovi", "--model.kl_coef 0.2 --model.low -1 --model.high 1"),
+    Run("GRPOVI", "grpovi", "--model.kl_coef 0.2 --model.min_score -1 --model.max_score 1"),
     Run("RLOO", "rloo"),
-    Run("SPR", "spr", "--data PromptData --model.num_stored 0"),
+    Run("SPR", "spr", "--data PromptData --model.num_offline_samples 0"),
     Run("PPO", "ppo", CRITIC),
     Run("RTO", "rto", f"{CRITIC} --model.dpo_adapter {{folder}}/dpo/hf --model.dpo_coef 0.01"),
     Run(
         "PPO",
         "dl_ppo",
-        f"{CRITIC} {LORA} --model.critic.lora.rank 16 --model.critic.lora.alpha 32 "
+        f"{CRITIC} {LORA} --model.critic.lora.r 16 --model.critic.lora.lora_alpha 32 "
         "--model.optimizer.lr 2e-3",
         "dynamic LoRA",
     ),
@@ -137,7 +137,7 @@ class Results:
 
     def answers(self, config: str, name: str, words: str = "") -> list[dict[str, Any]]:
         """What a model answers to prompts that nothing was trained on, with its scores."""
-        return read(self.command("predict", config, name, words) / "predictions.jsonl")
+        return read_predictions(self.command("predict", config, name, words) / "predictions.jsonl")
 
     def prepare(self) -> None:
         """VADER's preferences, and what they train: a DPO adapter and a two-headed model."""
@@ -151,7 +151,7 @@ class Results:
         fit = f"--data.path {pairs} --trainer.max_epochs 1 --trainer.limit_train_batches 1.0"
         fit += " --trainer.limit_val_batches 1.0"
         self.command("fit", "dpo", "dpo", f"{fit} --config lora --model.optimizer.lr 2e-3")
-        self.command("fit", "hydra_sft", "hydra_sft", f"{fit} --model.rm_coef 1.0")
+        self.command("fit", "hydra_sft", "hydra_sft", f"{fit} --model.reward_loss_coef 1.0")
         self.answers("hydra_ppo", "hydra", f"{LORA} --model.policy.path {self.folder}/hydra_sft/hf")
 
     def row(self, run: Run) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Results:
         words = f"{run.words}{self.short}"
         place = self.command("fit", run.config, run.folder, f"{words} --trainer.callbacks+ {CLOCK}")
         after = self.answers(run.config, run.folder, f"{run.words} --ckpt_path last")
-        figures = summarise(read(self.folder / run.start / "predictions.jsonl"), after)
+        figures = summarize(read_predictions(self.folder / run.start / "predictions.jsonl"), after)
         return {
             "title": run.title,
             "seconds": float((place / "seconds.txt").read_text()),

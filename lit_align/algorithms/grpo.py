@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm, refuse_single_samples
+from lit_align.algorithms.core.online import OnlineAlgorithm, check_group_size
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
 from lit_align.functional.losses import clip_fractions, clipped_surrogate
@@ -25,7 +25,7 @@ class GRPO(OnlineAlgorithm):
             token of a long response counts less; otherwise all tokens of a step count the same.
     """
 
-    adjusts_by_policy: bool = False  # `adjust` reads the policy's log-probs
+    shaping_needs_logprobs: bool = False  # `shape_scores` reads the policy's log-probs
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class GRPO(OnlineAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        refuse_single_samples(self, num_samples)
+        check_group_size(self, num_samples)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.clip_low, self.clip_high = clip_low, clip_high
         self.scale, self.per_response = scale, per_response
@@ -48,37 +48,41 @@ class GRPO(OnlineAlgorithm):
 
         Where one update follows, it finds the log-probs of the sampling policy by itself.
         """
-        known_later = self.updates_once and not self.adjusts_by_policy
-        batch = self.compare(batch) if known_later else super().prepare(batch)
+        logprobs_in_update = self.has_single_update and not self.shaping_needs_logprobs
+        batch = self.add_ref_logprobs(batch) if logprobs_in_update else super().prepare(batch)
         scores = batch.scores.view(-1, self.num_samples)
         self.log_equal_groups(batch)
-        credit = group_relative(self.adjust(scores, batch), self.scale)
-        batch.advantages = credit.view(-1, 1).expand_as(batch.response_mask)
+        advantages = group_relative(self.shape_scores(scores, batch), self.scale)
+        batch.advantages = advantages.view(-1, 1).expand_as(batch.response_mask)
         return batch
 
-    def adjust(self, scores: Tensor, batch: Experience) -> Tensor:
+    def shape_scores(self, scores: Tensor, batch: Experience) -> Tensor:
         """[B, G] -> [B, G]: the scores that advantages are made of. GRPOVI overrides this."""
         return scores
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """[n, R]: the clipped surrogate and the KL of each token."""
-        known = "logprobs" in batch.fields()
-        logprobs = self.policy.logprobs(batch) if known else self.first_look(batch)
+        has_logprobs = "logprobs" in batch.fields()
+        logprobs = self.policy.logprobs(batch) if has_logprobs else self.on_policy_logprobs(batch)
         clipping = (batch.logprobs, batch.advantages, self.clip_low, self.clip_high)
-        low, high = clip_fractions(logprobs, *clipping)
-        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
+        is_clipped_low, is_clipped_high = clip_fractions(logprobs, *clipping)
+        for name, clipped in (
+            ("low", is_clipped_low),
+            ("high", is_clipped_high),
+            ("region", is_clipped_low | is_clipped_high),
+        ):
             self.metrics.add(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
         loss = clipped_surrogate(logprobs, *clipping)
         loss = loss + self.kl_coef * k3(logprobs, batch.ref_logprobs)
-        yield self.each_averaged(loss, batch) if self.per_response else loss
+        yield self.mean_per_response(loss, batch) if self.per_response else loss
 
-    def first_look(self, batch: Experience) -> Tensor:
+    def on_policy_logprobs(self, batch: Experience) -> Tensor:
         """[n, R] nats: log-probs, which are the sampling policy's, too; notes what is logged."""
-        logprobs, batch.entropy = self.policy.score(batch)
+        logprobs, batch.entropy = self.policy.logprobs_and_entropy(batch)
         batch.logprobs = logprobs.detach()
-        self.metrics.add_all(self.distances(batch))
+        self.metrics.add_all(self.policy_metrics(batch))
         return logprobs
 
-    def count(self, batch: Experience) -> Tensor:
+    def loss_denominator(self, batch: Experience) -> Tensor:
         """Responses, if each is averaged by itself; else response tokens."""
-        return self.num_responses(batch) if self.per_response else super().count(batch)
+        return self.num_responses(batch) if self.per_response else super().loss_denominator(batch)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.functional.kl import k1
 from lit_align.functional.returns import rewards_to_go
 
@@ -26,7 +27,7 @@ class ReMax(OnlineAlgorithm):
         per_token: Average over response tokens as the released code does, not over responses.
     """
 
-    greedy_baseline = True
+    uses_greedy_baseline = True
 
     def __init__(
         self,
@@ -40,41 +41,41 @@ class ReMax(OnlineAlgorithm):
     ):
         super().__init__(**kwargs)
         if num_samples < 1:
-            raise ValueError(f"ReMax needs num_samples of at least 1, found {num_samples}.")
-        if self.epochs > 1 or self.minibatch_size is not None:
-            raise ValueError(
+            raise UserError(f"ReMax needs num_samples of at least 1, found {num_samples}.")
+        if self.update_epochs > 1 or self.minibatch_size is not None:
+            raise UserError(
                 "ReMax takes one step per rollout, since it has no importance ratio: leave out "
-                "epochs and minibatch_size, and set data.batch_size to what one step should see."
+                "update_epochs and minibatch_size, and set data.batch_size to one step's prompts."
             )
         self.kl_coef, self.kl_to_go, self.num_samples = kl_coef, kl_to_go, num_samples
         self.gamma, self.advantage_clip, self.per_token = gamma, advantage_clip, per_token
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `advantages`: the score above the greedy one, less the price of the KL."""
-        baseline = batch.rows([row for row, greedy in enumerate(batch.greedy) if greedy]).scores
-        batch = batch.rows([row for row, greedy in enumerate(batch.greedy) if not greedy])
+        baseline = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if greedy]).scores
+        batch = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if not greedy])
         batch = super().prepare(batch)
-        lead = batch.scores - baseline.repeat_interleave(self.num_samples)
-        self.metrics.add("frac_advantage_zero", lead == 0, batch.response_mask.any(-1))
-        batch.advantages = self.credit(batch, lead)
+        advantage = batch.scores - baseline.repeat_interleave(self.num_samples)
+        self.metrics.add("frac_reward_zero_std", advantage == 0, batch.response_mask.any(-1))
+        batch.advantages = self.token_advantages(batch, advantage)
         return batch
 
-    def credit(self, batch: Experience, lead: Tensor) -> Tensor:
-        """[N, R]: gamma^(T-t+1) lead - beta k_t; with kl_to_go, k summed from t on."""
+    def token_advantages(self, batch: Experience, advantage: Tensor) -> Tensor:
+        """[N, R]: gamma^(T-t+1) advantage - beta k_t; with kl_to_go, k summed from t on."""
         mask = batch.response_mask
         if self.advantage_clip is not None:
-            lead = lead.clamp(-self.advantage_clip, self.advantage_clip)
+            advantage = advantage.clamp(-self.advantage_clip, self.advantage_clip)
         tokens_left = mask.flip(-1).cumsum(-1).flip(-1)  # T - t + 1
-        price = k1(batch.logprobs, batch.ref_logprobs)
+        kl_penalty = k1(batch.logprobs, batch.ref_logprobs)
         if self.kl_to_go:
-            price = rewards_to_go(price, mask)
-        credit = self.gamma**tokens_left * lead.unsqueeze(-1) - self.kl_coef * price
-        return credit.where(mask, 0.0)
+            kl_penalty = rewards_to_go(kl_penalty, mask)
+        advantages = self.gamma**tokens_left * advantage.unsqueeze(-1) - self.kl_coef * kl_penalty
+        return advantages.where(mask, 0.0)
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """[n, R]: the score function times its credit (papers' Algorithm 1)."""
         yield -batch.advantages * self.policy.logprobs(batch)
 
-    def count(self, batch: Experience) -> Tensor:
+    def loss_denominator(self, batch: Experience) -> Tensor:
         """Responses, so that a loss is summed over tokens; or response tokens."""
-        return super().count(batch) if self.per_token else self.num_responses(batch)
+        return super().loss_denominator(batch) if self.per_token else self.num_responses(batch)

@@ -5,15 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.reference_model import same_vocabulary
+from lit_align.algorithms.core.reference_model import check_same_vocabulary
 from lit_align.algorithms.ppo import PPO
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.functional.returns import dpo_token_rewards
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
-from lit_align.models.roles import Role, whole
+from lit_align.models.roles import Role, single_head_role
 
-DPO = "dpo"  # the adapter's name, and the role's
+DPO_ROLE = "dpo"  # the adapter's name, and the role's
 
 
 class RTO(PPO):
@@ -52,14 +53,14 @@ class RTO(PPO):
     ):
         super().__init__(kl_coef=kl_coef, per_response=per_response, **kwargs)
         if dpo_coef and (dpo_adapter is None) == (dpo is None):
-            raise ValueError(
+            raise UserError(
                 "RTO rewards tokens by one DPO model: give dpo_adapter (an adapter on the policy's "
                 "base; then --model.dpo null) or dpo (a model of its own), or dpo_coef 0 for PPO."
             )
         if dpo_reference is not None and dpo is None:
-            raise ValueError("dpo_reference belongs to dpo: an adapter's reference is its base.")
+            raise UserError("dpo_reference belongs to dpo: an adapter's reference is its base.")
         if dpo_clip is not None and not dpo_clip > 0:
-            raise ValueError(f"dpo_clip is a bound above 0, found {dpo_clip}: leave it out.")
+            raise UserError(f"dpo_clip is a bound above 0, found {dpo_clip}: leave it out.")
         self.dpo_adapter, self.build_dpo, self.build_dpo_reference = dpo_adapter, dpo, dpo_reference
         self.dpo_coef, self.dpo_clip, self.score_coef = dpo_coef, dpo_clip, score_coef
 
@@ -72,41 +73,48 @@ class RTO(PPO):
         assert isinstance(policy, Policy)
         if self.dpo_adapter is not None:
             base = networks.get("reference", policy)
-            base.adapters.load_frozen_adapter(self.dpo_adapter, DPO)
-        for role, build in ((DPO, self.build_dpo), ("dpo_reference", self.build_dpo_reference)):
+            base.adapters.load_frozen_adapter(self.dpo_adapter, DPO_ROLE)
+        for role, build in (
+            (DPO_ROLE, self.build_dpo),
+            ("dpo_reference", self.build_dpo_reference),
+        ):
             if build is not None:
                 network = build().requires_grad_(False).eval()
-                same_vocabulary(role, network, policy)
+                check_same_vocabulary(role, network, policy)
                 network.set_temperature(policy.temperature)
                 networks[role] = network
         return networks
 
-    def cast(self) -> list[Role]:
+    def all_roles(self) -> list[Role]:
         """Adds the DPO model and its reference."""
-        roles = super().cast()
-        if hasattr(self, DPO):
-            roles.append(whole(DPO, self.dpo))
+        roles = super().all_roles()
+        if hasattr(self, DPO_ROLE):
+            roles.append(single_head_role(DPO_ROLE, self.dpo))
         elif self.dpo_coef:
-            roles.append(whole(DPO, self.reference_model.network, DPO))
+            roles.append(single_head_role(DPO_ROLE, self.reference_model.network, DPO_ROLE))
         if hasattr(self, "dpo_reference"):
-            roles.append(whole("dpo_reference", self.dpo_reference))
+            roles.append(single_head_role("dpo_reference", self.dpo_reference))
         return roles
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `dpo_logprobs`, and `dpo_ref_logprobs` where they are not the reference's."""
         if self.dpo_coef:
-            (batch.dpo_logprobs,) = self.in_parts(batch, lambda part: (self.dpo_logprobs(part),))
+            (batch.dpo_logprobs,) = self.map_microbatches(
+                batch, lambda microbatch: (self.dpo_logprobs(microbatch),)
+            )
         if hasattr(self, "dpo_reference"):
             score = self.dpo_reference.logprobs
-            (batch.dpo_ref_logprobs,) = self.in_parts(batch, lambda part: (score(part),))
+            (batch.dpo_ref_logprobs,) = self.map_microbatches(
+                batch, lambda microbatch: (score(microbatch),)
+            )
         return super().prepare(batch)
 
     def dpo_logprobs(self, batch: Experience) -> Tensor:
         """[n, r] nats under the DPO model."""
-        if hasattr(self, DPO):
+        if hasattr(self, DPO_ROLE):
             return self.dpo.logprobs(batch)
         network = self.reference_model.network
-        with network.adapters.use_adapter(DPO):
+        with network.adapters.use_adapter(DPO_ROLE):
             return network.logprobs(batch)
 
     def token_rewards(self, batch: Experience) -> Tensor:
@@ -114,15 +122,15 @@ class RTO(PPO):
         rewards = super().token_rewards(batch)
         if not self.dpo_coef:
             return rewards
-        apart = "dpo_ref_logprobs" in batch.fields()
-        reference = batch.dpo_ref_logprobs if apart else batch.ref_logprobs
+        has_own_reference = "dpo_ref_logprobs" in batch.fields()
+        reference = batch.dpo_ref_logprobs if has_own_reference else batch.ref_logprobs
         mask, settings = batch.response_mask, (self.dpo_coef, self.dpo_clip)
-        dense = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
-        whole_ratio = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
-        self.metrics.add("rto/dpo_reward", dense.sum(-1), mask.any(-1))
-        self.metrics.add("rto/dpo_clipped", dense != whole_ratio, mask)
-        return rewards + dense
+        dpo_rewards = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
+        unclipped_rewards = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
+        self.metrics.add("rto/dpo_reward", dpo_rewards.sum(-1), mask.any(-1))
+        self.metrics.add("rto/dpo_clipped", dpo_rewards != unclipped_rewards, mask)
+        return rewards + dpo_rewards
 
-    def final_scores(self, batch: Experience) -> Tensor:
+    def shape_scores(self, batch: Experience) -> Tensor:
         """[N]: PPO's, times beta_3."""
-        return self.score_coef * super().final_scores(batch)
+        return self.score_coef * super().shape_scores(batch)

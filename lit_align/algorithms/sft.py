@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.metrics import Means
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models.policy import Policy
 
 
@@ -25,18 +25,22 @@ class SFT(Algorithm):
         super().__init__(**kwargs)
         self.build_policy = policy
 
-    def losses(self, batch: Tokens) -> Iterator[Tensor]:
+    def losses(self, batch: TextBatch) -> Iterator[Tensor]:
         """[n, T-1] nats."""
-        logprobs, entropy = self.policy.score(batch)
-        self.metrics.add("entropy", entropy, batch.scored)
+        logprobs, entropy = self.policy.logprobs_and_entropy(batch)
+        self.metrics.add("entropy", entropy, batch.loss_mask)
         yield -logprobs
 
     @torch.no_grad()
-    def validation_step(self, batch: Tokens, batch_idx: int) -> None:
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Adds the batch to perplexity and token accuracy."""
         mask = batch.response_mask
-        nll, hits = self.in_parts(
-            batch, lambda part: (-self.policy.logprobs(part), self.policy.hits(part).float())
+        nll, hits = self.map_microbatches(
+            batch,
+            lambda microbatch: (
+                -self.policy.logprobs(microbatch),
+                self.policy.top1_correct(microbatch).float(),
+            ),
         )
         self.metrics.add_eval(batch, loss=(nll, mask), mean_token_accuracy=(hits, mask))
 

@@ -5,11 +5,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_align.batches import Experience, Tokens
-from lit_align.models.kernels.packing import reading
+from lit_align.batches import Experience, TextBatch
+from lit_align.models.kernels.packing import pack
 
 
-def packed_hidden(network: PreTrainedModel, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+def packed_hidden_states(
+    network: PreTrainedModel, batch: Experience | TextBatch
+) -> tuple[Tensor, Tensor]:
     """Compute the hidden states of all texts in one row of t tokens, without padding.
 
     Args:
@@ -19,18 +21,18 @@ def packed_hidden(network: PreTrainedModel, batch: Experience | Tokens) -> tuple
     Returns:
         The hidden states [t, H], and the index [N * T] of the batch's tokens in them.
     """
-    read = reading(batch)
+    packed = pack(batch)
     hidden = last_hidden(
         network,
-        input_ids=read.tokens,
-        position_ids=read.positions,
-        attention_mask=read.packed.as_mask,
-        packed=read.packed,
+        input_ids=packed.tokens,
+        position_ids=packed.positions,
+        attention_mask=packed.packed.as_attention_mask,
+        packed=packed.packed,
     )
-    return hidden.squeeze(0), read.back
+    return hidden.squeeze(0), packed.unpack_index
 
 
-def masked_hidden(network: PreTrainedModel, batch: Experience | Tokens) -> Tensor:
+def padded_hidden_states(network: PreTrainedModel, batch: Experience | TextBatch) -> Tensor:
     """Return the hidden states [N, T, H] of padded texts; the padding may be anywhere.
 
     Args:

@@ -75,9 +75,9 @@ def test_grpo_adds_the_kl_to_the_loss():
 
 def test_counts():
     batch = Experience(response_mask=torch.tensor([[True, True], [False, False], [True, False]]))
-    assert GRPO(policy=tiny).count(batch) == 2
-    assert GRPO(policy=tiny, per_response=False).count(batch) == 3
-    assert RLOO(policy=tiny).count(batch) == 2
+    assert GRPO(policy=tiny).loss_denominator(batch) == 2
+    assert GRPO(policy=tiny, per_response=False).loss_denominator(batch) == 3
+    assert RLOO(policy=tiny).loss_denominator(batch) == 2
 
 
 @pytest.mark.parametrize("kind", [GRPO, RLOO])
@@ -149,7 +149,7 @@ def test_the_ratio_is_one_at_the_first_step(run, kind):
             self.same = [*getattr(self, "same", []), same]
             yield from super().losses(batch)
 
-    algorithm = Spy(policy=tiny, epochs=2)
+    algorithm = Spy(policy=tiny, update_epochs=2)
     logged = run(algorithm, num_batches=1).callback_metrics
     assert algorithm.same == [True, False]
     assert "frac_reward_zero_std" in logged
@@ -162,7 +162,7 @@ def test_micro_batches_do_not_change_the_result(run, kind):
         algorithm = kind(
             policy=tiny,
             num_samples=2,
-            epochs=2,
+            update_epochs=2,
             minibatch_size=4,
             microbatch_tokens=size,
             optimizer=lambda p: SGD(p, lr=0.1),
@@ -182,7 +182,7 @@ def test_one_update_per_rollout_scores_the_policy_once(run):
     """Weights and metrics are those of a run that scores it before the update as well."""
 
     class Twice(GRPO):
-        adjusts_by_policy = True
+        shaping_needs_logprobs = True
 
     results = []
     for kind in (GRPO, Twice):

@@ -28,13 +28,13 @@ from lit_align.algorithms.core.phases import PhaseListener, run_phase
 from lit_align.algorithms.core.reference_model import ReferenceModel
 from lit_align.algorithms.core.schedule import lr_fraction
 from lit_align.algorithms.core.trainer_checks import check_trainer, find_unused_parameters
-from lit_align.batches import AnyBatch, microbatches
+from lit_align.batches import AnyBatch, microbatch_indices
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
 from lit_align.models.parallel.sharding import Sharding, reshard
 from lit_align.models.policy import Policy
-from lit_align.models.roles import Role, whole
-from lit_align.models.weights.state_dict_check import check_fit, shapes
+from lit_align.models.roles import Role, single_head_role
+from lit_align.models.weights.state_dict_check import check_state_dict, weight_shapes
 
 Network = TypeVar("Network", bound=Backbone)
 
@@ -48,13 +48,13 @@ class Algorithm(LightningModule):
 
     Args:
         optimizer: Optimizer class and settings.
-        warmup: Share of the run over which the learning rate rises from 0.
-        final_lr: Share of the learning rate left at the end of its cosine decay, 1 for no decay.
+        warmup_ratio: Share of the run over which the learning rate rises from 0.
+        final_lr_ratio: Share of the learning rate left at the end of its cosine decay, 1 for none.
         microbatch_tokens: Padded tokens per forward pass. Changes memory, never the result.
         max_grad_norm: Longest gradient of a role that is not scaled down.
     """
 
-    several_losses: bool = False  # `losses` yields more than once: DDP must look for idle weights
+    has_multiple_losses: bool = False  # DDP must look for unused weights
     trained_roles: tuple[str, ...] = ("policy",)  # networks that train; each is an attribute
     build_policy: Callable[[], Policy]
     reference_model: ReferenceModel | None = None  # of algorithms that stay near a reference
@@ -64,8 +64,8 @@ class Algorithm(LightningModule):
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         ),
-        warmup: float = 0.0,
-        final_lr: float = 1.0,
+        warmup_ratio: float = 0.0,
+        final_lr_ratio: float = 1.0,
         microbatch_tokens: int = 8192,
         max_grad_norm: float = 1.0,
     ):
@@ -73,14 +73,14 @@ class Algorithm(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in a checkpoint
         self.build_optimizer = optimizer
-        self.warmup, self.final_lr = warmup, final_lr
+        self.warmup_ratio, self.final_lr_ratio = warmup_ratio, final_lr_ratio
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
-        self.unverified: list[Backbone] = []  # networks whose weights came after they were built
-        self.own_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
+        self.to_verify: list[Backbone] = []  # networks whose weights came after they were built
+        self.role_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
         self.metrics = MetricAccumulator()
         self.phase_listeners: list[PhaseListener] = []
         self.finite_rows: list[FiniteRows] = []  # one per micro-batch of the optimizer step
-        self.norms: dict[str, Tensor] = {}  # gradient norms before clipping, by role
+        self.grad_norms: dict[str, Tensor] = {}  # gradient norms before clipping, by role
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
     # What an algorithm says ---------------------------------------------------------------------
@@ -107,17 +107,17 @@ class Algorithm(LightningModule):
         """Add what is constant during the update, such as a reference's log-probs."""
         return batch
 
-    def count(self, batch: AnyBatch) -> Tensor:
+    def loss_denominator(self, batch: AnyBatch) -> Tensor:
         """Return what the summed loss is divided by, on this rank: response tokens by default."""
-        return batch.scored.sum()
+        return batch.loss_mask.sum()
 
-    def trained_in(self, role: str) -> list[nn.Parameter]:
+    def trainable_weights(self, role: str) -> list[nn.Parameter]:
         """What trains in a role; roles on one network share it out by name."""
         return [weight for weight in self.roles[role].parameters() if weight.requires_grad]
 
-    def cast(self) -> list[Role]:
+    def all_roles(self) -> list[Role]:
         """Return all roles, frozen ones too, for the table at the start."""
-        roles = [whole(role, network) for role, network in self.roles.items()]
+        roles = [single_head_role(role, network) for role, network in self.roles.items()]
         return roles if self.reference_model is None else [*roles, self.reference_model.role()]
 
     # What the base does -------------------------------------------------------------------------
@@ -127,21 +127,23 @@ class Algorithm(LightningModule):
         if hasattr(self, self.trained_roles[0]):
             return
         with self.phase("load"):
-            networks = {role: self.placed(network) for role, network in self.build().items()}
+            networks = {
+                role: self.shard_for_strategy(network) for role, network in self.build().items()
+            }
             for role, network in networks.items():
                 setattr(self, role, network)
             if self.reference_model is not None:
                 self.reference_model.register(networks, trained=self.roles)
 
-    def placed(self, network: Network) -> Network:
+    def shard_for_strategy(self, network: Network) -> Network:
         """A role's network as the strategy has it: split over the ranks, or as it is."""
         if self.device_mesh is None:
             return network
         strategy = self.trainer.strategy
         if network.shard_state.weight_files is not None:
-            self.unverified.append(network)
-        how = strategy.sharding if isinstance(strategy, FSDP2) else Sharding()
-        network.shard(self.device_mesh, how)
+            self.to_verify.append(network)
+        sharding = strategy.sharding if isinstance(strategy, FSDP2) else Sharding()
+        network.shard(self.device_mesh, sharding)
         return network
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -154,23 +156,29 @@ class Algorithm(LightningModule):
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
         """Take one step on the summed loss over the count; return the loss and gradient norms."""
-        world = self.trainer.world_size
-        share = world / self.over_ranks(self.count(batch).float()).clamp(min=1.0)
-        plan = self.plan(batch)
-        summed, self.finite_rows = share.new_zeros(()), []
-        for number, rows in enumerate(plan, start=1):
-            part = batch.rows(rows).trim()
-            self.synchronise(number == len(plan))
-            for loss in self.losses(part):
-                scored = part.scored if loss.ndim == part.scored.ndim else part.scored.any(-1)
-                each = torch.where(scored, loss, 0.0)
-                self.record_finite_rows(part, rows, each)
-                total = each.sum() * share
-                self.manual_backward(total)
-                summed += total.detach()
-        return {"loss": self.over_ranks(summed) / world, **self.step()}
+        world_size = self.trainer.world_size
+        loss_scale = world_size / self.sum_over_ranks(self.loss_denominator(batch).float()).clamp(
+            min=1.0
+        )
+        row_groups = self.split_microbatches(batch)
+        total_loss, self.finite_rows = loss_scale.new_zeros(()), []
+        for number, rows in enumerate(row_groups, start=1):
+            microbatch = batch.rows(rows).trim_padding()
+            self.set_gradient_sync(number == len(row_groups))
+            for loss in self.losses(microbatch):
+                loss_mask = (
+                    microbatch.loss_mask
+                    if loss.ndim == microbatch.loss_mask.ndim
+                    else microbatch.loss_mask.any(-1)
+                )
+                token_losses = torch.where(loss_mask, loss, 0.0)
+                self.record_finite_rows(microbatch, rows, token_losses)
+                microbatch_loss = token_losses.sum() * loss_scale
+                self.manual_backward(microbatch_loss)
+                total_loss += microbatch_loss.detach()
+        return {"loss": self.sum_over_ranks(total_loss) / world_size, **self.step()}
 
-    def over_ranks(self, value: Tensor) -> Tensor:
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all ranks."""
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
@@ -183,44 +191,47 @@ class Algorithm(LightningModule):
         finite = losses.detach().isfinite().view(len(rows), -1).all(-1)
         self.finite_rows.append(FiniteRows(rows, batch.columns, finite))
 
-    def synchronise(self, last: bool) -> None:
+    def set_gradient_sync(self, is_last: bool) -> None:
         """Average gradients over the ranks in the last backward of a step, not before."""
-        sync_gradients(self.roles.values(), self.trainer.strategy.model, last)
+        sync_gradients(self.roles.values(), self.trainer.strategy.model, is_last)
 
     def step(self) -> dict[str, Tensor]:
         """Clip each role, take one optimizer step, and return the gradient norms before it."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
-        self.norms = clip_by_role(optimizer.param_groups, self.max_grad_norm)
+        self.grad_norms = clip_by_role(optimizer.param_groups, self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return self.norms
+        return self.grad_norms
 
-    def plan(self, batch: AnyBatch) -> list[list[int]]:
+    def split_microbatches(self, batch: AnyBatch) -> list[list[int]]:
         """Return the rows of each micro-batch. All ranks have the same number of micro-batches."""
         if self.trainer.world_size == 1:
-            return microbatches(batch.lengths, self.microbatch_tokens)
+            return microbatch_indices(batch.lengths, self.microbatch_tokens)
         return split_on_all_ranks(batch.lengths, self.microbatch_tokens, self.trainer.strategy)
 
-    def in_parts(self, batch: AnyBatch, compute: Compute) -> list[Tensor]:
+    def map_microbatches(self, batch: AnyBatch, compute: Compute) -> list[Tensor]:
         """Return the results of `compute` for each micro-batch, in the batch's order and width.
 
         Args:
             batch: N rows.
             compute: Function of a micro-batch that returns tensors [n, r] or [n].
         """
-        plan, width = self.plan(batch), batch.scored.shape[-1]
-        parts = [compute(batch.rows(rows).trim()) for rows in plan]
-        return [join_microbatches(results, plan, width) for results in zip(*parts, strict=True)]
+        row_groups, width = self.split_microbatches(batch), batch.loss_mask.shape[-1]
+        results_by_microbatch = [compute(batch.rows(rows).trim_padding()) for rows in row_groups]
+        return [
+            join_microbatches(results, row_groups, width)
+            for results in zip(*results_by_microbatch, strict=True)
+        ]
 
     # Lightning's hooks --------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Verify the networks that had no weights when they were built."""
-        while self.unverified:
-            network = self.unverified.pop()
+        while self.to_verify:
+            network = self.to_verify.pop()
             with self.trainer.precision_plugin.forward_context():
-                network.verify()
+                network.verify_weights()
             reshard(network)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
@@ -233,7 +244,7 @@ class Algorithm(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse unsupported trainer settings, and tell DDP of losses that skip some weights."""
         check_trainer(self.trainer)
-        if self.several_losses:
+        if self.has_multiple_losses:
             find_unused_parameters(self.trainer.strategy)
 
     def configure_optimizers(self) -> Optimizer:
@@ -241,7 +252,9 @@ class Algorithm(LightningModule):
         for network in self.roles.values():
             reshard(network)  # a validation before this may have left weights unsharded
         groups = [
-            role_group(role, network, self.trained_in(role), self.max_grad_norm, self.own_lr)
+            role_group(
+                role, network, self.trainable_weights(role), self.max_grad_norm, self.role_lr
+            )
             for role, network in self.roles.items()
         ]
         optimizer = self.build_optimizer(groups)
@@ -252,15 +265,15 @@ class Algorithm(LightningModule):
         """Set the learning rates of this iteration (`schedule.py` says why it is no scheduler)."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
-        share = self.lr_share(self.iteration)
+        factor = self.lr_factor(self.iteration)
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rates[group["role"]] * share
+            group["lr"] = self.learning_rates[group["role"]] * factor
         self.log("lr", optimizer.param_groups[0]["lr"])
 
-    def lr_share(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
         """The learning rate at a Lightning batch, as a share of the configured one."""
         steps = self.trainer.estimated_stepping_batches
-        return lr_fraction(step, steps, self.warmup, self.final_lr)
+        return lr_fraction(step, steps, self.warmup_ratio, self.final_lr_ratio)
 
     def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
         """Log the last step's metrics and the means of the iteration, and count the iteration."""
@@ -297,6 +310,6 @@ class Algorithm(LightningModule):
         if self.trainer.training:
             check_algorithm(checkpoint, type(self).__name__)
         if checkpoint.get("state_dict"):  # `FSDP2` looks at a sharded checkpoint's itself
-            check_fit(self, shapes(checkpoint["state_dict"]))
+            check_state_dict(self, weight_shapes(checkpoint["state_dict"]))
         if self.trainer.training and self.reference_model is not None:
             self.reference_model.check_fingerprint(checkpoint)

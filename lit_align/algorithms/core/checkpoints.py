@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_align.errors import UserError
+
 
 def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict without frozen weights, which are loaded from their path again.
@@ -20,7 +22,7 @@ def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 def check_algorithm(checkpoint: dict[str, Any], name: str) -> None:
     """Refuse to resume the checkpoint of another algorithm than `name`."""
     if checkpoint["algorithm"] != name:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint is of a {checkpoint['algorithm']} run and cannot go on as {name}; "
             f"to start from its weights, give the path of its exported `hf` folder."
         )

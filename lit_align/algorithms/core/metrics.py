@@ -71,14 +71,14 @@ class MetricAccumulator:
         """Add one evaluation batch.
 
         Args:
-            batch: Rows with `counted` False only complete the ranks' last batch and are left out.
+            batch: Rows with `is_new` False only complete the ranks' last batch and are left out.
             **means: (values, mask or weights) by name, each [n, R] or [n].
         """
         for name, (values, weights) in means.items():
             if name not in self.eval_means:  # float32 also where the weights are bf16
                 metric = MeanMetric().to(values.device).set_dtype(torch.float32)
                 self.eval_means[name] = metric
-            counted = torch.tensor(batch.counted, device=values.device)
+            counted = torch.tensor(batch.is_new, device=values.device)
             rows = counted.view(-1, *[1] * (weights.ndim - 1))
             kept = values.float().where(weights > 0, 0.0)
             self.eval_means[name].update(kept, (weights * rows).float())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_align.batches import microbatches
+from lit_align.batches import microbatch_indices
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.sharding import synchronise
 
@@ -26,10 +26,10 @@ def split_on_all_ranks(
         max_tokens: Padded tokens of a micro-batch.
         strategy: Lightning's, which knows the ranks.
     """
-    rows = microbatches(lengths, max_tokens)
+    rows = microbatch_indices(lengths, max_tokens)
     number = torch.tensor(len(rows), device=strategy.root_device)
     most = strategy.reduce(number, reduce_op="max")
-    return microbatches(lengths, max_tokens, at_least=int(most))
+    return microbatch_indices(lengths, max_tokens, min_microbatches=int(most))
 
 
 def join_microbatches(parts: Iterable[Tensor], rows: list[list[int]], width: int) -> Tensor:

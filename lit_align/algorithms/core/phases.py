@@ -8,16 +8,17 @@ from typing import Protocol
 
 import torch
 
-LIGHTER = "or train adapters (--config lora), or shard over more GPUs (--config fsdp)."
-ADVICE = {  # what to change when memory runs out, by phase
-    "load": f"Out of memory in phase load: set --model.policy.dtype bfloat16, {LIGHTER}",
+LESS_MEMORY = "or train adapters (--config lora), or shard over more GPUs (--config fsdp)."
+OUT_OF_MEMORY_ADVICE = {  # what to change when memory runs out, by phase
+    "load": f"Out of memory in phase load: set --model.policy.dtype bfloat16, {LESS_MEMORY}",
     "rollout": "Out of memory in phase rollout: lower --data.batch_size, --model.num_samples or "
     "--rollout.max_new_tokens.",
-    "score": "Out of memory in phase score: lower --reward.sources.tokens_per_pass, take a smaller "
+    "score": "Out of memory in phase score: lower --reward.functions.tokens_per_pass, "
+    "take a smaller "
     "reward model, or --data.batch_size.",
-    "prepare": f"Out of memory in phase prepare: lower --model.microbatch_tokens, {LIGHTER}",
+    "prepare": f"Out of memory in phase prepare: lower --model.microbatch_tokens, {LESS_MEMORY}",
     "update": "Out of memory in phase update: lower --model.microbatch_tokens, set "
-    "--model.policy.checkpointing true, or train adapters (--config lora).",
+    "--model.policy.activation_checkpointing true, or train adapters (--config lora).",
 }
 
 
@@ -44,6 +45,6 @@ def run_phase(name: str, listeners: Iterable[PhaseListener]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{ADVICE[name]} {error}") from error
+        raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY_ADVICE[name]} {error}") from error
     for listener in listeners:
         listener.end(name)

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.batches import Experience, Tokens
+from lit_align.batches import Experience, TextBatch
+from lit_align.errors import UserError
 from lit_align.models.backbone import Backbone
 from lit_align.models.kernels.compile import compile_blocks
-from lit_align.models.parallel.offload import Turns
+from lit_align.models.parallel.offload import ExclusiveOffload
 from lit_align.models.policy import Policy
-from lit_align.models.roles import Role, whole
+from lit_align.models.roles import Role, single_head_role
 
 
 class ReferenceModel:
@@ -37,7 +38,7 @@ class ReferenceModel:
     ):
         self.build_network = build_network
         self.offload_frozen = offload_frozen
-        self.offloaded = Turns([])  # frozen networks, on the device while they are used
+        self.offloaded = ExclusiveOffload([])  # frozen networks, on the device while they are used
         self.fingerprint = 0.0  # sum over the frozen weights of all roles
 
     def build(self, policy: Policy) -> dict[str, Backbone]:
@@ -49,8 +50,8 @@ class ReferenceModel:
         self.network = policy
         if self.build_network is None and policy.adapted is not None:
             return {}
-        reference = self.build_network() if self.build_network else copied(policy)
-        same_vocabulary("reference", reference, policy)
+        reference = self.build_network() if self.build_network else copy_policy(policy)
+        check_same_vocabulary("reference", reference, policy)
         reference.set_temperature(policy.temperature)  # both distributions of the KL have the same
         self.network = reference.requires_grad_(False).eval()
         return {"reference": self.network}
@@ -64,44 +65,43 @@ class ReferenceModel:
         """
         self.fingerprint = sum(network.fingerprint for network in networks.values())
         frozen = [network for role, network in networks.items() if role not in set(trained)]
-        self.offloaded = Turns(frozen if self.offload_frozen else [])
+        self.offloaded = ExclusiveOffload(frozen if self.offload_frozen else [])
 
     def offload(self) -> None:
         """Move all frozen networks to the CPU. The update does not need them."""
-        self.offloaded.come(None)
+        self.offloaded.offload_all()
 
-    def logprobs(self, batch: Experience | Tokens) -> Tensor:
+    def logprobs(self, batch: Experience | TextBatch) -> Tensor:
         """Return the log-prob of each response token, [n, r] nats."""
         with self.network.adapters.disabled():
             return self.network.logprobs(batch)
 
-
     def role(self, name: str = "reference") -> Role:
         """Return the network without adapters as a role."""
-        return whole(name, self.network, "off")
+        return single_head_role(name, self.network, "off")
 
     def check_fingerprint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with other frozen weights, such as random ones of another seed."""
         expected = checkpoint.get("frozen_fingerprint", self.fingerprint)
         if not math.isclose(expected, self.fingerprint, abs_tol=1e-6):
-            raise ValueError(
+            raise UserError(
                 "The reference or another frozen base has other weights than when this run began: "
                 "resume with the same path, or for random weights with the same seed_everything."
             )
 
 
-def same_vocabulary(role: str, network: Backbone, policy: Backbone) -> None:
+def check_same_vocabulary(role: str, network: Backbone, policy: Backbone) -> None:
     """Refuse a network whose vocabulary size differs from the policy's."""
-    if network.vocabulary != policy.vocabulary:
-        raise ValueError(
-            f"The {role} {network.name} knows {network.vocabulary} tokens and the policy "
-            f"{policy.name} {policy.vocabulary}: they must share one vocabulary."
+    if network.vocab_size != policy.vocab_size:
+        raise UserError(
+            f"The {role} {network.name} knows {network.vocab_size} tokens and the policy "
+            f"{policy.name} {policy.vocab_size}: they must share one vocabulary."
         )
 
 
-def copied(policy: Policy) -> Policy:
+def copy_policy(policy: Policy) -> Policy:
     """Return a copy of the policy. Compiled blocks are not copied but compiled again."""
     copy = deepcopy(policy)
-    if copy.compiles:
-        compile_blocks(copy.blocks, recomputed=False)
+    if copy.is_compiled:
+        compile_blocks(copy.blocks, uses_checkpointing=False)
     return copy

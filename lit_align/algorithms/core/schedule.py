@@ -1,4 +1,4 @@
-"""The learning rate over a run: linear warmup, then cosine decay.
+"""The learning rate over a run: linear warmup_ratio, then cosine decay.
 
 The rate is a function of the iteration and has no state, so a rate changed on the command line
 holds after a resume, too. Lightning's schedulers would also ask for the run's length before the

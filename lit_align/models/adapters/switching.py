@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_align.models.weights.loading import check_base, check_task
-from lit_align.models.weights.sharded_loading import light
+from lit_align.models.weights.loading import check_adapter_base, check_adapter_task
+from lit_align.models.weights.sharded_loading import cpu_placeholders
 
 
 class AdapterOwner(Protocol):
@@ -21,7 +21,7 @@ class AdapterOwner(Protocol):
     adapted: PeftModel | None  # peft's view of the network, a child module of the owner
     trained_adapters: list[str]
     name: str  # path of the base
-    task: str  # peft's name of the task
+    task_type: str  # peft's name of the task_type
 
     def register_module(self, name: str, module: nn.Module | None) -> None:
         """Set a child module, as in `nn.Module`."""
@@ -88,10 +88,10 @@ class AdapterSwitching:
             folder: Folder as peft saved it.
             name: Name of the adapter from now on.
         """
-        check_base(folder, self.owner.name)
-        check_task(folder, self.owner.task)
+        check_adapter_base(folder, self.owner.name)
+        check_adapter_task(folder, self.owner.task_type)
         network, adapted = self.owner.network, self.owner.adapted
-        with light(network):
+        with cpu_placeholders(network):
             if adapted is None:
                 adapted = PeftModel.from_pretrained(network, folder, adapter_name=name)
                 self.owner.register_module("adapted", adapted)

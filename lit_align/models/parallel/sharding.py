@@ -24,25 +24,25 @@ from torch.distributed.tensor import DTensor
 from lit_align.models.weights.sharded_loading import WeightFiles
 
 
-class Sharding(NamedTuple):
+class ShardingConfig(NamedTuple):
     """How networks are split over ranks.
 
     Args:
-        compute: Type that a block's weights are gathered in, where it is not their own. Embedding,
+        param_dtype: Type that a block's weights are gathered in, if not their own. Embedding,
             last norm and heads always are gathered as they are: under autocast the unsharded
             residual stream and logits are fp32, too.
-        reduce: Type in which gradients are summed over ranks, where it is not their own.
-        offload: Shards sleep in host memory.
-        checkpointing: Blocks keep their inputs alone.
-        gather: Whether whole weights are gathered to generate; None asks an estimate.
+        reduce_dtype: Type in which gradients are summed over ranks, where it is not their own.
+        cpu_offload: Shards sleep in host memory.
+        activation_checkpointing: Blocks keep their inputs alone.
+        gather_for_generation: Whether to gather all weights; None asks an estimate.
         sum_once: Gradients are summed at the last micro-batch; until then each rank's are whole.
     """
 
-    compute: torch.dtype | None = None
-    reduce: torch.dtype | None = None
-    offload: bool = False
-    checkpointing: bool = False
-    gather: bool | None = None
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+    activation_checkpointing: bool = False
+    gather_for_generation: bool | None = None
     sum_once: bool = True
 
 
@@ -74,20 +74,20 @@ class ShardState:
             name: Name of the network in the warning.
         """
         if self.gather_for_generation is None:
-            self.gather_for_generation = fits(model, self.unsharded_size)
+            self.gather_for_generation = unsharded_weights_fit(model, self.unsharded_size)
             if not self.gather_for_generation:
                 rank_zero_warn(
                     f"Whole weights of {name} ({self.unsharded_size / 2**30:.1f} GiB) would take "
                     f"more than half of the free memory: answers are generated from shards. Each "
                     f"token then gathers every block, and all ranks go on until the longest answer "
-                    f"of any has ended: several times slower. `gather: true` of FSDP2 gathers all "
+                    f"of any has ended: several times slower. `gather_for_generation: true` of FSDP2 gathers all "
                     f"the same."
                 )
         return self.gather_for_generation
 
 
 def shard(
-    model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, how: Sharding
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ShardingConfig
 ) -> ShardState:
     """Split the weights over the ranks of a mesh, block by block.
 
@@ -95,46 +95,50 @@ def shard(
         model: Network, built and not yet sharded.
         blocks: Its transformer blocks.
         mesh: Lightning's mesh with a tensor-parallel size of 1, or a mesh of replicas x shards.
-        how: Settings of the split.
+        config: Settings of the split.
     """
     state = ShardState(
-        gather_for_generation=how.gather,
-        sync_every_microbatch=not how.sum_once,
-        unsharded_size=whole_size(model, blocks, how.compute),
+        gather_for_generation=config.gather_for_generation,
+        sync_every_microbatch=not config.sum_once,
+        unsharded_size=unsharded_size(model, blocks, config.param_dtype),
     )
     names = mesh.mesh_dim_names or ()
-    line = mesh["data_parallel"] if "data_parallel" in names else mesh
+    data_mesh = mesh["data_parallel"] if "data_parallel" in names else mesh
     offload = (
-        CPUOffloadPolicy(pin_memory=line.device_type != "cpu") if how.offload else OffloadPolicy()
+        CPUOffloadPolicy(pin_memory=data_mesh.device_type != "cpu")
+        if config.cpu_offload
+        else OffloadPolicy()
     )
-    compute = MixedPrecisionPolicy(how.compute, how.reduce, cast_forward_inputs=False)
-    root = MixedPrecisionPolicy(None, how.reduce, cast_forward_inputs=False)
+    param_dtype = MixedPrecisionPolicy(
+        config.param_dtype, config.reduce_dtype, cast_forward_inputs=False
+    )
+    root = MixedPrecisionPolicy(None, config.reduce_dtype, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=line, mp_policy=compute, offload_policy=offload)
+        fully_shard(block, mesh=data_mesh, mp_policy=param_dtype, offload_policy=offload)
     # what trains keeps its embedding and heads for the backward pass, which ends in resharding
-    keeps = any(weight.requires_grad for weight in model.parameters())
+    keeps_unsharded = any(weight.requires_grad for weight in model.parameters())
     fully_shard(
         model,
-        mesh=line,
-        reshard_after_forward=not keeps,
+        mesh=data_mesh,
+        reshard_after_forward=not keeps_unsharded,
         mp_policy=root,
         offload_policy=offload,
     )
     return state
 
 
-def shards(model: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """The parts of `model` that are gathered one at a time; none if it is whole."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
     """Leaves shards alone registered: after a pass without backward the root still is whole."""
-    for module in shards(model):
+    for module in fsdp_modules(model):
         module.reshard()
 
 
-def synchronise(model: nn.Module, state: ShardState, last: bool) -> None:
+def set_gradient_sync(model: nn.Module, state: ShardState, last: bool) -> None:
     """Set whether the next backward averages gradients over the ranks, or only adds them up here.
 
     Args:
@@ -142,21 +146,24 @@ def synchronise(model: nn.Module, state: ShardState, last: bool) -> None:
         state: Shard state of the network.
         last: Whether no micro-batch follows.
     """
-    for module in shards(model):
+    for module in fsdp_modules(model):
         module.set_requires_gradient_sync(last or state.sync_every_microbatch, recurse=False)
 
 
-def whole_size(model: nn.Module, blocks: Iterable[nn.Module], compute: torch.dtype | None) -> int:
+def unsharded_size(
+    model: nn.Module, blocks: Iterable[nn.Module], param_dtype: torch.dtype | None
+) -> int:
     """Return the bytes of the gathered weights.
 
     Args:
         model: Network, not yet sharded.
         blocks: Its transformer blocks.
-        compute: Dtype of the gathered blocks. None means their own.
+        param_dtype: Dtype of the gathered blocks. None means their own.
     """
     in_blocks = {weight for block in blocks for weight in block.parameters()}
     return sum(
-        weight.numel() * (compute if compute and weight in in_blocks else weight.dtype).itemsize
+        weight.numel()
+        * (param_dtype if param_dtype and weight in in_blocks else weight.dtype).itemsize
         for weight in model.parameters()
     )
 
@@ -171,7 +178,7 @@ def free_memory(device: torch.device) -> int:
     )
 
 
-def fits(model: nn.Module, unsharded_size: int) -> bool:
+def unsharded_weights_fit(model: nn.Module, unsharded_size: int) -> bool:
     """Return whether gathered weights take at most half of the memory that training leaves.
 
     This holds on every rank or on none.
@@ -182,13 +189,13 @@ def fits(model: nn.Module, unsharded_size: int) -> bool:
     """
     weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
     device = torch.device(weights[0].device_mesh.device_type)
-    left = room_for(model, unsharded_size, free_memory(device))
-    room = torch.tensor(left, dtype=torch.float64, device=device)
-    distributed.all_reduce(room, op=distributed.ReduceOp.MIN)
-    return bool(room >= 0)
+    left = memory_headroom(model, unsharded_size, free_memory(device))
+    headroom = torch.tensor(left, dtype=torch.float64, device=device)
+    distributed.all_reduce(headroom, op=distributed.ReduceOp.MIN)
+    return bool(headroom >= 0)
 
 
-def room_for(model: nn.Module, unsharded_size: int, free: int) -> float:
+def memory_headroom(model: nn.Module, unsharded_size: int, free: int) -> float:
     """Return half of the memory that training leaves, minus the gathered weights, in bytes.
 
     Gradients and AdamW's moments may not exist yet: they take three times the trained shards. The
@@ -204,12 +211,12 @@ def room_for(model: nn.Module, unsharded_size: int, free: int) -> float:
     return (free - 3 * sum(weight.nbytes for weight in local)) / 2 - unsharded_size
 
 
-def on_all_ranks(fact: bool) -> bool:
+def all_reduce_and(condition: bool) -> bool:
     """Whether something is so on every rank; each of them has to ask."""
-    return not largest(not fact)
+    return not all_reduce_max(not condition)
 
 
-def largest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """A number where it is largest of all ranks; each of them has to ask."""
     accelerator = torch.accelerator.current_accelerator()
     numbers = torch.tensor(int(number), device=accelerator or "cpu")
@@ -218,7 +225,7 @@ def largest(number: int) -> int:
 
 
 @contextmanager
-def gathered(model: nn.Module, is_gathered: bool) -> Iterator[None]:
+def gather_weights(model: nn.Module, is_gathered: bool) -> Iterator[None]:
     """Keep a network in eval mode and, if asked, its unsharded weights in memory.
 
     A generated token then costs no collective.
@@ -228,17 +235,19 @@ def gathered(model: nn.Module, is_gathered: bool) -> Iterator[None]:
         is_gathered: Whether to gather the weights.
     """
     modes = [module.training for module in model.modules()]
-    parts = shards(model) if is_gathered else []
-    keeps = any(weight.requires_grad for weight in model.parameters())
+    unsharded = fsdp_modules(model) if is_gathered else []
+    keeps_unsharded = any(weight.requires_grad for weight in model.parameters())
     model.eval()
-    for module in parts:
+    for module in unsharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
-        for module in parts:
-            module.set_reshard_after_forward(not keeps or id(module) != id(model), recurse=False)
+        for module in unsharded:
+            module.set_reshard_after_forward(
+                not keeps_unsharded or id(module) != id(model), recurse=False
+            )
         reshard(model)
-        for part, training in zip(model.modules(), modes, strict=True):
-            part.training = training
+        for submodule, training in zip(model.modules(), modes, strict=True):
+            submodule.training = training

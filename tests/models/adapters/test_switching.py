@@ -6,15 +6,15 @@ import pytest
 import torch
 from tiny_models import adapted, tiny
 
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.backbone import Backbone
 from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
 
-KINDS = [Policy, Scalar, TwoHeaded, Hydra, JointHydra]
+KINDS = [Policy, ScalarHead, PolicyWithRewardHead, Hydra, JointHydra]
 
 
 def expected_names(model: Backbone) -> list[str]:
@@ -37,7 +37,7 @@ def test_a_state_dict_has_the_networks_names_and_pefts(kind):
 def test_a_frozen_adapter_gets_pefts_names_too(tmp_path):
     base = str(tmp_path / "base")
     tiny().save(tmp_path / "base")
-    Policy(base, lora=LoRA(rank=2)).save(tmp_path / "adapter")
+    Policy(base, lora=LoRA(r=2)).save(tmp_path / "adapter")
     model = Policy(base)
     assert list(model.state_dict()) == expected_names(model)
     model.adapters.load_frozen_adapter(str(tmp_path / "adapter"), "dpo")
@@ -47,13 +47,13 @@ def test_a_frozen_adapter_gets_pefts_names_too(tmp_path):
 
 
 def test_a_copy_switches_its_own_adapters():
-    model = tiny(lora=LoRA(rank=2))
+    model = tiny(lora=LoRA(r=2))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(weight)
     ids = torch.arange(3, 9)[None]
     ones = torch.ones_like(ids, dtype=torch.bool)
-    text = Tokens(tokens=ids, token_mask=ones, loss_mask=ones, lengths=[6])
+    text = TextBatch(tokens=ids, token_mask=ones, target_mask=ones, lengths=[6])
     copy = deepcopy(model)
     with copy.adapters.disabled(), torch.no_grad():
         assert not torch.equal(model.logprobs(text), copy.logprobs(text))

@@ -20,13 +20,13 @@ from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.reward_model import RewardModel
 from lit_align.algorithms.rto import RTO
 from lit_align.algorithms.sft import SFT
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.backbone import Backbone
 from lit_align.models.hydra import Hydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.models.weights.sharded_loading import WeightFiles
 from lit_align.models.weights.torchao import Int8Weights
 
@@ -76,7 +76,7 @@ def without_prefix(folder):
 
 def new_head(folder, **settings):
     path = saved(folder, Policy)
-    return RewardModel(reward_model=lambda: Scalar(path, **settings), optimizer=adam)
+    return RewardModel(reward_model=lambda: ScalarHead(path, **settings), optimizer=adam)
 
 
 def ppo(folder):
@@ -89,7 +89,7 @@ def lent(folder):
     path, place = saved(folder, Policy), folder / "adapter"
     if not place.is_dir():
         torch.manual_seed(1)
-        base = Policy(path, lora=LoRA(rank=2, alpha=64))
+        base = Policy(path, lora=LoRA(r=2, lora_alpha=64))
         for name, weight in base.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
@@ -105,8 +105,8 @@ def on_an_adapter(folder):
 
 
 def hydra(folder):
-    path = saved(folder, TwoHeaded)
-    policy = partial(Hydra, path, lora=LoRA(rank=2, alpha=4))
+    path = saved(folder, PolicyWithRewardHead)
+    policy = partial(Hydra, path, lora=LoRA(r=2, lora_alpha=4))
     return HydraPPO(policy=policy, optimizer=adam, microbatch_tokens=40)
 
 
@@ -117,13 +117,13 @@ CASES = {
     "scaled rotary frequencies": (partial(dpo, name="long rope"), RandomPairs),
     "sizes that ranks cannot share evenly": (partial(dpo, name="odd sizes"), RandomPairs),
     "names without the trunk's prefix": (without_prefix, RandomPairs),
-    "LoRA": (partial(dpo, lora=LoRA(rank=2, alpha=4)), RandomPairs),
+    "LoRA": (partial(dpo, lora=LoRA(r=2, lora_alpha=4)), RandomPairs),
     "layers that train beside LoRA": (
-        partial(dpo, lora=LoRA(rank=2, alpha=4, train_fully=["lm_head"])),
+        partial(dpo, lora=LoRA(r=2, lora_alpha=4, modules_to_save=["lm_head"])),
         RandomPairs,
     ),
     "a new head": (new_head, RandomPairs),
-    "a new head beside LoRA": (partial(new_head, lora=LoRA(rank=2, alpha=4)), RandomPairs),
+    "a new head beside LoRA": (partial(new_head, lora=LoRA(r=2, lora_alpha=4)), RandomPairs),
     "a critic on the policy's trunk": (ppo, RandomPrompts),
     "an adapter lent to the reference": (lent, RandomPrompts),
     "a base with an adapter in it": (on_an_adapter, RandomPairs),
@@ -152,13 +152,13 @@ def test_shares_of_files_train_as_a_whole_load_does(two_ranks, tmp_path, case):
 
 def quantized(folder):
     """An adapter on int8 codes, which are made of the unsharded weights on each rank."""
-    return dpo(folder, lora=LoRA(rank=2, alpha=4), quantisation=Int8Weights())
+    return dpo(folder, lora=LoRA(r=2, lora_alpha=4), quantization=Int8Weights())
 
 
 def new_reward_head(folder):
     """A language model that gets a reward head with random weights."""
     path = saved(folder, Policy)
-    return HydraSFT(policy=lambda: TwoHeaded(path), optimizer=adam)
+    return HydraSFT(policy=lambda: PolicyWithRewardHead(path), optimizer=adam)
 
 
 LOAD_CASES = {
@@ -206,8 +206,8 @@ def test_a_sharded_load_equals_a_plain_load(two_ranks, tmp_path, case):
 def test_nothing_has_memory_before_it_is_sharded(tmp_path, name):
     path = saved(tmp_path, Policy, name)
     with torch.device("meta"):
-        policy = Policy(path, lora=LoRA(rank=2))
-        critic = Scalar.on_trunk(Policy(path)) if name != "gpt2" else Scalar(path)
+        policy = Policy(path, lora=LoRA(r=2))
+        critic = ScalarHead.from_backbone(Policy(path)) if name != "gpt2" else ScalarHead(path)
     real = {n for n, weight in policy.network.named_parameters() if not weight.is_meta}
     assert all(".lora_" in n for n in real)
     assert [n for n, weight in critic.network.named_parameters() if not weight.is_meta] == [
@@ -223,7 +223,7 @@ def logits(folder, name):
     seen = []
     tokens = torch.arange(3, 15)[None]
     ones = torch.ones_like(tokens, dtype=torch.bool)
-    text = Tokens(tokens=tokens, token_mask=ones, loss_mask=ones, lengths=[12])
+    text = TextBatch(tokens=tokens, token_mask=ones, target_mask=ones, lengths=[12])
     algorithm.on_fit_start = lambda: seen.append(algorithm.policy.logprobs(text).detach())
     done = trainer(folder, devices=2, strategy="fsdp2", max_steps=0)
     done.callbacks.clear()
@@ -268,13 +268,13 @@ def test_files_with_names_of_their_own_are_left_to_transformers(tmp_path):
 
 def test_a_slice_of_a_file_is_read_alone(tmp_path):
     path = saved(tmp_path, Policy, files=3)
-    files = WeightFiles.of(path, None)
+    files = WeightFiles.find(path, None)
     whole = Policy(path).network.lm_head.weight
     rows = torch.empty(4, 32)
-    files.read("lm_head.weight", 3, rows)
+    files.read_rows("lm_head.weight", 3, rows)
     assert torch.equal(rows, whole[3:7])
-    assert files.key("base.lm_head.base_layer.weight", "base") == "lm_head.weight"
-    assert files.key("lm_head.lora_A.default.weight", "model") is None
+    assert files.file_key("base.lm_head.base_layer.weight", "base") == "lm_head.weight"
+    assert files.file_key("lm_head.lora_A.default.weight", "model") is None
 
 
 def test_networks_are_whole_outside_of_sharded_training(tmp_path):
