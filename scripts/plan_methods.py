@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from lit_align.cli.overlays import Settings
+from lit_align.cli.overlays import Settings, read_config
 from lit_align.cli.plan_run import PlanCLI
 from lit_align.plan.architectures import architecture_config
 from lit_align.plan.extrapolate import Extrapolation, extrapolated
@@ -32,7 +32,7 @@ class Size(NamedTuple):
         nodes: Of these.
         gather: Whether whole weights are gathered to answer; None where an estimate says that
             they fit.
-        sum_once: Whether whole gradients wait for the last micro-batch, as in `FSDP2`.
+        sync_every_microbatch: As in `FSDP2`.
         prompt: Tokens of a prompt.
         answer: Tokens of an answer.
     """
@@ -41,7 +41,7 @@ class Size(NamedTuple):
     devices: int = 8
     nodes: int = 1
     gather: bool | None = None
-    sum_once: bool = True
+    sync_every_microbatch: bool = False
     prompt: int = 512
     answer: int = 512
 
@@ -58,7 +58,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "7b": Size("shape:llama-2-7b", gather=True),
-    "70b": Size("shape:llama-2-70b", nodes=8, gather=False, sum_once=False),
+    "70b": Size("shape:llama-2-70b", nodes=8, gather=False, sync_every_microbatch=True),
 }
 
 
@@ -198,7 +198,7 @@ def trainer(size: Size) -> Settings:
     sharding = {
         "activation_checkpointing": True,
         "gather_for_generation": size.gather,
-        "sum_once": size.sum_once,
+        "sync_every_microbatch": size.sync_every_microbatch,
     }
     return {
         "devices": size.devices,

@@ -63,12 +63,14 @@ def remax(policy, optimizer):
 
 def grpo(policy, optimizer):
     sizes = {"num_samples": 2, "update_epochs": 2, "microbatch_tokens": 40}
-    return GRPO(policy=policy, optimizer=optimizer, per_response=False, **sizes)
+    return GRPO(policy=policy, optimizer=optimizer, loss_aggregation="token_mean", **sizes)
 
 
 def grpovi(policy, optimizer):
     sizes = {"num_samples": 2, "microbatch_tokens": 40}
-    return GRPOVI(policy=policy, optimizer=optimizer, running_bounds=True, scale=False, **sizes)
+    return GRPOVI(
+        policy=policy, optimizer=optimizer, running_bounds=True, advantage_scale="none", **sizes
+    )
 
 
 def rloo(policy, optimizer):
@@ -86,7 +88,7 @@ def spr(policy, optimizer, num_offline_samples):
 
 
 def ppo(policy, optimizer):
-    more = {"update_epochs": 2, "microbatch_tokens": 40, "per_response": True}
+    more = {"update_epochs": 2, "microbatch_tokens": 40, "loss_aggregation": "sequence_mean"}
     more |= {"critic_lr": 2e-2, "kl_target": 0.1, "kl_horizon": 20, "normalize_scores": True}
     return PPO(policy=policy, optimizer=optimizer, missing_eos_penalty=0.5, **more)
 

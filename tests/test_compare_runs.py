@@ -6,11 +6,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "compare_runs.py"))
-RENAMED = {
-    "rollout": "iteration",
-    "kl/per_response_k1": "kl/per_response",
-    "objective/entropy": None,
-}
+RENAMED = {"rollout": "iteration", "objective/kl": "kl/per_response", "objective/entropy": None}
 TABLE = "loss,step\n0.5,0\n0.25,1\n"
 
 
@@ -56,11 +52,8 @@ def test_renamed_column_with_another_value_differs(compare):
 
 def test_new_name_of_a_validation_metric_keeps_the_prefix():
     new_name = SCRIPT["new_name"]
-    assert new_name("val/kl/per_response_k1", RENAMED) == "val/kl/per_response"
-    assert (
-        new_name("policy/ratio_mean", {"policy/ratio_mean": "policy/ratio_mean"})
-        == "policy/ratio_mean"
-    )
+    assert new_name("val/objective/kl", RENAMED) == "val/kl/per_response"
+    assert new_name("val/ratio", {"val/ratio": "policy/ratio_mean"}) == "policy/ratio_mean"
     assert new_name("val/objective/entropy", RENAMED) is None
 
 

@@ -114,7 +114,8 @@ def test_the_command_line_wins_over_a_config(config, capsys):
 def test_class_defaults_of_remax_are_the_papers():
     algorithm = ReMax(policy=tiny)
     assert (algorithm.kl_coef, algorithm.kl_to_go) == (0.1, False)  # part I, one-step
-    assert (algorithm.gamma, algorithm.advantage_clip, algorithm.per_token) == (1.0, None, False)
+    assert (algorithm.gamma, algorithm.advantage_clip) == (1.0, None)
+    assert algorithm.loss_aggregation == "sequence_sum"
     assert (algorithm.num_samples, algorithm.uses_greedy_baseline, algorithm.update_epochs) == (
         1,
         True,

@@ -78,7 +78,7 @@ def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
     ("kind", "settings", "make"),
     [
         (BareReMax, {}, rollout),
-        (BareReMax, {"kl_to_go": True, "gamma": 0.99, "per_token": True}, rollout),
+        (BareReMax, {"kl_to_go": True, "gamma": 0.99, "loss_aggregation": "token_mean"}, rollout),
         (BareSPR, {"num_samples": 1, "num_offline_samples": 1, "update_epochs": 2}, with_stored),
     ],
 )

@@ -44,7 +44,7 @@ ROOM = 6  # tokens of a response
 ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
     "ReMax": (ReMax, {"num_samples": 4, "kl_coef": 0.0}),
     "GRPO": (GRPO, {"num_samples": 4, "kl_coef": 0.0}),
-    "GRPO without scaling": (GRPO, {"num_samples": 4, "kl_coef": 0.0, "scale": False}),
+    "GRPO without scaling": (GRPO, {"num_samples": 4, "kl_coef": 0.0, "advantage_scale": "none"}),
     "GRPOVI": (GRPOVI, {"num_samples": 4, "kl_coef": 0.0}),
     "PPO": (PPO, {"kl_coef": 0.0, "update_epochs": 2}),
     "SPR": (SPR, {"num_samples": 4, "kl_coef": 0.0}),

@@ -1,11 +1,11 @@
 """GRPO (Shao et al., 2024, arXiv:2402.03300, eq. 3)."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm, check_group_size
+from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm, check_group_size
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
 from lit_align.functional.losses import clip_fractions, clipped_surrogate
@@ -20,9 +20,11 @@ class GRPO(OnlineAlgorithm):
         kl_coef: Weight of the KL to the reference (k3, in the loss).
         clip_low: How far below 1 the ratio of a token to the sampling policy may count.
         clip_high: How far above 1 it may count; more than `clip_low` is DAPO's clip-higher.
-        scale: Divide by the group's standard deviation; Dr. GRPO (arXiv:2503.20783) does not.
-        per_response: Average over each response's tokens first, as the paper does, so that a
-            token of a long response counts less; otherwise all tokens of a step count the same.
+        advantage_scale: group_std divides advantages by the standard deviation of the prompt's
+            group; none does not, as Dr. GRPO (arXiv:2503.20783).
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses.
     """
 
     shaping_needs_logprobs: bool = False  # `shape_scores` reads the policy's log-probs
@@ -33,15 +35,15 @@ class GRPO(OnlineAlgorithm):
         kl_coef: float = 0.04,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
-        scale: bool = True,
-        per_response: bool = True,
+        advantage_scale: Literal["group_std", "none"] = "group_std",
+        loss_aggregation: LossAggregation = "sequence_mean",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         check_group_size(self, num_samples)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.clip_low, self.clip_high = clip_low, clip_high
-        self.scale, self.per_response = scale, per_response
+        self.advantage_scale, self.loss_aggregation = advantage_scale, loss_aggregation
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `advantages`: the same for every token of a response.
@@ -52,7 +54,9 @@ class GRPO(OnlineAlgorithm):
         batch = self.add_ref_logprobs(batch) if logprobs_in_update else super().prepare(batch)
         scores = batch.scores.view(-1, self.num_samples)
         self.log_equal_groups(batch)
-        advantages = group_relative(self.shape_scores(scores, batch), self.scale)
+        advantages = group_relative(
+            self.shape_scores(scores, batch), scale=self.advantage_scale == "group_std"
+        )
         batch.advantages = advantages.view(-1, 1).expand_as(batch.response_mask)
         return batch
 
@@ -74,7 +78,7 @@ class GRPO(OnlineAlgorithm):
             self.metrics.add(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
         loss = clipped_surrogate(logprobs, *clipping)
         loss = loss + self.kl_coef * k3(logprobs, batch.ref_logprobs)
-        yield self.mean_per_response(loss, batch) if self.per_response else loss
+        yield self.aggregate(loss, batch)
 
     def on_policy_logprobs(self, batch: Experience) -> Tensor:
         """[n, R] nats: log-probs, which are the sampling policy's, too; notes what is logged."""
@@ -82,7 +86,3 @@ class GRPO(OnlineAlgorithm):
         batch.logprobs = logprobs.detach()
         self.metrics.add_all(self.policy_metrics(batch))
         return logprobs
-
-    def loss_denominator(self, batch: Experience) -> Tensor:
-        """Responses, if each is averaged by itself; else response tokens."""
-        return self.num_responses(batch) if self.per_response else super().loss_denominator(batch)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm
 from lit_align.batches import Experience
 from lit_align.errors import UserError
 from lit_align.functional.kl import k1
@@ -24,7 +24,10 @@ class ReMax(OnlineAlgorithm):
         num_samples: Sampled responses per prompt, which share one greedy baseline.
         gamma: Discount of the advantage per token before the end; the released code takes 0.99.
         advantage_clip: Largest advantage either way; the released code takes 5.
-        per_token: Average over response tokens as the released code does, not over responses.
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses. The released code takes
+            token_mean.
     """
 
     uses_greedy_baseline = True
@@ -36,7 +39,7 @@ class ReMax(OnlineAlgorithm):
         num_samples: int = 1,
         gamma: float = 1.0,
         advantage_clip: float | None = None,
-        per_token: bool = False,
+        loss_aggregation: LossAggregation = "sequence_sum",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -48,7 +51,8 @@ class ReMax(OnlineAlgorithm):
                 "update_epochs and minibatch_size, and set data.batch_size to one step's prompts."
             )
         self.kl_coef, self.kl_to_go, self.num_samples = kl_coef, kl_to_go, num_samples
-        self.gamma, self.advantage_clip, self.per_token = gamma, advantage_clip, per_token
+        self.gamma, self.advantage_clip = gamma, advantage_clip
+        self.loss_aggregation = loss_aggregation
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `advantages`: the score above the greedy one, less the price of the KL."""
@@ -74,8 +78,4 @@ class ReMax(OnlineAlgorithm):
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """[n, R]: the score function times its credit (papers' Algorithm 1)."""
-        yield -batch.advantages * self.policy.logprobs(batch)
-
-    def loss_denominator(self, batch: Experience) -> Tensor:
-        """Responses, so that a loss is summed over tokens; or response tokens."""
-        return super().loss_denominator(batch) if self.per_token else self.num_responses(batch)
+        yield self.aggregate(-batch.advantages * self.policy.logprobs(batch), batch)

@@ -51,7 +51,3 @@ class RLOO(OnlineAlgorithm):
         logprobs = self.policy.logprobs(batch).where(mask, 0.0).sum(-1)
         sampled = batch.logprobs.where(mask, 0.0).sum(-1)
         yield clipped_surrogate(logprobs, sampled, batch.advantages, self.clip_low, self.clip_high)
-
-    def loss_denominator(self, batch: Experience) -> Tensor:
-        """Responses."""
-        return self.num_responses(batch)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_align.algorithms.core.online import LossAggregation
 from lit_align.algorithms.core.reference_model import check_same_vocabulary
 from lit_align.algorithms.ppo import PPO
 from lit_align.batches import Experience
@@ -33,7 +34,9 @@ class RTO(PPO):
         dpo_clip: Bound on the size of a token's DPO reward; the released script takes 0.05.
         kl_coef: Reward lost per nat by which a token exceeds the reference, beta_2.
         score_coef: Factor of the score, beta_3.
-        per_response: Average over each response's tokens first, then over responses.
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses.
     """
 
     dpo: Policy
@@ -48,10 +51,10 @@ class RTO(PPO):
         dpo_clip: float | None = None,
         kl_coef: float = 0.01,
         score_coef: float = 1.0,
-        per_response: bool = True,
+        loss_aggregation: LossAggregation = "sequence_mean",
         **kwargs: Any,
     ):
-        super().__init__(kl_coef=kl_coef, per_response=per_response, **kwargs)
+        super().__init__(kl_coef=kl_coef, loss_aggregation=loss_aggregation, **kwargs)
         if dpo_coef and (dpo_adapter is None) == (dpo is None):
             raise UserError(
                 "RTO rewards tokens by one DPO model: give dpo_adapter (an adapter on the policy's "

@@ -3,7 +3,7 @@
 import shutil
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -32,7 +32,7 @@ class Checkpoints(Checkpoint):
         keep_last: How many of the newest checkpoints are kept.
         monitor: Metric of the validation, such as val/reward, by which the best one is kept, too;
             by default none is.
-        higher_is_better: Whether `monitor` shall be large.
+        mode: max if a higher monitor is better, min if a lower one is.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Checkpoints(Checkpoint):
         every_n_iterations: int = 50,
         keep_last: int = 2,
         monitor: str | None = None,
-        higher_is_better: bool = True,
+        mode: Literal["max", "min"] = "max",
     ):
         if every_n_iterations < 0 or keep_last < 1:
             raise UserError(
@@ -48,7 +48,7 @@ class Checkpoints(Checkpoint):
                 f"{every_n_iterations} and {keep_last}."
             )
         self.every_n_iterations, self.keep_last = every_n_iterations, keep_last
-        self.monitor, self.higher_is_better = monitor, higher_is_better
+        self.monitor, self.mode = monitor, mode
         self.signals = StopSignals()
         self.loop_state: dict[str, Any] | None = None  # the loops' state after the last iteration
         self.is_saving = False
@@ -103,7 +103,7 @@ class Checkpoints(Checkpoint):
             names = ", ".join(sorted(trainer.callback_metrics))
             raise UserError(f"Checkpoints monitors {self.monitor}, but there are only {names}.")
         value = float(trainer.callback_metrics[self.monitor])
-        sign = 1 if self.higher_is_better else -1
+        sign = 1 if self.mode == "max" else -1
         if self.best is None or sign * value > sign * self.best:
             self.best, self.is_best = value, True
 

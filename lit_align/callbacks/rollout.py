@@ -251,7 +251,9 @@ def offline_rows(
     return rows
 
 
-def truncate_as_sampled(answer: OfflineResponse, room: int, stop_ids: Sequence[int]) -> OfflineResponse:
+def truncate_as_sampled(
+    answer: OfflineResponse, room: int, stop_ids: Sequence[int]
+) -> OfflineResponse:
     """The answer as far as a policy would have got: to its first stop, or to the end of the room.
 
     Score and log-prob of a whole answer say nothing about a part of it.

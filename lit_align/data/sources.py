@@ -136,9 +136,7 @@ def table_rows(path: Path, text: str, column_names: list[str] | None) -> Iterato
         if None in row or None in row.values():
             names = reader.fieldnames or []
             location = f"line {reader.line_num} of '{path}'"
-            raise UserError(
-                f"{location} does not have the {len(names)} columns {', '.join(names)}"
-            )
+            raise UserError(f"{location} does not have the {len(names)} columns {', '.join(names)}")
         yield dict(row)
 
 

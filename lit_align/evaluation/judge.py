@@ -48,9 +48,7 @@ def query_judge(command: str, questions: Sequence[str]) -> list[float]:
         raise UserError(f"--judge {command!r} could not be started: {error}.") from error
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(
-            f"--judge {command!r} ended with status {process.returncode}: {last[:200]}"
-        )
+        raise UserError(f"--judge {command!r} ended with status {process.returncode}: {last[:200]}")
     lines = process.stdout.strip().splitlines()
     if len(lines) != len(questions):
         raise UserError(

@@ -268,7 +268,9 @@ class Backbone(nn.Module):
                 compile_blocks(self.blocks, uses_checkpointing=True)
         self.shard_state = shard(self, self.blocks, mesh, config)
         if files is not None:
-            kind = "cpu" if config.cpu_offload else mesh.device_type  # its current one, as in fully_shard
+            kind = (
+                "cpu" if config.cpu_offload else mesh.device_type
+            )  # its current one, as in fully_shard
             load_shards(self.network, files, torch.device(kind))
 
     @contextmanager

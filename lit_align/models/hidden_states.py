@@ -26,8 +26,8 @@ def packed_hidden_states(
         network,
         input_ids=packed.tokens,
         position_ids=packed.positions,
-        attention_mask=packed.packed.as_attention_mask,
-        packed=packed.packed,
+        attention_mask=packed.sequence_lengths.as_attention_mask,
+        packed=packed.sequence_lengths,
     )
     return hidden.squeeze(0), packed.unpack_index
 

@@ -61,13 +61,13 @@ def fsdp2_candidates(strategy: Namespace | str) -> Iterator[Argv]:
         strategy: A word or a class, of any kind.
     """
     if isinstance(strategy, Namespace) and strategy.class_path.endswith(".FSDP2"):
-        if strategy.init_args.sum_once:
-            yield "--trainer.strategy.sum_once", "false"
+        if not strategy.init_args.sync_every_microbatch:
+            yield "--trainer.strategy.sync_every_microbatch", "true"
         if not strategy.init_args.cpu_offload:
             yield "--trainer.strategy.cpu_offload", "true"
     elif strategy in ("fsdp", "fsdp2"):
         as_class = ("--trainer.strategy", "lit_align.models.parallel.fsdp2.FSDP2")
-        yield *as_class, "--trainer.strategy.sum_once", "false"
+        yield *as_class, "--trainer.strategy.sync_every_microbatch", "true"
         yield *as_class, "--trainer.strategy.cpu_offload", "true"
 
 

@@ -40,7 +40,10 @@ def test_grpo_averages_a_response_over_its_own_tokens():
     same = [[-1.0, -1.0], [-2.0, 0.0]]
     assert one_loss(GRPO(policy=tiny), same, **fields)[0] == [-1.5, -1.5]
     assert one_loss(GRPO(policy=tiny), same, **fields)[1][0] == 3.0
-    assert one_loss(GRPO(policy=tiny, per_response=False), same, **fields)[0] == [-3.0, -3.0]
+    assert one_loss(GRPO(policy=tiny, loss_aggregation="token_mean"), same, **fields)[0] == [
+        -3.0,
+        -3.0,
+    ]
 
 
 def test_grpo_clips_low_and_high_apart_and_notes_it():
@@ -50,7 +53,9 @@ def test_grpo_clips_low_and_high_apart_and_notes_it():
         "advantages": [[1.0, -1.0]],
         "response_mask": [[True, True]],
     }
-    algorithm = GRPO(policy=tiny, kl_coef=0.0, clip_low=0.1, clip_high=0.3, per_response=False)
+    algorithm = GRPO(
+        policy=tiny, kl_coef=0.0, clip_low=0.1, clip_high=0.3, loss_aggregation="token_mean"
+    )
     ratios = torch.tensor([[2.0, 0.5]], dtype=torch.float64).log().tolist()
     assert one_loss(algorithm, ratios, **fields)[0] == pytest.approx([-1.3, 0.9])
     sums = algorithm.metrics.sums.items()
@@ -76,7 +81,7 @@ def test_grpo_adds_the_kl_to_the_loss():
 def test_counts():
     batch = Experience(response_mask=torch.tensor([[True, True], [False, False], [True, False]]))
     assert GRPO(policy=tiny).loss_denominator(batch) == 2
-    assert GRPO(policy=tiny, per_response=False).loss_denominator(batch) == 3
+    assert GRPO(policy=tiny, loss_aggregation="token_mean").loss_denominator(batch) == 3
     assert RLOO(policy=tiny).loss_denominator(batch) == 2
 
 

@@ -52,8 +52,8 @@ def test_a_score_is_clipped_and_then_charged_for_its_missing_end():
     assert algorithm.token_rewards(rollout()).tolist() == [[0, 0, 1], [0, 0.5, 0]]
 
 
-def test_per_response_means_sum_to_one_mean_per_response():
-    algorithm = PPO(policy=tiny, per_response=True)
+def test_sequence_means_sum_to_one_mean_per_response():
+    algorithm = PPO(policy=tiny, loss_aggregation="sequence_mean")
     batch = rollout(advantages=-torch.ones(2, 3))
     loss = algorithm.policy_loss(batch, batch.logprobs, torch.zeros(2, 3))
     assert loss.tolist() == [pytest.approx([1 / 3] * 3), [0.5] * 3]
@@ -237,8 +237,10 @@ def test_an_unanswered_row_gives_no_nan(tmp_path):
             batch.response_mask[0] = False
             return super().prepare(batch)
 
-    for per_response in (True, False):
-        algorithm = Emptied(policy=tiny, critic=scalar, optimizer=sgd, per_response=per_response)
+    for loss_aggregation in ("sequence_mean", "token_mean"):
+        algorithm = Emptied(
+            policy=tiny, critic=scalar, optimizer=sgd, loss_aggregation=loss_aggregation
+        )
         done = trainer(tmp_path, limit_val_batches=0)
         done.fit(algorithm, RandomPrompts(1))
         assert all(math.isfinite(float(value)) for value in done.callback_metrics.values())

@@ -58,17 +58,14 @@ def test_a_constant_added_to_all_rewards_changes_nothing():
 def test_defaults_are_the_papers():
     algorithm = ReMax(policy=tiny)
     assert (algorithm.kl_coef, algorithm.kl_to_go, algorithm.gamma) == (0.1, False, 1.0)
-    assert (algorithm.num_samples, algorithm.advantage_clip, algorithm.per_token) == (
-        1,
-        None,
-        False,
-    )
+    assert (algorithm.num_samples, algorithm.advantage_clip) == (1, None)
+    assert algorithm.loss_aggregation == "sequence_sum"
 
 
 def test_the_loss_counts_responses_or_tokens():
     batch = Experience(response_mask=torch.tensor([[True, True, False], [False] * 3]))
     assert ReMax(policy=tiny).loss_denominator(batch) == 1  # the second prompt was skipped
-    assert ReMax(policy=tiny, per_token=True).loss_denominator(batch) == 2
+    assert ReMax(policy=tiny, loss_aggregation="token_mean").loss_denominator(batch) == 2
 
 
 def test_more_than_one_step_per_rollout_is_refused():

@@ -219,7 +219,9 @@ def test_the_dpo_models_own_reference_is_used(tmp_path, places):
 def test_without_a_dpo_reward_it_is_ppo(tmp_path):
     algorithm, _ = rolled(tmp_path, 2, policy=tiny, dpo_coef=0.0)
     torch.manual_seed(0)
-    ppo = PPO(policy=tiny, critic=scalar, optimizer=sgd, kl_coef=0.01, per_response=True)
+    ppo = PPO(
+        policy=tiny, critic=scalar, optimizer=sgd, kl_coef=0.01, loss_aggregation="sequence_mean"
+    )
     trainer(tmp_path, limit_val_batches=0).fit(ppo, RandomPrompts(2))
     assert all(map(torch.equal, weights(algorithm.policy), weights(ppo.policy)))
     assert distance(weights(ppo.policy), weights(tiny())) > 0

@@ -60,12 +60,12 @@ def test_an_iteration_is_no_optimizer_step(tmp_path):
     assert [files.parse_iteration(path) for path in found] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("higher", "best"), [(True, 4), (False, 2)])
-def test_the_best_by_a_metric_is_kept_too(tmp_path, higher, best):
+@pytest.mark.parametrize(("mode", "best"), [("max", 4), ("min", 2)])
+def test_the_best_by_a_metric_is_kept_too(tmp_path, mode, best):
     values = Scores(0.5, 0.1, 0.9, 0.3, 0.4)  # of the sanity check, then at 2, 4, 6 and 8
     kept = fit(
         tmp_path,
-        Checkpoints(0, 1, "val/score", higher),
+        Checkpoints(0, 1, "val/score", mode),
         num_batches=8,
         callbacks=[values],
         limit_val_batches=1,

@@ -30,7 +30,7 @@ STRATEGIES = {
     "a copy per node": lambda: FSDP2(num_replicas=0),
     "shards in host memory": lambda: FSDP2(cpu_offload=True),
     "inputs of blocks alone": lambda: FSDP2(activation_checkpointing=True),
-    "gradients that are shared out at once": lambda: FSDP2(sum_once=False),
+    "gradients that are shared out at once": lambda: FSDP2(sync_every_microbatch=True),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm
 from lit_align.algorithms.core.running_statistics import KLController, RunningMeanStd
 from lit_align.batches import Experience
 from lit_align.errors import UserError
@@ -41,7 +41,9 @@ class ActorCritic(OnlineAlgorithm):
         normalize_scores: Take the scores' mean and standard deviation over the run out of them.
         score_clip: Largest score either way.
         missing_eos_penalty: Score lost by a response that was cut before its end.
-        per_response: Average over each response's tokens first, then over responses.
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses.
     """
 
     has_multiple_losses = True
@@ -63,7 +65,7 @@ class ActorCritic(OnlineAlgorithm):
         normalize_scores: bool = False,
         score_clip: float | None = None,
         missing_eos_penalty: float = 0.0,
-        per_response: bool = False,
+        loss_aggregation: LossAggregation = "token_mean",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -85,7 +87,7 @@ class ActorCritic(OnlineAlgorithm):
         self.kl_in_loss, self.gamma, self.gae_lambda = kl_in_loss, gamma, gae_lambda
         self.clip_low, self.clip_high, self.value_clip_range = clip_low, clip_high, value_clip_range
         self.whiten_advantages, self.score_clip = whiten_advantages, score_clip
-        self.missing_eos_penalty, self.per_response = missing_eos_penalty, per_response
+        self.missing_eos_penalty, self.loss_aggregation = missing_eos_penalty, loss_aggregation
 
     @abstractmethod
     def state_values(self, batch: Experience) -> Tensor:
@@ -154,7 +156,7 @@ class ActorCritic(OnlineAlgorithm):
         self.metrics.add("policy/ratio_mean", log_ratio.exp(), mask)
         if self.kl_in_loss:
             loss = loss + self.kl.coef * k3(logprobs, batch.ref_logprobs)
-        return self.mean_per_response(loss, batch) if self.per_response else loss
+        return self.aggregate(loss, batch)
 
     def value_loss(self, batch: Experience, values: Tensor) -> Tensor:
         """[n, R]: half the larger of the plain and the clipped squared error."""
@@ -163,11 +165,7 @@ class ActorCritic(OnlineAlgorithm):
         moved = (values.detach() - batch.values).abs() > self.value_clip_range  # beyond rounding
         self.metrics.add("loss/value_avg", loss, batch.response_mask)
         self.metrics.add("value/clipfrac", moved & (loss > unclipped), batch.response_mask)
-        return self.mean_per_response(loss, batch) if self.per_response else loss
-
-    def loss_denominator(self, batch: Experience) -> Tensor:
-        """Responses, if each is averaged by itself; else response tokens."""
-        return self.num_responses(batch) if self.per_response else super().loss_denominator(batch)
+        return self.aggregate(loss, batch)
 
     def log_rewards(self, batch: Experience, rewards: Tensor) -> None:
         """Logs scores, prices and how well the critic knew, under PPO's old names."""

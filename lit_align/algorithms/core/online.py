@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from lit_align.batches import Experience
 from lit_align.errors import UserError
 from lit_align.functional.kl import k1, k3
 from lit_align.models.policy import Policy
+
+LossAggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
 class OnlineAlgorithm(Algorithm):
@@ -39,6 +41,7 @@ class OnlineAlgorithm(Algorithm):
     num_samples: int = 1  # sampled responses per prompt
     uses_greedy_baseline: bool = False  # and one more, decoded greedily
     num_offline_samples: int = 0  # and answers per prompt that came with the data
+    loss_aggregation: LossAggregation = "token_mean"  # how token losses become one number
 
     def __init__(
         self,
@@ -155,9 +158,22 @@ class OnlineAlgorithm(Algorithm):
         squares = (masked - mean).square().where(mask, 0.0).sum()
         return number, mean, self.sum_over_ranks(squares) / (number - 1).clamp(min=1.0)
 
-    def mean_per_response(self, loss: Tensor, batch: Experience) -> Tensor:
-        """[n, R]: each response's losses over its own number of tokens; to be summed."""
-        return loss / batch.response_mask.sum(-1, keepdim=True).clamp(min=1)
+    def aggregate(self, losses: Tensor, batch: Experience) -> Tensor:
+        """Return token losses [n, R] whose sum over `loss_denominator` is the loss.
+
+        Args:
+            losses: [n, R] of each response token.
+            batch: Its n rows.
+        """
+        if self.loss_aggregation != "sequence_mean":
+            return losses
+        return losses / batch.response_mask.sum(-1, keepdim=True).clamp(min=1)
+
+    def loss_denominator(self, batch: Experience) -> Tensor:
+        """Return the response tokens of this rank for token_mean, else its responses."""
+        if self.loss_aggregation == "token_mean":
+            return super().loss_denominator(batch)
+        return self.num_responses(batch)
 
     def num_responses(self, batch: Experience) -> Tensor:
         """Rows with a token to learn from, on this rank."""

@@ -37,9 +37,9 @@ class FSDP2(ModelParallelStrategy):
         activation_checkpointing: Keep only the inputs of all networks' blocks, recompute the rest.
         gather_for_generation: Whether generation first gathers all weights, instead of each block
             each time; by default where an estimate says that they fit.
-        sum_once: Sum gradients over the ranks once per step, at the last micro-batch; until then
-            each rank keeps whole ones. Without, after each micro-batch: more traffic, and a rank
-            never has more than its share and a block.
+        sync_every_microbatch: Average gradients over the ranks after each micro-batch, so that a rank
+            never holds more than its shard and one block. Default: once per step, which sends less
+            and holds unsharded gradients until then.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class FSDP2(ModelParallelStrategy):
         cpu_offload: bool = False,
         activation_checkpointing: bool = False,
         gather_for_generation: bool | None = None,
-        sum_once: bool = True,
+        sync_every_microbatch: bool = False,
         **kwargs: Any,
     ):
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, **kwargs)
         if num_replicas < 0:
             raise UserError(f"num_replicas is 0 (one per node) or more, found {num_replicas}.")
         self.num_replicas, self.cpu_offload = num_replicas, cpu_offload
-        self.activation_checkpointing, self.gather_for_generation, self.sum_once = (
+        self.activation_checkpointing, self.gather_for_generation, self.sync_every_microbatch = (
             activation_checkpointing,
             gather_for_generation,
-            sum_once,
+            sync_every_microbatch,
         )
 
     @property
@@ -73,7 +73,7 @@ class FSDP2(ModelParallelStrategy):
             cpu_offload=self.cpu_offload,
             activation_checkpointing=self.activation_checkpointing,
             gather_for_generation=self.gather_for_generation,
-            sum_once=self.sum_once,
+            sync_every_microbatch=self.sync_every_microbatch,
         )
 
     @property

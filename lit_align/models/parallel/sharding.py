@@ -35,7 +35,7 @@ class ShardingConfig(NamedTuple):
         cpu_offload: Shards sleep in host memory.
         activation_checkpointing: Blocks keep their inputs alone.
         gather_for_generation: Whether to gather all weights; None asks an estimate.
-        sum_once: Gradients are summed at the last micro-batch; until then each rank's are whole.
+        sync_every_microbatch: Average gradients over the ranks after each micro-batch.
     """
 
     param_dtype: torch.dtype | None = None
@@ -43,7 +43,7 @@ class ShardingConfig(NamedTuple):
     cpu_offload: bool = False
     activation_checkpointing: bool = False
     gather_for_generation: bool | None = None
-    sum_once: bool = True
+    sync_every_microbatch: bool = False
 
 
 @dataclass
@@ -99,7 +99,7 @@ def shard(
     """
     state = ShardState(
         gather_for_generation=config.gather_for_generation,
-        sync_every_microbatch=not config.sum_once,
+        sync_every_microbatch=config.sync_every_microbatch,
         unsharded_size=unsharded_size(model, blocks, config.param_dtype),
     )
     names = mesh.mesh_dim_names or ()
