@@ -24,6 +24,8 @@ class RLOO(OnlineAlgorithm):
         clip_high: How far above 1 it may count.
     """
 
+    loss_aggregation = "sequence_sum"
+
     def __init__(
         self,
         num_samples: int = 4,
