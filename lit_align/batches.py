@@ -1,7 +1,7 @@
 """What flows through a training step: rows of tensors, and the Python facts that belong to them.
 
 B prompts, G samples of each, N = B*G rows, P prompt tokens, R response tokens, T = tokens of a
-whole text. A row of `Pairs` is a pair of texts. Masks are bool, True = real.
+whole text. A row of `PreferenceBatch` is a pair of texts. Masks are bool, True = real.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Batch:
     """
 
     columns: dict[str, list[Any]]
-    counted: list[bool]  # [N] False on rows that only fill up a round of evaluation; data module
+    is_new: list[bool]  # [N] False on rows that only fill up a round of evaluation; data module
 
     def __init__(self, columns: dict[str, list[Any]] | None = None, **fields: Tensor | list[Any]):
         self.columns = columns or {}
@@ -64,14 +64,14 @@ class Batch:
     def rows(self, index: Sequence[int]) -> Self:
         """The rows at `index`, in its order."""
         device = next(field.device for field in self.fields().values() if isinstance(field, Tensor))
-        where = torch.tensor(index, dtype=torch.long).to(device, non_blocking=True)
-        return self.map(lambda field: field[where], lambda column: [column[i] for i in index])
+        rows = torch.tensor(index, dtype=torch.long).to(device, non_blocking=True)
+        return self.map(lambda field: field[rows], lambda column: [column[i] for i in index])
 
-    def repeat(self, times: int) -> Self:
+    def repeat_interleave(self, times: int) -> Self:
         """Each row `times` times, the copies of a row side by side."""
         return self.rows([row for row in range(len(self)) for _ in range(times)])
 
-    def join(self, other: Self) -> Self:
+    def concat(self, other: Self) -> Self:
         """The rows of both, the other's behind; both have the same columns and fields."""
         ours, theirs = self.fields(), other.fields()
         return type(self)(
@@ -84,13 +84,13 @@ class Batch:
             },
         )
 
-    def become(self, other: Batch) -> None:
+    def replace_with(self, other: Batch) -> None:
         """Takes on all rows and fields of `other`: a callback cannot return a new batch."""
         vars(self).clear()
         vars(self).update(vars(other))
 
 
-class Answer(NamedTuple):
+class OfflineResponse(NamedTuple):
     """An answer that came with the data.
 
     Args:
@@ -113,15 +113,17 @@ class Experience(Batch):
     prompts: Tensor  # [N, P] token ids, left-padded                          data module
     prompt_mask: Tensor  # [N, P] bool                                        data module
     prompt_lengths: list[int]  # [N] tokens                                   data module
-    answers: list[list[Answer]]  # [N] what the data answer to each prompt    data.AnsweredPrompts
+    offline_responses: list[
+        list[OfflineResponse]
+    ]  # [N] those in the data, of each prompt data.OfflineResponseData
     responses: Tensor  # [N, R] token ids, right-padded                       callbacks.Rollout
     response_mask: Tensor  # [N, R] bool, True through the first stop         callbacks.Rollout
     response_lengths: list[int]  # [N] tokens                                 callbacks.Rollout
     truncated: list[bool]  # [N] no stop within R tokens                      callbacks.Rollout
-    greedy: list[bool]  # [N] decoded greedily                                callbacks.Rollout
-    stored: list[bool]  # [N] came with the data                              callbacks.Rollout
-    stored_scores: list[float | None]  # [N] the data's, where known          callbacks.Rollout
-    stored_logprobs: list[float | None]  # [N] nats, the data's, where known  callbacks.Rollout
+    is_greedy: list[bool]  # [N] decoded greedily                                callbacks.Rollout
+    is_offline: list[bool]  # [N] came with the data                              callbacks.Rollout
+    offline_scores: list[float | None]  # [N] the data's, where known          callbacks.Rollout
+    offline_logprobs: list[float | None]  # [N] nats, the data's, where known  callbacks.Rollout
     group: list[int]  # [N] which prompt of the rollout a row answers         callbacks.Rollout
     sampling_logprobs: Tensor  # [N, R] nats, as seen while sampling          callbacks.Rollout
     scores: Tensor  # [N] reward of the whole response                        callbacks.Reward
@@ -140,9 +142,9 @@ class Experience(Batch):
         return [prompt + response for prompt, response in pairs]
 
     @property
-    def sampled(self) -> list[bool]:
+    def is_sampled(self) -> list[bool]:
         """[N] whether the policy has sampled it: neither decoded greedily nor from the data."""
-        return [not (a or b) for a, b in zip(self.greedy, self.stored, strict=True)]
+        return [not (a or b) for a, b in zip(self.is_greedy, self.is_offline, strict=True)]
 
     @property
     def tokens(self) -> Tensor:
@@ -157,40 +159,40 @@ class Experience(Batch):
         return torch.cat([self.prompt_mask, steps < ends.unsqueeze(1)], 1)
 
     @property
-    def num_context(self) -> int:
+    def num_context_tokens(self) -> int:
         """P: tokens before the first scored one."""
         return self.prompts.shape[1]
 
     @property
-    def scored(self) -> Tensor:
+    def loss_mask(self) -> Tensor:
         """[N, R] bool: where a loss counts."""
         return self.response_mask
 
-    def trim(self) -> Experience:
+    def trim_padding(self) -> Experience:
         """The same rows without the columns that are padding in every one of them."""
-        spare = self.prompts.shape[1] - max(self.prompt_lengths)
+        num_padding = self.prompts.shape[1] - max(self.prompt_lengths)
         width, longest = self.responses.shape[1], max(max(self.response_lengths), 1)
         trimmed = Experience(self.columns, **self.fields())
         for name, field in self.fields().items():
             if isinstance(field, Tensor) and name in ("prompts", "prompt_mask"):
-                setattr(trimmed, name, field[:, spare:])
+                setattr(trimmed, name, field[:, num_padding:])
             elif isinstance(field, Tensor) and field.ndim > 1 and field.shape[1] == width:
                 setattr(trimmed, name, field[:, :longest])
         return trimmed
 
 
-class Tokens(Batch):
+class TextBatch(Batch):
     """N whole texts of T tokens, right-padded, for supervised fine-tuning."""
 
     tokens: Tensor  # [N, T] token ids, right-padded                          data module
     token_mask: Tensor  # [N, T] bool                                         data module
-    loss_mask: Tensor  # [N, T] bool, True where the token is to be learnt    data module
+    target_mask: Tensor  # [N, T] bool, True where the token is to be learnt    data module
     lengths: list[int]  # [N] tokens                                          data module
 
     @property
     def response_mask(self) -> Tensor:
         """[N, T-1] bool: the learnt tokens. The first token has no context to be scored in."""
-        return self.loss_mask[:, 1:]
+        return self.target_mask[:, 1:]
 
     @property
     def responses(self) -> Tensor:
@@ -198,31 +200,31 @@ class Tokens(Batch):
         return self.tokens[:, 1:]
 
     @property
-    def num_context(self) -> int:
+    def num_context_tokens(self) -> int:
         """Tokens before the first scored one."""
         return 1
 
     @property
-    def scored(self) -> Tensor:
+    def loss_mask(self) -> Tensor:
         """[N, T-1] bool: where a loss counts."""
         return self.response_mask
 
-    def trim(self) -> Tokens:
+    def trim_padding(self) -> TextBatch:
         """The same rows without the columns that are padding in every one of them."""
         longest = max(max(self.lengths), 2)
         return self.map(lambda field: field[:, :longest])
 
 
-class Pairs(Batch):
+class PreferenceBatch(Batch):
     """B preference pairs: a chosen and a rejected text that share a prompt."""
 
     chosen: Tensor  # [B, T] token ids, right-padded                          data module
     chosen_mask: Tensor  # [B, T] bool                                        data module
-    chosen_loss_mask: Tensor  # [B, T] bool, True on the answer               data module
+    chosen_target_mask: Tensor  # [B, T] bool, True on the answer               data module
     chosen_lengths: list[int]  # [B] tokens                                   data module
     rejected: Tensor  # [B, T], and the same three                            data module
     rejected_mask: Tensor
-    rejected_loss_mask: Tensor
+    rejected_target_mask: Tensor
     rejected_lengths: list[int]
     margin: Tensor  # [B] by how much the chosen text should win, 0 unknown   data module
     fingerprints: list[int]  # [B] of each pair's texts, in any batch         data module
@@ -236,38 +238,40 @@ class Pairs(Batch):
         return [2 * max(chosen, rejected) for chosen, rejected in both]
 
     @property
-    def scored(self) -> Tensor:
+    def loss_mask(self) -> Tensor:
         """[B] bool: where a loss counts, every pair."""
         return torch.ones_like(self.margin, dtype=torch.bool)
 
-    def trim(self) -> Pairs:
+    def trim_padding(self) -> PreferenceBatch:
         """The same pairs without the columns that are padding in every text."""
         longest = max(max(self.chosen_lengths), max(self.rejected_lengths), 2)
         return self.map(lambda field: field[:, :longest] if field.ndim > 1 else field)
 
-    def texts(self) -> Tokens:
+    def texts(self) -> TextBatch:
         """2B rows, chosen and rejected of a pair side by side: scores.view(-1, 2)."""
 
-        def side_by_side(one: Tensor, other: Tensor) -> Tensor:
+        def interleave(one: Tensor, other: Tensor) -> Tensor:
             return torch.stack([one, other], 1).flatten(0, 1)
 
         both = zip(self.chosen_lengths, self.rejected_lengths, strict=True)
-        return Tokens(
-            tokens=side_by_side(self.chosen, self.rejected),
-            token_mask=side_by_side(self.chosen_mask, self.rejected_mask),
-            loss_mask=side_by_side(self.chosen_loss_mask, self.rejected_loss_mask),
+        return TextBatch(
+            tokens=interleave(self.chosen, self.rejected),
+            token_mask=interleave(self.chosen_mask, self.rejected_mask),
+            target_mask=interleave(self.chosen_target_mask, self.rejected_target_mask),
             lengths=[length for pair in both for length in pair],
         )
 
 
-AnyBatch = Experience | Tokens | Pairs
+AnyBatch = Experience | TextBatch | PreferenceBatch
 
 
-def microbatches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
+def microbatch_indices(
+    lengths: Sequence[int], max_tokens: int, min_microbatches: int = 1
+) -> list[list[int]]:
     """Rows of similar length together, each group at most `max_tokens` padded tokens.
 
     A row longer than the budget stands alone. Groups are split further until there are
-    `at_least` of them: ranks that step together must make the same number of passes.
+    `min_microbatches` of them: ranks that step together must make the same number of passes.
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -275,7 +279,7 @@ def microbatches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> 
             groups[-1].append(row)
         else:
             groups.append([row])
-    while len(groups) < at_least:
+    while len(groups) < min_microbatches:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         half = (len(groups[largest]) + 1) // 2
         groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]

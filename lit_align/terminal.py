@@ -1,7 +1,7 @@
 """Text of models and data on a terminal."""
 
 
-def harmless(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """The text without what could steer a terminal: escapes, bells, turns of direction.
 
     Args:

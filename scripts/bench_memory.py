@@ -26,8 +26,8 @@ from bench.phases import Row, algorithms, layouts, measured
 
 from lit_align.data.text import load_tokenizer
 from lit_align.functional.logprobs import chosen_logprobs
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.runs.allocations import CPUAllocations, bytes_of
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.runs.allocations import CPUAllocations, storage_bytes
 
 SMALL, MIDDLE = Size(256, 64, 176, 2), Size(256, 128, 344, 3)
 METHODS = ("AdamW", "GaLore", "SLTrain")
@@ -42,19 +42,19 @@ def head_peak(tokens: int, vocabulary: int, hidden: int) -> tuple[int, int]:
         vocabulary: V.
         hidden: H.
     """
-    heard = CPUAllocations()
-    heard.resume()
+    counter = CPUAllocations()
+    counter.start()
     states = torch.randn(tokens, hidden, requires_grad=True)
     weight = torch.randn(vocabulary, hidden, requires_grad=True)
     chosen = torch.randint(vocabulary, (tokens,))
-    heard.begin()
+    counter.begin()
     chosen_logprobs(states, weight, chosen)[0].sum().backward()
-    peak = heard.end()
-    heard.pause()
-    return peak, 2 * bytes_of([states, weight], torch.device("cpu")) + 4 * 1024 * vocabulary
+    peak = counter.end()
+    counter.stop()
+    return peak, 2 * storage_bytes([states, weight], torch.device("cpu")) + 4 * 1024 * vocabulary
 
 
-def rows_of(size: Size, answer: int) -> list[Row]:
+def measure_rows(size: Size, answer: int) -> list[Row]:
     """All lines of the table.
 
     Args:
@@ -65,7 +65,7 @@ def rows_of(size: Size, answer: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         base = f"{folder}/base"
-        TwoHeaded(config=size.config).save(Path(base))
+        PolicyWithRewardHead(config=size.config).save(Path(base))
         load_tokenizer("toy").save_pretrained(base)
         for method in METHODS:
             rows += [measured(case, folder, answer) for case in algorithms(size, base, method)]
@@ -73,7 +73,7 @@ def rows_of(size: Size, answer: int) -> list[Row]:
     return rows
 
 
-def missed(rows: list[Row], head: tuple[int, int]) -> list[str]:
+def failed_checks(rows: list[Row], head: tuple[int, int]) -> list[str]:
     """What is not as it has to be."""
     found = {(row.algorithm, row.method): row for row in rows}
     wrong = [
@@ -103,7 +103,7 @@ def report(rows: list[Row], head: tuple[int, int]) -> None:
         peaks = [f"{row.peaks[p].peak:,}" if p in row.peaks else "-" for p in PHASES]
         print(f"{row.algorithm:<12} {row.method:<8}" + "".join(f"{p:>12}" for p in peaks), end="")
         static, formula = sum(row.static), sum(row.expected.bytes)
-        print(f"{row.asleep:>11,}{static:>11,}{formula:>11,}  {row.expected.paper}")
+        print(f"{row.offloaded_bytes:>11,}{static:>11,}{formula:>11,}  {row.expected.paper}")
     found = {(row.algorithm, row.method): row for row in rows}
     for method in METHODS:
         ratio = found["SPR", method].update / found["SFT", method].update
@@ -113,17 +113,17 @@ def report(rows: list[Row], head: tuple[int, int]) -> None:
     print(f"log-probs: {head[0]:,} bytes at most, {head[0] / head[1]:.3f} of the unavoidable")
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Measures, prints, and says whether all is as it has to be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smaller network and head")
-    quick = parser.parse_args(words).quick
+    quick = parser.parse_args(argv).quick
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = rows_of(SMALL, 12) if quick else rows_of(MIDDLE, 32)
+    rows = measure_rows(SMALL, 12) if quick else measure_rows(MIDDLE, 32)
     head = head_peak(2048, 20_000, 64) if quick else head_peak(8192, 152_000, 64)
     report(rows, head)
-    wrong = missed(rows, head)
+    wrong = failed_checks(rows, head)
     print("\n".join(wrong) or "all as it has to be")
     return int(bool(wrong))
 

@@ -30,14 +30,14 @@ import torch
 import transformers
 from bench import growth, limits, loop, material, ours, papers
 from bench.case import OFFLINE, ONLINE, Case, shapes
-from bench.memory import apart, peak
-from bench.turns import Step, steps_of
+from bench.memory import peak, run_in_fork
+from bench.turns import Step, interleave_steps
 
-Side = Callable[..., None]  # of (case, folder, steps, stepped)
+Side = Callable[..., None]  # of (case, folder, steps, after_step)
 HEAD = "               model shape    clock   work  memory   MiB other MiB  seconds  other"
 
 
-def quiet() -> None:
+def disable_output() -> None:
     """No progress bars and no advice."""
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
@@ -47,22 +47,22 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def written(case: Case, folder: Path, steps: int) -> None:
+def write_files(case: Case, folder: Path, steps: int) -> None:
     """What the runs read."""
-    material.make(case, folder, steps)
+    material.write_files(case, folder, steps)
 
 
-def timed(case: Case, folder: Path, sides: list[Side], rounds: int) -> list[list[Step]]:
+def time_steps(case: Case, folder: Path, sides: list[Side], rounds: int) -> list[list[Step]]:
     """Each step of each side, in turns."""
-    return steps_of([partial(side, case, folder) for side in sides], rounds)
+    return interleave_steps([partial(side, case, folder) for side in sides], rounds)
 
 
-def weighed(case: Case, folder: Path, side: Side) -> int:
+def measure_peak(case: Case, folder: Path, side: Side) -> int:
     """Peak bytes of two steps of one side."""
     return peak(lambda: side(case, folder, 2, lambda: None), case.device)
 
 
-def compare(
+def print_comparison(
     name: str, case: Case, sides: list[Side], args: argparse.Namespace, times: int = 1
 ) -> None:
     """Prints one line: the first side beside the second.
@@ -76,16 +76,16 @@ def compare(
         args: Of the command line.
         times: How many times as many samples the first makes in a step.
     """
-    folder = Path(args.folder) / case.place
-    apart(written, case, folder, args.rounds + 2)
+    folder = Path(args.folder) / case.folder_name
+    run_in_fork(write_files, case, folder, args.rounds + 2)
     try:
-        one, other = apart(timed, case, folder, sides, args.rounds)
+        one, other = run_in_fork(time_steps, case, folder, sides, args.rounds)
     except RuntimeError as failure:  # its own words stand above
         print(f"{name:<14} {case.model:>5} {case.shape.name:<7} {failure}", flush=True)
         args.failed = True
         return
     if case.device == "cpu":
-        mine, its = (apart(weighed, case, folder, side) for side in sides)
+        mine, its = (run_in_fork(measure_peak, case, folder, side) for side in sides)
     else:
         mine, its = (max(step.bytes for step in steps) for steps in (one, other))
     clock, its_clock = (median(step.clock for step in steps) for steps in (one, other))
@@ -99,7 +99,7 @@ def compare(
     )
 
 
-def beside_trl(args: argparse.Namespace) -> None:
+def compare_with_trl(args: argparse.Namespace) -> None:
     """lit_align beside TRL."""
     from bench import theirs  # only where TRL is installed
 
@@ -108,10 +108,10 @@ def beside_trl(args: argparse.Namespace) -> None:
         for algorithm in args.algorithms:
             for shape in shapes(algorithm, args.device):
                 case = Case(algorithm, model, shape, args.device)
-                compare(algorithm, case, [ours.run, theirs.run], args)
+                print_comparison(algorithm, case, [ours.run, theirs.run], args)
 
 
-def beside_batching(args: argparse.Namespace) -> None:
+def compare_with_batching(args: argparse.Namespace) -> None:
     """lit_align beside TRL that answers by transformers' continuous batching."""
     from bench import theirs
 
@@ -119,75 +119,82 @@ def beside_batching(args: argparse.Namespace) -> None:
     for model in args.models:
         for shape in shapes("grpo", args.device):
             case = Case("grpo", model, shape, args.device)
-            compare("grpo", case, [ours.run, partial(theirs.run, batched=True)], args)
+            print_comparison("grpo", case, [ours.run, partial(theirs.run, batched=True)], args)
 
 
-def beside_loop(args: argparse.Namespace) -> None:
+def compare_with_loop(args: argparse.Namespace) -> None:
     """lit_align beside the same maths without a Trainer."""
     print(f"beside a bare loop\n{HEAD}")
     for algorithm in ("grpo", "sft"):
         case = Case(algorithm, args.models[-1], shapes(algorithm, args.device)[0], args.device)
-        compare(algorithm, case, [ours.run, loop.run], args)
+        print_comparison(algorithm, case, [ours.run, loop.run], args)
 
 
-def paper_claims(args: argparse.Namespace) -> None:
+def check_paper_claims(args: argparse.Namespace) -> None:
     """One algorithm beside another, a sample per prompt as the papers have it."""
     print(f"what papers claim\n{HEAD}")
     for one, other in papers.CLAIMS:
         for shape in shapes("grpo", args.device):
             case = Case("grpo", args.models[-1], shape._replace(num_samples=1), args.device)
-            judged(case, args)
+            prepare_case(case, args)
             sides: list[Side] = [partial(papers.run, name) for name in (one, other)]
-            compare(f"{one} / {other}"[:14], case, sides, args)
-    at_equal_memory(args)
+            print_comparison(f"{one} / {other}"[:14], case, sides, args)
+    compare_at_equal_memory(args)
 
 
-def judged(case: Case, args: argparse.Namespace) -> Path:
+def prepare_case(case: Case, args: argparse.Namespace) -> Path:
     """The folder of a case with all that the papers' algorithms read."""
-    folder = Path(args.folder) / case.place
-    apart(written, case, folder, args.rounds + 2)
-    apart(papers.prepare, folder)
+    folder = Path(args.folder) / case.folder_name
+    run_in_fork(write_files, case, folder, args.rounds + 2)
+    run_in_fork(papers.prepare, folder)
     return folder
 
 
-def at_equal_memory(args: argparse.Namespace) -> None:
+def compare_at_equal_memory(args: argparse.Namespace) -> None:
     """Hydra-PPO with as many rows in a step as fit into the bytes that LoRA-PPO takes with few."""
-    shape = shapes("grpo", args.device)[0]._replace(num_samples=1, num_rows=4, part=1)
+    shape = shapes("grpo", args.device)[0]._replace(
+        num_samples=1, num_rows=4, rows_per_microbatch=1
+    )
     few = Case("grpo", args.models[-1], shape, args.device)
 
     def larger(times: int) -> Case:
         return few._replace(shape=shape._replace(num_rows=times * shape.num_rows))
 
     def fits(times: int) -> bool:
-        folder = judged(larger(times), args)
-        return apart(weighed, larger(times), folder, partial(papers.run, "hydra_ppo")) <= most
+        folder = prepare_case(larger(times), args)
+        return (
+            run_in_fork(measure_peak, larger(times), folder, partial(papers.run, "hydra_ppo"))
+            <= most
+        )
 
-    lora: Side = partial(papers.run_as, few, "lora_ppo")
-    most = apart(weighed, few, judged(few, args), lora)
-    times = papers.most_times(fits)
+    lora: Side = partial(papers.run_case, few, "lora_ppo")
+    most = run_in_fork(measure_peak, few, prepare_case(few, args), lora)
+    times = papers.largest_fitting_factor(fits)
     print(f"hydra_ppo with {times * shape.num_rows} rows, lora_ppo with {shape.num_rows}:")
-    compare("per sample", larger(times), [partial(papers.run, "hydra_ppo"), lora], args, times)
+    print_comparison(
+        "per sample", larger(times), [partial(papers.run, "hydra_ppo"), lora], args, times
+    )
 
 
-def growing(args: argparse.Namespace) -> None:
+def draw_growth(args: argparse.Namespace) -> None:
     """The picture of how cost grows."""
-    growth.save(growth.measure(), Path(args.picture))
+    growth.save_picture(growth.measure_points(), Path(args.picture))
 
 
-def near_limits(args: argparse.Namespace) -> None:
+def report_limits(args: argparse.Namespace) -> None:
     """Shares of what the device can do, and the price of greedy rows."""
     print("near the device's limits")
     for model in args.models:
         limits.report(Case("grpo", model, shapes("grpo", args.device)[0], args.device))
 
 
-PARTS = {
-    "trl": beside_trl,
-    "batching": beside_batching,
-    "loop": beside_loop,
-    "papers": paper_claims,
-    "growth": growing,
-    "limits": near_limits,
+BENCHMARKS = {
+    "trl": compare_with_trl,
+    "batching": compare_with_batching,
+    "loop": compare_with_loop,
+    "papers": check_paper_claims,
+    "growth": draw_growth,
+    "limits": report_limits,
 }
 
 
@@ -200,7 +207,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["1M", "7M"])
     parser.add_argument("--algorithms", nargs="+", default=[*ONLINE, *OFFLINE])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["trl", "loop", "papers"])
+    parser.add_argument("--parts", nargs="+", choices=BENCHMARKS, default=["trl", "loop", "papers"])
     parser.add_argument("--picture", default="docs/pictures/growth.png")
     parser.add_argument("--quick", action="store_true", help="the smallest model beside TRL")
     args = parser.parse_args()
@@ -208,10 +215,10 @@ def main() -> None:
     if args.quick:
         args.models, args.parts = args.models[:1], ["trl"]
     torch.set_num_threads(1)
-    quiet()
+    disable_output()
     with tempfile.TemporaryDirectory() as args.folder:
         for part in args.parts:
-            PARTS[part](args)
+            BENCHMARKS[part](args)
     sys.exit(int(args.failed))
 
 

@@ -10,22 +10,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lit_align.evaluation.statistics import Answers, bootstrap, distinct_2, mean, read
-from lit_align.evaluation.tables import completions_table, figures_table
+from lit_align.evaluation.statistics import (
+    ResponseRows,
+    bootstrap_interval,
+    distinct_2,
+    mean,
+    read_predictions,
+)
+from lit_align.evaluation.tables import completions_table, statistics_table
 
 
-def summarise(before: Answers, after: Answers) -> dict[str, float]:
-    """The figures by which an alignment is judged; both lists answer the same prompts."""
+def summarize(before: ResponseRows, after: ResponseRows) -> dict[str, float]:
+    """The statistics by which an alignment is judged; both lists answer the same prompts."""
     if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
         raise ValueError("the two files answer different prompts, or in another order")
     old, new = [float(r["score"]) for r in before], [float(r["score"]) for r in after]
-    low, high = bootstrap([b - a for a, b in zip(old, new, strict=True)])
-    spread = (sum((score - mean(old)) ** 2 for score in old) / (len(old) - 1)) ** 0.5
+    low, high = bootstrap_interval([b - a for a, b in zip(old, new, strict=True)])
+    std = (sum((score - mean(old)) ** 2 for score in old) / (len(old) - 1)) ** 0.5
     return {
         "prompts": len(before),
         "reward before": mean(old),
         "reward after": mean(new),
-        "gain in standard deviations": (mean(new) - mean(old)) / spread,
+        "gain in standard deviations": (mean(new) - mean(old)) / std,
         "gain, 95 % low": low,
         "gain, 95 % high": high,
         "KL after, nats per response": mean([float(row["kl"]) for row in after]),
@@ -39,9 +45,9 @@ def main(files: list[str]) -> int:
     if len(files) != 2:
         print(__doc__, file=sys.stderr)
         return 2
-    before, after = (read(Path(file)) for file in files)
-    figures = figures_table(summarise(before, after), title="After against before")
-    Console(width=120).print(completions_table(before, after), figures)
+    before, after = (read_predictions(Path(file)) for file in files)
+    statistics = statistics_table(summarize(before, after), title="After against before")
+    Console(width=120).print(completions_table(before, after), statistics)
     return 0
 
 

@@ -21,42 +21,44 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-ORDER = ("load", "rollout", "score", "prepare", "update")
+PHASE_ORDER = ("load", "rollout", "score", "prepare", "update")
 METHODS = "SFT SFT-checkpointing SFT-GaLore DPO RewardModel GRPO ReMax SPR PPO LoRA-PPO Hydra-PPO"
 GIB = 2**30  # bytes
 Phases = dict[str, int]  # bytes by phase
 
 
-class DiedError(RuntimeError):
+class ProcessDiedError(RuntimeError):
     """A process that has died, by its last line."""
 
 
-def apart(verb: str, name: str, args: argparse.Namespace) -> Phases:
+def run_in_subprocess(action: str, name: str, args: argparse.Namespace) -> Phases:
     """Bytes by phase, from a process that does nothing else.
 
     Args:
-        verb: planned or measured.
+        action: planned or measured.
         name: Of the method.
         args: Of the command line.
     """
-    words = [sys.executable, __file__, "--one", verb, "--methods", name]
-    words += ["--model", args.model, "--device", args.device]
+    argv = [sys.executable, __file__, "--one", action, "--methods", name]
+    argv += ["--model", args.model, "--device", args.device]
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=args.seconds, check=False
+            argv, capture_output=True, text=True, timeout=args.seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        raise DiedError(f"not done after {args.seconds} seconds") from None
+        raise ProcessDiedError(f"not done after {args.seconds} seconds") from None
     if done.returncode:
-        raise DiedError(next(iter(done.stderr.strip().splitlines()[-1:]), f"{done.returncode}"))
+        raise ProcessDiedError(
+            next(iter(done.stderr.strip().splitlines()[-1:]), f"{done.returncode}")
+        )
     found: Phases = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def here(verb: str, name: str, args: argparse.Namespace) -> Phases:
+def run_here(action: str, name: str, args: argparse.Namespace) -> Phases:
     """The same in this process."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "KINETO_LOG_LEVEL": "6"}
-    if verb == "planned":
+    if action == "planned":
         from bench.foretold import planned as work
     else:
         from bench.accuracy import measured as work
@@ -64,42 +66,42 @@ def here(verb: str, name: str, args: argparse.Namespace) -> Phases:
         return work(name, args.model, folder, args.device)
 
 
-def all_of(
-    verb: str, names: list[str], args: argparse.Namespace
-) -> Iterator[tuple[str, Phases | DiedError]]:
+def run_all(
+    action: str, names: list[str], args: argparse.Namespace
+) -> Iterator[tuple[str, Phases | ProcessDiedError]]:
     """Each method with its bytes or why it has none, in the order in which they are known."""
     with ThreadPoolExecutor(args.jobs) as pool:
-        asked = {pool.submit(apart, verb, name, args): name for name in names}
-        for done in as_completed(asked):
+        jobs = {pool.submit(run_in_subprocess, action, name, args): name for name in names}
+        for done in as_completed(jobs):
             try:
-                yield asked[done], done.result()
-            except DiedError as failure:
-                yield asked[done], failure
+                yield jobs[done], done.result()
+            except ProcessDiedError as failure:
+                yield jobs[done], failure
 
 
-def known_plans(args: argparse.Namespace) -> dict[str, Phases]:
+def load_or_make_plans(args: argparse.Namespace) -> dict[str, Phases]:
     """The plans of the file, and those that it lacks, which are added to it."""
     file = Path(args.plans) if args.plans else None
     known = json.loads(file.read_text()) if file and file.is_file() else {}
-    lacking = [name for name in args.methods if f"{args.model} {name}" not in known]
-    for name, found in all_of("planned", lacking, args):
-        if isinstance(found, DiedError):
+    missing = [name for name in args.methods if f"{args.model} {name}" not in known]
+    for name, found in run_all("planned", missing, args):
+        if isinstance(found, ProcessDiedError):
             print(f"{name:<18} no plan: {found}", flush=True)
             continue
         known[f"{args.model} {name}"] = found
-        print(f"{name:<18} planned " + "  ".join(written(found)), flush=True)
+        print(f"{name:<18} planned " + "  ".join(format_phases(found)), flush=True)
         if file:
             file.write_text(json.dumps(known, indent=1))
     return {name: known.get(f"{args.model} {name}", {}) for name in args.methods}
 
 
-def written(found: Phases) -> Iterator[str]:
+def format_phases(found: Phases) -> Iterator[str]:
     """Each phase and its GiB."""
-    for phase in (phase for phase in ORDER if phase in found):
+    for phase in (phase for phase in PHASE_ORDER if phase in found):
         yield f"{phase} {found[phase] / GIB:.3f}"
 
 
-def compared(plan: Phases, real: Phases, name: str) -> list[float]:
+def print_differences(plan: Phases, real: Phases, name: str) -> list[float]:
     """Prints a line per phase; how far the plan is off, as shares of what was measured.
 
     Args:
@@ -107,27 +109,27 @@ def compared(plan: Phases, real: Phases, name: str) -> list[float]:
         real: The same.
         name: Of the method.
     """
-    apart = []
-    for phase in (phase for phase in ORDER if phase in real or phase in plan):
-        foretold, found = plan.get(phase, 0), real.get(phase, 0)
-        apart.append(foretold / found - 1 if found else 1.0)
+    errors = []
+    for phase in (phase for phase in PHASE_ORDER if phase in real or phase in plan):
+        estimate, peak = plan.get(phase, 0), real.get(phase, 0)
+        errors.append(estimate / peak - 1 if peak else 1.0)
         print(
-            f"{name:<18} {phase:<8} {foretold / GIB:>9.4f} {found / GIB:>9.4f} {apart[-1]:>+8.2%}",
+            f"{name:<18} {phase:<8} {estimate / GIB:>9.4f} {peak / GIB:>9.4f} {errors[-1]:>+8.2%}",
             flush=True,
         )
-    return apart
+    return errors
 
 
-def versions(device: str) -> str:
+def library_versions(device: str) -> str:
     """What the figures were measured with."""
     import torch
     import transformers
 
-    card = torch.cuda.get_device_name() if device != "cpu" else "a CPU"
-    return f"torch {torch.__version__}, transformers {transformers.__version__}, {card}"
+    device_name = torch.cuda.get_device_name() if device != "cpu" else "a CPU"
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {device_name}"
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Plans, measures, compares."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,22 +143,24 @@ def main(words: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=int, default=120, help="that a process may take")
     parser.add_argument("--one", choices=("planned", "measured"), help=argparse.SUPPRESS)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.one:
-        print(json.dumps(here(args.one, args.methods[0], args)))
+        print(json.dumps(run_here(args.one, args.methods[0], args)))
         return 0
-    plans = known_plans(args)
+    plans = load_or_make_plans(args)
     if not args.measured:
         return int(not all(plans.values()))
-    print(versions(args.device))
+    print(library_versions(args.device))
     print(f"{'method':<18} {'phase':<8} {'planned':>9} {'measured':>9}      off", flush=True)
     wrong = 0
-    for name, found in all_of("measured", args.methods, args):
-        if isinstance(found, DiedError):
+    for name, found in run_all("measured", args.methods, args):
+        if isinstance(found, ProcessDiedError):
             print(f"{name:<18} failed: {found}", flush=True)
             wrong += 1
         else:
-            wrong += any(abs(off) > args.within for off in compared(plans[name], found, name))
+            wrong += any(
+                abs(off) > args.within for off in print_differences(plans[name], found, name)
+            )
     print(f"{len(args.methods) - wrong} of {len(args.methods)} methods within {args.within:.0%}")
     return int(bool(wrong))
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lit_align.plan.memory_tracker import Height, Ledger, Moments, Place
+from lit_align.plan.memory_tracker import (
+    EstimatedPeak,
+    MemoryLocation,
+    MemoryTracker,
+    PeaksByContext,
+)
 
 
-class Grown(NamedTuple):
+class Extrapolation(NamedTuple):
     """What a network of all blocks takes.
 
     Args:
@@ -16,11 +21,11 @@ class Grown(NamedTuple):
             largest phase: 0 where all grows evenly.
     """
 
-    heights: dict[str, Height]
+    heights: dict[str, EstimatedPeak]
     bent: float
 
 
-def extrapolated(traces: dict[int, Ledger], number: int) -> Grown:
+def extrapolated(traces: dict[int, MemoryTracker], number: int) -> Extrapolation:
     """The heights of a network with `number` blocks, from the last two of three traces or more.
 
     Each moment (an operator, forward or backward) grows evenly with the blocks, and the highest one
@@ -33,12 +38,15 @@ def extrapolated(traces: dict[int, Ledger], number: int) -> Grown:
     first, *_, start, end = traces
     line = highest(traces[start], traces[end], (number - end) / (end - start))
     back = highest(traces[start], traces[end], (first - end) / (end - start))
-    real = {phase: places[Place.DEVICE].total for phase, places in traces[first].heights.items()}
+    real = {
+        phase: places[MemoryLocation.DEVICE].total
+        for phase, places in traces[first].heights.items()
+    }
     apart = max(abs(back[phase].total - size) for phase, size in real.items())
-    return Grown(line, apart / max(real.values()))
+    return Extrapolation(line, apart / max(real.values()))
 
 
-def highest(few: Ledger, more: Ledger, times: float) -> dict[str, Height]:
+def highest(few: MemoryTracker, more: MemoryTracker, times: float) -> dict[str, EstimatedPeak]:
     """Of each phase the highest moment, `times` further on than from `few` to `more`."""
     return {
         phase: max(moved(few.moments[phase], moments, times), key=lambda height: height.total)
@@ -46,15 +54,15 @@ def highest(few: Ledger, more: Ledger, times: float) -> dict[str, Height]:
     }
 
 
-def moved(few: Moments, more: Moments, times: float) -> list[Height]:
+def moved(few: PeaksByContext, more: PeaksByContext, times: float) -> list[EstimatedPeak]:
     """Each moment's height; one that only `more` has stays as it is."""
     return [grown(few.get(moment, height), height, times) for moment, height in more.items()]
 
 
-def grown(few: Height, more: Height, times: float) -> Height:
+def grown(few: EstimatedPeak, more: EstimatedPeak, times: float) -> EstimatedPeak:
     """`more`, and `times` what it has more than `few`."""
     by_kind = {
         kind: round(more.by_kind.get(kind, 0) * (1 + times) - times * few.by_kind.get(kind, 0))
         for kind in {**few.by_kind, **more.by_kind}
     }
-    return Height(round(more.total + times * (more.total - few.total)), by_kind, more.moment)
+    return EstimatedPeak(round(more.total + times * (more.total - few.total)), by_kind, more.moment)

@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from lit_align.cli.overlays import Settings, read
-from lit_align.cli.plan_run import PlannedCLI
-from lit_align.plan.architectures import config_of
-from lit_align.plan.extrapolate import Grown, extrapolated
-from lit_align.plan.memory_tracker import Ledger
+from lit_align.cli.overlays import Settings, read_config
+from lit_align.cli.plan_run import PlanCLI
+from lit_align.plan.architectures import architecture_config
+from lit_align.plan.extrapolate import Extrapolation, extrapolated
+from lit_align.plan.memory_tracker import MemoryTracker
 from lit_align.plan.simulate import traced
 
 LAYOUTS = ("ppo", "lora_ppo", "dl_ppo", "joint_hydra_ppo", "hydra_ppo")
@@ -32,7 +32,7 @@ class Size(NamedTuple):
         nodes: Of these.
         gather: Whether whole weights are gathered to answer; None where an estimate says that
             they fit.
-        sum_once: Whether whole gradients wait for the last micro-batch, as in `FSDP2`.
+        sync_every_microbatch: As in `FSDP2`.
         prompt: Tokens of a prompt.
         answer: Tokens of an answer.
     """
@@ -41,7 +41,7 @@ class Size(NamedTuple):
     devices: int = 8
     nodes: int = 1
     gather: bool | None = None
-    sum_once: bool = True
+    sync_every_microbatch: bool = False
     prompt: int = 512
     answer: int = 512
 
@@ -53,12 +53,12 @@ class Size(NamedTuple):
     @property
     def rank(self) -> int:
         """Of GaLore's and SLTrain's matrices: a quarter of the width, as their papers have it."""
-        return int(config_of(self.path).hidden_size) // 4
+        return int(architecture_config(self.path).hidden_size) // 4
 
 
 SIZES = {
     "7b": Size("shape:llama-2-7b", gather=True),
-    "70b": Size("shape:llama-2-70b", nodes=8, gather=False, sum_once=False),
+    "70b": Size("shape:llama-2-70b", nodes=8, gather=False, sync_every_microbatch=True),
 }
 
 
@@ -73,7 +73,7 @@ class Line(NamedTuple):
 
     method: str
     by: str
-    grown: Grown
+    grown: Extrapolation
 
     def peak(self, phase: str) -> int:
         """The most bytes of a phase on the device, 0 where there is no such phase."""
@@ -92,10 +92,12 @@ def sweep(size: Size, memory: int) -> Iterator[Line]:
     cases += [(method, by) for by in ("GaLore", "SLTrain") for method in WHOLE]
     for method, by in cases:
         traces = {blocks: with_blocks(method, by, size, blocks, memory) for blocks in BLOCKS}
-        yield Line(method, by, extrapolated(traces, config_of(size.path).num_hidden_layers))
+        yield Line(
+            method, by, extrapolated(traces, architecture_config(size.path).num_hidden_layers)
+        )
 
 
-def with_blocks(method: str, by: str, size: Size, blocks: int, memory: int) -> Ledger:
+def with_blocks(method: str, by: str, size: Size, blocks: int, memory: int) -> MemoryTracker:
     """One simulation.
 
     Args:
@@ -105,12 +107,12 @@ def with_blocks(method: str, by: str, size: Size, blocks: int, memory: int) -> L
         blocks: Of every network.
         memory: Bytes of a device.
     """
-    architecture = {**config_of(size.path).to_diff_dict(), "num_hidden_layers": blocks}
+    architecture = {**architecture_config(size.path).to_diff_dict(), "num_hidden_layers": blocks}
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(architecture))
         config = settings(method, by, size, str(file))
-        cli = PlannedCLI(["--config", json.dumps(config)])
+        cli = PlanCLI(["--config", json.dumps(config)])
         return traced(cli.build, cli.machine._replace(memory=memory))
 
 
@@ -123,7 +125,7 @@ def settings(method: str, by: str, size: Size, path: str) -> Settings:
         size: The model.
         path: Of every network's config.json.
     """
-    config = read(method)
+    config = read_config(method)
     if "dpo_adapter" in config["model"]["init_args"]:  # its folder is not there: a whole model
         whole_model = {"class_path": "Policy", "init_args": {"path": path}}
         config["model"]["init_args"] |= {"dpo_adapter": None, "dpo": whole_model}
@@ -135,16 +137,16 @@ def settings(method: str, by: str, size: Size, path: str) -> Settings:
     arguments.pop("minibatch_size", None)
     if method in SAMPLES:
         arguments["num_samples"] = SAMPLES[method]
-    if "num_stored" in arguments:
-        arguments["num_stored"] = 0
+    if "num_offline_samples" in arguments:
+        arguments["num_offline_samples"] = 0
     lengths: dict[str, Any] = {"max_tokens": size.tokens}
     if "rollout" in config:
         lengths = {"max_prompt_tokens": size.prompt}
         config["rollout"]["init_args"] = {"max_new_tokens": size.answer}
-        if config["reward"]["init_args"]["sources"]["class_path"] != "BaseReward":
+        if config["reward"]["init_args"]["functions"]["class_path"] != "SharedBackboneReward":
             half = {"path": path, "dtype": "bfloat16", "tokens_per_pass": 2 * size.tokens}
-            whole = {"class_path": "LearnedReward", "init_args": half}
-            config["reward"]["init_args"]["sources"] = whole
+            whole = {"class_path": "ModelReward", "init_args": half}
+            config["reward"]["init_args"]["functions"] = whole
     rows = ROWS // SAMPLES.get(method, 2 if method in PAIRED else 1)
     config["data"] = {
         "class_path": config["data"]["class_path"],
@@ -184,7 +186,7 @@ def change(arguments: Settings, by: str, size: Size, path: str) -> None:
         for role in ("policy", "critic"):
             network = (arguments.get(role) or {}).get("init_args")
             if network is not None:
-                network |= {"path": None, "config": config_of(path).to_diff_dict()}
+                network |= {"path": None, "config": architecture_config(path).to_diff_dict()}
                 network["sltrain"] = {
                     "class_path": "lit_align.models.sltrain.SLTrain",
                     "init_args": sltrain,
@@ -193,7 +195,11 @@ def change(arguments: Settings, by: str, size: Size, path: str) -> None:
 
 def trainer(size: Size) -> Settings:
     """FSDP2 with checkpointing over all GPUs."""
-    sharding = {"checkpointing": True, "gather": size.gather, "sum_once": size.sum_once}
+    sharding = {
+        "activation_checkpointing": True,
+        "gather_for_generation": size.gather,
+        "sync_every_microbatch": size.sync_every_microbatch,
+    }
     return {
         "devices": size.devices,
         "num_nodes": size.nodes,

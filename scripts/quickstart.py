@@ -11,21 +11,21 @@ import sys
 import time
 from pathlib import Path
 
-from compare_predictions import summarise
+from compare_predictions import summarize
 from rich.console import Console
 
-from lit_align.data.toy import parses
-from lit_align.evaluation.statistics import Answers, mean, read
-from lit_align.evaluation.tables import completions_table, figures_table
+from lit_align.data.toy import is_grammatical
+from lit_align.evaluation.statistics import ResponseRows, mean, read_predictions
+from lit_align.evaluation.tables import completions_table, statistics_table
 
 RUNS = Path("runs/quickstart")
 SFT, REWARD, REMAX = RUNS / "1_sft", RUNS / "2_reward_model", RUNS / "3_remax"
 BEFORE, AFTER = RUNS / "before", RUNS / "after"
 
 
-def lit_align(*words: object) -> None:
+def lit_align(*args: object) -> None:
     """Shows a command and runs it; one thread, since so small a model gains nothing from two."""
-    line = [str(word) for word in words]
+    line = [str(arg) for arg in args]
     print(f"\n$ lit-align {' '.join(line)}", flush=True)
     command = [sys.executable, "-m", "lit_align.cli.main", *line]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -34,7 +34,7 @@ def lit_align(*words: object) -> None:
 def train() -> None:
     """The three fits, and answers of the SFT and of the aligned model to held-out prompts."""
     toy = ("--config", "toy", "--trainer.default_root_dir")
-    reward = ("--reward.sources", "LearnedReward", "--reward.sources.path", REWARD / "hf")
+    reward = ("--reward.functions", "ModelReward", "--reward.functions.path", REWARD / "hf")
     lit_align("fit", "--config", "sft", *toy, SFT, "--model.optimizer.lr", 8e-3,
               "--data.batch_size", 32, "--trainer.max_epochs", 12,
               "--trainer.check_val_every_n_epoch", 12)  # fmt: skip
@@ -48,28 +48,32 @@ def train() -> None:
                   "--model.reference.path", SFT / "hf", *reward)  # fmt: skip
 
 
-def judge(before: Answers, after: Answers) -> dict[str, float]:
+def measure(before: ResponseRows, after: ResponseRows) -> dict[str, float]:
     """The figures by which the quickstart is judged."""
     grammar = {
-        f"parses {when}": mean([parses(str(r["prompt"]), str(r["completion"])) for r in answers])
+        f"parses {when}": mean(
+            [is_grammatical(str(r["prompt"]), str(r["completion"])) for r in answers]
+        )
         for when, answers in (("before", before), ("after", after))
     }
-    return {**summarise(before, after), **grammar}
+    return {**summarize(before, after), **grammar}
 
 
-def show(before: Answers, after: Answers, figures: dict[str, float], seconds: float) -> None:
+def print_results(
+    before: ResponseRows, after: ResponseRows, figures: dict[str, float], seconds: float
+) -> None:
     """Prints the table of completions and the figures, and keeps both in the run folder."""
     rows = completions_table(before, after)
-    numbers = figures_table(figures, f"After {seconds:.0f} s")
+    table = statistics_table(figures, f"After {seconds:.0f} s")
     with (RUNS / "table.txt").open("w") as file:
         for console in (Console(width=120), Console(width=120, file=file)):
-            console.print(rows, numbers)
+            console.print(rows, table)
     (RUNS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def check(figures: dict[str, float]) -> list[str]:
+def missed_goals(figures: dict[str, float]) -> list[str]:
     """What the run did not reach."""
-    wanted = {
+    goals = {
         "a gain of one standard deviation": figures["gain in standard deviations"] >= 1,
         "a gain above 0 with 95 % certainty": figures["gain, 95 % low"] > 0,
         "at most 20 nats per response": figures["KL after, nats per response"] <= 20,
@@ -77,18 +81,18 @@ def check(figures: dict[str, float]) -> list[str]:
         "half of the SFT model's distinct-2":
             figures["distinct-2 after"] >= figures["distinct-2 before"] / 2,
     }  # fmt: skip
-    return [name for name, reached in wanted.items() if not reached]
+    return [name for name, reached in goals.items() if not reached]
 
 
 def main() -> int:
     """Trains, shows, and says what was not reached."""
     started = time.monotonic()
     train()
-    before, after = (read(folder / "predictions.jsonl") for folder in (BEFORE, AFTER))
-    figures = judge(before, after)
-    show(before, after, figures, time.monotonic() - started)
+    before, after = (read_predictions(folder / "predictions.jsonl") for folder in (BEFORE, AFTER))
+    figures = measure(before, after)
+    print_results(before, after, figures, time.monotonic() - started)
     print(f"curves: {REMAX / 'curves.png'}   table: {RUNS / 'table.txt'}")
-    missed = check(figures)
+    missed = missed_goals(figures)
     if missed:
         print(f"not reached: {', '.join(missed)}", file=sys.stderr)
     return len(missed)

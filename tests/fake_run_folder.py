@@ -33,7 +33,9 @@ def write_run(
 ) -> Path:
     """A folder with metrics.csv, config.yaml and completions."""
     (folder / "completions").mkdir(parents=True)
-    rows = list(rows) or [{"step": s, "rollout": float(s + 1), "reward": 0.5 * s} for s in range(4)]
+    rows = list(rows) or [
+        {"step": s, "iteration": float(s + 1), "reward": 0.5 * s} for s in range(4)
+    ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names)

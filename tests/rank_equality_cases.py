@@ -37,11 +37,11 @@ from lit_align.models.adapters.lora import LoRA
 from lit_align.models.adapters.sparse_lora import SparseLowRankAdapter
 from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.models.sltrain import SLTrain
 from lit_align.optim.galore import GaLore
-from lit_align.rewards.shared_backbone import BaseReward
+from lit_align.rewards.shared_backbone import SharedBackboneReward
 
 
 def adam(params):
@@ -62,41 +62,47 @@ def remax(policy, optimizer):
 
 
 def grpo(policy, optimizer):
-    sizes = {"num_samples": 2, "epochs": 2, "microbatch_tokens": 40}
-    return GRPO(policy=policy, optimizer=optimizer, per_response=False, **sizes)
+    sizes = {"num_samples": 2, "update_epochs": 2, "microbatch_tokens": 40}
+    return GRPO(policy=policy, optimizer=optimizer, loss_aggregation="token_mean", **sizes)
 
 
 def grpovi(policy, optimizer):
     sizes = {"num_samples": 2, "microbatch_tokens": 40}
-    return GRPOVI(policy=policy, optimizer=optimizer, running_bounds=True, scale=False, **sizes)
+    return GRPOVI(
+        policy=policy, optimizer=optimizer, running_bounds=True, advantage_scale="none", **sizes
+    )
 
 
 def rloo(policy, optimizer):
-    sizes = {"num_samples": 2, "epochs": 2, "microbatch_tokens": 40}
+    sizes = {"num_samples": 2, "update_epochs": 2, "microbatch_tokens": 40}
     return RLOO(policy=policy, optimizer=optimizer, **sizes)
 
 
-def spr(policy, optimizer, num_stored):
-    sizes = {"num_stored": num_stored, "epochs": 2, "microbatch_tokens": 40}
-    return SPR(policy=policy, optimizer=optimizer, stored_decay=2.0, **sizes)
+def spr(policy, optimizer, num_offline_samples):
+    sizes = {
+        "num_offline_samples": num_offline_samples,
+        "update_epochs": 2,
+        "microbatch_tokens": 40,
+    }
+    return SPR(policy=policy, optimizer=optimizer, offline_half_life=2.0, **sizes)
 
 
 def ppo(policy, optimizer):
-    more = {"epochs": 2, "microbatch_tokens": 40, "per_response": True}
-    more |= {"critic_lr": 2e-2, "kl_target": 0.1, "kl_horizon": 20, "normalise_scores": True}
+    more = {"update_epochs": 2, "microbatch_tokens": 40, "loss_aggregation": "sequence_mean"}
+    more |= {"critic_lr": 2e-2, "kl_target": 0.1, "kl_horizon": 20, "normalize_scores": True}
     return PPO(policy=policy, optimizer=optimizer, missing_eos_penalty=0.5, **more)
 
 
 def dynamic_ppo(optimizer, dtype=None):
     roles = {"policy": partial(adapted, Policy, dtype=dtype)}
-    roles["critic"] = partial(adapted, Scalar, dtype=dtype)
-    more = {"microbatch_tokens": 40, "score_clip": 2.0, "critic_warmup": 1}
+    roles["critic"] = partial(adapted, ScalarHead, dtype=dtype)
+    more = {"microbatch_tokens": 40, "score_clip": 2.0, "critic_warmup_iterations": 1}
     return PPO(**roles, optimizer=optimizer, **more)
 
 
 def four_model_ppo(optimizer):
-    roles = {"policy": partial(adapted, Policy), "critic": partial(adapted, Scalar)}
-    return PPO(**roles, reference=tiny, optimizer=optimizer, epochs=2, microbatch_tokens=40)
+    roles = {"policy": partial(adapted, Policy), "critic": partial(adapted, ScalarHead)}
+    return PPO(**roles, reference=tiny, optimizer=optimizer, update_epochs=2, microbatch_tokens=40)
 
 
 def rto(policy, optimizer, dtype=None):
@@ -110,7 +116,7 @@ def adapter_on(base):
     """The same adapter each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Policy(base, lora=LoRA(rank=2, alpha=4))
+        return Policy(base, lora=LoRA(r=2, lora_alpha=4))
 
 
 def rto_adapter(base, dpo):
@@ -120,11 +126,11 @@ def rto_adapter(base, dpo):
 
 def hydra_ppo(kind, optimizer, dtype):
     policy = partial(adapted, kind, dtype=dtype)
-    return HydraPPO(policy=policy, optimizer=optimizer, microbatch_tokens=40, epochs=2)
+    return HydraPPO(policy=policy, optimizer=optimizer, microbatch_tokens=40, update_epochs=2)
 
 
 def hydra_sft(optimizer, dtype, **settings):
-    policy = partial(TwoHeaded, config=dict(TINY), dtype=dtype, **settings)
+    policy = partial(PolicyWithRewardHead, config=dict(TINY), dtype=dtype, **settings)
     return HydraSFT(policy=policy, optimizer=optimizer, microbatch_tokens=30)
 
 
@@ -149,8 +155,8 @@ def toy_pairs(num_batches, batch_size):
 
 
 double = partial(tiny, dtype="float64")
-low_rank = partial(tiny, lora=LoRA(rank=2, alpha=4))
-sparse = partial(tiny, lora=SparseLowRankAdapter(rank=2, density=0.1))
+low_rank = partial(tiny, lora=LoRA(r=2, lora_alpha=4))
+sparse = partial(tiny, lora=SparseLowRankAdapter(r=2, density=0.1))
 factors = {"dtype": "float64", "sltrain": SLTrain(rank=4, alpha=2, density=0.1)}
 
 CASES = {
@@ -192,14 +198,14 @@ CASES = {
     "SFT, AdamW in float32": (partial(sft, adam), RandomTexts, 1e-5),
     "SFT, AdamW in float64": (partial(sft, adam, dtype="float64"), RandomTexts, 1e-9),
     "SFT, SGD in float64": (partial(sft, sgd, dtype="float64"), RandomTexts, 1e-9),
-    "SFT, LoRA": (partial(sft, adam, lora=LoRA(rank=2, alpha=4)), RandomTexts, 1e-5),
+    "SFT, LoRA": (partial(sft, adam, lora=LoRA(r=2, lora_alpha=4)), RandomTexts, 1e-5),
     "SFT, SLTrain in float64": (partial(sft, adam, **factors), RandomTexts, 1e-9),
     "SFT, GaLore in float64": (partial(sft, galore, dtype="float64"), RandomTexts, 1e-9),
     "RewardModel, AdamW in float32": (partial(reward_model, scalar, adam), RandomPairs, 1e-5),
     "RewardModel, SGD in float64": (
         partial(reward_model, partial(scalar, dtype="float64"), sgd), RandomPairs, 1e-9),
     "RewardModel, LoRA": (
-        partial(reward_model, partial(adapted, Scalar), adam), RandomPairs, 1e-5),
+        partial(reward_model, partial(adapted, ScalarHead), adam), RandomPairs, 1e-5),
     "DPO, AdamW in float32": (partial(dpo, tiny, adam), RandomPairs, 1e-5),
     "DPO, SGD in float64": (partial(dpo, double, sgd), RandomPairs, 1e-9),
     "DPO, LoRA": (partial(dpo, low_rank, adam), RandomPairs, 1e-5),
@@ -220,6 +226,6 @@ def fit_three_batches(folder, algorithm, data, **settings):
     if not isinstance(algorithm, OnlineAlgorithm):
         run.callbacks.clear()
     elif isinstance(data, Based):
-        run.callbacks[1] = Reward(BaseReward())
+        run.callbacks[1] = Reward(SharedBackboneReward())
     run.fit(algorithm, data)
     return trained(algorithm), {k: float(v) for k, v in run.callback_metrics.items()}

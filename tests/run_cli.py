@@ -17,8 +17,8 @@ from transformers.models.llama import modeling_llama
 
 from lit_align.cli.discovery import import_all
 from lit_align.cli.main import main
-from lit_align.runs.checkpoint_files import saved
-from lit_align.runs.checkpoint_io import CheckpointIO
+from lit_align.runs.checkpoint_files import list_checkpoints
+from lit_align.runs.checkpoint_io import AtomicCheckpointIO
 
 TWO_RANKS = (
     "--data.batch_size=4",
@@ -29,29 +29,29 @@ TWO_RANKS = (
 )
 FSDP2 = ("--data.batch_size=4", "--trainer.devices=2", "--trainer.strategy=fsdp2")
 ONLINE = {"remax", "grpo", "grpovi", "rloo", "ppo", "rto", "spr", "hydra_ppo", "joint_hydra_ppo"}
-ONLINE |= {"dl_ppo", "lora_ppo"}
+ONLINE |= {"dynamic_lora_ppo", "lora_ppo"}
 assert all((sharded, tensorboard, modeling_llama))  # imported before the fork
 import_all()
 
 
-def words(folder: Path, config: str = "remax", *more: str, epochs: int = 2) -> list[str]:
+def fit_argv(folder: Path, config: str = "remax", *more: str, epochs: int = 2) -> list[str]:
     """Epochs of four iterations on 32 shuffled rows of the toy data, each with a validation."""
     online = ["--rollout.max_new_tokens=4"] if config in ONLINE else []
     return [
         *("fit", "--config", config, "--config", "toy", f"--trainer.max_epochs={epochs}"),
         *("--data.batch_size=8", "--data.max_rows=32", "--trainer.limit_val_batches=1"),
         *("--data.eval_batch_size=8", f"--trainer.default_root_dir={folder}"),
-        *("--model.warmup=0", "--model.final_lr=1", *online, *more),
+        *("--model.warmup_ratio=0", "--model.final_lr_ratio=1", *online, *more),
     ]
 
 
-def saves(every: int, keep: int = 2, *more: str) -> tuple[str, ...]:
+def checkpoint_argv(every: int, keep: int = 2, *more: str) -> tuple[str, ...]:
     """The words that say when to save."""
     name = "lit_align.callbacks.checkpoint.Checkpoints"
     return (
         f"--trainer.callbacks+={name}",
         f"--trainer.callbacks.every_n_iterations={every}",
-        f"--trainer.callbacks.keep={keep}",
+        f"--trainer.callbacks.keep_last={keep}",
         *more,
     )
 
@@ -125,7 +125,7 @@ def succeed(argv: list[str], log: Path, ranks: int = 1) -> str:
 
 def last(folder: Path) -> dict[str, Any]:
     """The newest checkpoint of a run, whole."""
-    return CheckpointIO().load_checkpoint(saved(folder / "checkpoints")[-1])
+    return AtomicCheckpointIO().load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
 def metrics(folder: Path, since: int = 0) -> list[dict[str, str]]:

@@ -12,8 +12,8 @@ import torch
 from tiny_models import RandomPairs, RandomPrompts, RandomTexts, scalar, tiny
 from torch.optim import AdamW
 
-from lit_align.batches import Tokens
-from lit_align.models.generation.decode import Sampling
+from lit_align.batches import TextBatch
+from lit_align.models.generation.decode import SamplingParams
 from lit_align.runs.allocations import CPUAllocations
 
 pytestmark = pytest.mark.skipif(
@@ -34,20 +34,20 @@ def one_thread():
 def height(work: Callable[[], object]) -> int:
     """Bytes above those in use before, the second time that it is done: gradients are there."""
     work()
-    heard = CPUAllocations()
-    heard.resume()
-    heard.begin()
+    allocations = CPUAllocations()
+    allocations.start()
+    allocations.begin()
     work()
-    most = heard.end()
-    heard.pause()
+    most = allocations.end()
+    allocations.stop()
     return most
 
 
-def text(length: int) -> Tokens:
+def text(length: int) -> TextBatch:
     """One text."""
     mask = torch.ones(1, length, dtype=torch.bool)
     ids = torch.arange(3, 3 + length).unsqueeze(0)
-    return Tokens(tokens=ids, token_mask=mask, loss_mask=mask, lengths=[length])
+    return TextBatch(tokens=ids, token_mask=mask, target_mask=mask, lengths=[length])
 
 
 def test_a_pass_over_texts():
@@ -61,15 +61,15 @@ def test_a_pass_over_pairs():
 
 
 def test_a_pass_that_computes_its_blocks_again():
-    policy, batch = tiny(checkpointing=True), RandomTexts().batch(0)
+    policy, batch = tiny(activation_checkpointing=True), RandomTexts().batch(0)
     assert height(lambda: policy.logprobs(batch).sum().backward()) == 71_900
 
 
 def test_a_rollout():
     policy, prompts = tiny(), RandomPrompts().batch(0)
     noise = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
-    given = (prompts, noise, [False] * 4, [], 0, Sampling())
-    assert height(lambda: policy.respond(*given)) == 34_296
+    given = (prompts, noise, [False] * 4, [], 0, SamplingParams())
+    assert height(lambda: policy.generate(*given)) == 34_296
 
 
 def test_a_step_of_adam_takes_nothing_of_the_size_of_weights():

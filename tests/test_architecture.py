@@ -23,6 +23,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.name != "__init__.py"]
+MODELS = ["sltrain kernels weights", "adapters parallel generation"]  # other modules above
 FORBIDDEN = {"utils", "common", "helpers", "misc"}
 
 
@@ -97,6 +98,16 @@ def test_no_module_imports_itself_in_a_circle():
 
     for module in graph:
         visit(module, ())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models").rglob("*.py")), ids=named)
+def test_folders_of_models_import_themselves_and_lower_ones(path):
+    floor = {name: number for number, names in enumerate(MODELS) for name in names.split()}
+    here = module_of(path).split(".")[2]
+    for module in imports(path):
+        parts = module.split(".")
+        if here in floor and parts[1] == "models" and parts[2] != here:
+            assert floor.get(parts[2], len(MODELS)) < floor[here], f"{here} may not import {module}"
 
 
 def test_functional_knows_torch_only():

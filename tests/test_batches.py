@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_align.batches import Batch, Experience, Pairs, Tokens, microbatches
+from lit_align.batches import Batch, Experience, PreferenceBatch, TextBatch, microbatch_indices
 
 
 def two_rows() -> Experience:
@@ -22,34 +22,34 @@ def two_rows() -> Experience:
     )
 
 
-def two_pairs() -> Pairs:
+def two_pairs() -> PreferenceBatch:
     """Texts of 2 and 1, then of 1 and 3 of 4 tokens; the first token is the prompt."""
 
     def padded(*texts):
         return torch.tensor([[*text, *[0] * (4 - len(text))] for text in texts])
 
     chosen, rejected = padded([1, 5], [1]), padded([1], [1, 6, 7])
-    return Pairs(
+    return PreferenceBatch(
         chosen=chosen,
         chosen_mask=chosen > 0,
-        chosen_loss_mask=chosen > 1,
+        chosen_target_mask=chosen > 1,
         chosen_lengths=[2, 1],
         rejected=rejected,
         rejected_mask=rejected > 0,
-        rejected_loss_mask=rejected > 1,
+        rejected_target_mask=rejected > 1,
         rejected_lengths=[1, 3],
         margin=torch.tensor([0.0, 1.0]),
     )
 
 
 def test_joined_rows_stand_behind_each_other():
-    joined = two_rows().join(two_rows().rows([1]))
+    joined = two_rows().concat(two_rows().rows([1]))
     assert isinstance(joined, Experience)
     assert joined.scores.tolist() == [1.0, 2.0, 2.0]
     assert joined.response_lengths == [1, 2, 2]
     assert joined.columns == {"prompt": ["a", "b", "b"]}
     assert joined.prompts.tolist() == [[0, 0, 5, 6], [0, 7, 8, 9], [0, 7, 8, 9]]
-    assert len(two_rows().join(two_rows().rows([]))) == 2
+    assert len(two_rows().concat(two_rows().rows([]))) == 2
 
 
 def test_rows_are_taken_from_tensors_lists_and_columns_alike():
@@ -63,15 +63,15 @@ def test_rows_are_taken_from_tensors_lists_and_columns_alike():
 
 
 def test_repeated_rows_stand_side_by_side():
-    assert two_rows().repeat(2).columns["prompt"] == ["a", "a", "b", "b"]
+    assert two_rows().repeat_interleave(2).columns["prompt"] == ["a", "a", "b", "b"]
 
 
 def test_a_batch_becomes_another_in_place():
     batch, other = two_rows(), two_rows().rows([1])
-    batch.become(other)
+    batch.replace_with(other)
     assert len(batch) == 1
     assert batch.columns == {"prompt": ["b"]}
-    batch.become(Experience(scores=torch.ones(3)))
+    batch.replace_with(Experience(scores=torch.ones(3)))
     assert list(batch.fields()) == ["scores"]
 
 
@@ -98,7 +98,7 @@ def test_map_changes_a_copy():
 
 def test_trim_drops_the_columns_that_are_padding_in_every_row():
     batch = two_rows()
-    trimmed = batch.trim()
+    trimmed = batch.trim_padding()
     assert trimmed.prompts.tolist() == [[0, 5, 6], [7, 8, 9]]
     assert trimmed.responses.tolist() == [[2, 0], [4, 2]]
     assert trimmed.response_mask.shape == trimmed.responses.shape
@@ -109,15 +109,15 @@ def test_trim_drops_the_columns_that_are_padding_in_every_row():
 def test_trim_keeps_a_column_of_empty_answers():
     batch = two_rows()
     batch.response_lengths = [0, 0]
-    assert batch.trim().responses.shape == (2, 1)
+    assert batch.trim_padding().responses.shape == (2, 1)
 
 
 def test_trim_tells_prompts_from_responses_of_the_same_width():
     batch = two_rows()
     batch.prompts, batch.prompt_mask = batch.prompts[:, -3:], batch.prompt_mask[:, -3:]
     batch.logprobs = torch.arange(6.0).view(2, 3)
-    assert batch.trim().logprobs.tolist() == [[0, 1], [3, 4]]
-    assert batch.trim().prompts.shape == (2, 3)
+    assert batch.trim_padding().logprobs.tolist() == [[0, 1], [3, 4]]
+    assert batch.trim_padding().prompts.shape == (2, 3)
 
 
 def test_an_answered_prompt_is_one_text():
@@ -125,27 +125,27 @@ def test_an_answered_prompt_is_one_text():
     assert batch.lengths == [3, 5]
     assert batch.tokens[1].tolist() == [0, 7, 8, 9, 4, 2, 0]
     assert batch.token_mask[1].tolist() == [False, True, True, True, True, True, False]
-    assert batch.num_context == 4
+    assert batch.num_context_tokens == 4
 
 
 def test_attention_sees_what_a_hole_in_the_mask_hides_from_the_loss():
     batch = two_rows()
     batch.response_mask = torch.zeros_like(batch.response_mask)
     assert batch.token_mask[:, 4:].tolist() == [[True, False, False], [True, True, False]]
-    assert batch.scored.sum() == 0
+    assert batch.loss_mask.sum() == 0
 
 
 def test_a_text_is_scored_from_its_second_token_on():
-    batch = Tokens(
+    batch = TextBatch(
         tokens=torch.tensor([[1, 5, 6, 0], [1, 7, 0, 0]]),
         token_mask=torch.tensor([[True, True, True, False], [True, True, False, False]]),
-        loss_mask=torch.tensor([[False, False, True, False], [True, True, False, False]]),
+        target_mask=torch.tensor([[False, False, True, False], [True, True, False, False]]),
         lengths=[3, 2],
-    ).trim()
+    ).trim_padding()
     assert batch.tokens.tolist() == [[1, 5, 6], [1, 7, 0]]
     assert batch.responses.tolist() == [[5, 6], [7, 0]]
-    assert batch.scored.tolist() == [[False, True], [True, False]]
-    assert batch.num_context == 1
+    assert batch.loss_mask.tolist() == [[False, True], [True, False]]
+    assert batch.num_context_tokens == 1
 
 
 def test_texts_of_a_pair_stand_side_by_side():
@@ -153,28 +153,35 @@ def test_texts_of_a_pair_stand_side_by_side():
     assert texts.tokens.tolist() == [[1, 5, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 6, 7, 0]]
     assert texts.lengths == [2, 1, 1, 3]
     assert texts.token_mask.sum(-1).tolist() == texts.lengths
-    assert texts.loss_mask.sum(-1).tolist() == [1, 0, 0, 2]
+    assert texts.target_mask.sum(-1).tolist() == [1, 0, 0, 2]
 
 
 def test_a_pair_costs_its_longer_text_twice():
     pairs = two_pairs()
     assert pairs.lengths == [4, 6]
-    assert pairs.scored.tolist() == [True, True]
-    trimmed = pairs.trim()
-    assert trimmed.chosen.shape == trimmed.rejected_loss_mask.shape == (2, 3)
+    assert pairs.loss_mask.tolist() == [True, True]
+    trimmed = pairs.trim_padding()
+    assert trimmed.chosen.shape == trimmed.rejected_target_mask.shape == (2, 3)
     assert trimmed.margin.tolist() == [0.0, 1.0]
 
 
 def test_micro_batches_by_hand():
     # sorted: row 1 (5 tokens), 3 (4), 0 (2), 2 (1); 5 + 5 padded tokens fit into 10, 2 + 2 too
-    assert microbatches([2, 5, 1, 4], max_tokens=10) == [[1, 3], [0, 2]]
-    assert microbatches([2, 5, 1, 4], max_tokens=20) == [[1, 3, 0, 2]]
-    assert microbatches([2, 5, 1, 4], max_tokens=3) == [[1], [3], [0], [2]]
+    assert microbatch_indices([2, 5, 1, 4], max_tokens=10) == [[1, 3], [0, 2]]
+    assert microbatch_indices([2, 5, 1, 4], max_tokens=20) == [[1, 3, 0, 2]]
+    assert microbatch_indices([2, 5, 1, 4], max_tokens=3) == [[1], [3], [0], [2]]
 
 
 def test_micro_batches_are_split_until_there_are_enough():
-    assert microbatches([1, 1, 1, 1, 1], max_tokens=9, at_least=2) == [[0, 1, 2], [3, 4]]
-    assert microbatches([1, 1, 1, 1, 1], max_tokens=9, at_least=3) == [[0, 1], [2], [3, 4]]
+    assert microbatch_indices([1, 1, 1, 1, 1], max_tokens=9, min_microbatches=2) == [
+        [0, 1, 2],
+        [3, 4],
+    ]
+    assert microbatch_indices([1, 1, 1, 1, 1], max_tokens=9, min_microbatches=3) == [
+        [0, 1],
+        [2],
+        [3, 4],
+    ]
 
 
 @given(
@@ -183,11 +190,11 @@ def test_micro_batches_are_split_until_there_are_enough():
     data=st.data(),
 )
 def test_micro_batches_cover_each_row_once_within_the_budget(lengths, max_tokens, data):
-    at_least = data.draw(st.integers(1, len(lengths)))
-    plan = microbatches(lengths, max_tokens, at_least)
+    min_microbatches = data.draw(st.integers(1, len(lengths)))
+    plan = microbatch_indices(lengths, max_tokens, min_microbatches)
     assert sorted(row for rows in plan for row in rows) == list(range(len(lengths)))
-    assert len(plan) >= at_least
+    assert len(plan) >= min_microbatches
     for rows in plan:
         assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= max_tokens
-    fewest = len(microbatches(lengths, max_tokens))
-    assert len(plan) == max(fewest, at_least)
+    fewest = len(microbatch_indices(lengths, max_tokens))
+    assert len(plan) == max(fewest, min_microbatches)

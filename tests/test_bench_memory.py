@@ -32,7 +32,7 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     base = str(folder / "base")
     torch.manual_seed(0)
-    SCRIPT["TwoHeaded"](config=SMALL.config).save(folder / "base")
+    SCRIPT["PolicyWithRewardHead"](config=SMALL.config).save(folder / "base")
     SCRIPT["load_tokenizer"]("toy").save_pretrained(base)
     cases = [case for method in METHODS for case in SCRIPT["algorithms"](SMALL, base, method)]
     cases = {(c.algorithm, c.method): c for c in [*cases, *SCRIPT["layouts"](SMALL, base)]}
@@ -119,7 +119,7 @@ def test_logprobs_keep_less_than_a_chunk_beyond_what_nobody_can_avoid():
 def test_what_is_missed_is_named(rows):
     needed = [rows(name, method) for method in METHODS for name in ("SFT", "SPR")]
     needed += [rows("ReMax", "AdamW"), rows("PPO", "AdamW")]
-    assert SCRIPT["missed"](needed, (100, 100)) == []
+    assert SCRIPT["failed_checks"](needed, (100, 100)) == []
     ppo = needed[-1]._replace(peaks=needed[0].peaks)
-    wrong = SCRIPT["missed"]([*needed[:-1], ppo], (130, 100))
+    wrong = SCRIPT["failed_checks"]([*needed[:-1], ppo], (130, 100))
     assert [line.split(":")[0] for line in wrong] == ["PPO, AdamW", "ReMax", "log-probs"]

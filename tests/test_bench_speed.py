@@ -34,17 +34,17 @@ def written(bench, algorithm: str, folder: Path, mean: int = 3):
 
     shape = bench.Shape("ragged" if mean else "full", 4, 2, 8, 6, mean, 2)
     case = bench.Case(algorithm, "tiny", shape)
-    material.make(case, folder, 4)
+    material.write_files(case, folder, 4)
     return case
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_our_side_steps(bench, algorithm, tmp_path):
     from bench import ours
-    from bench.turns import steps_of
+    from bench.turns import interleave_steps
 
     case = written(bench, algorithm, tmp_path)
-    (steps,) = steps_of([lambda *args: ours.run(case, tmp_path, *args)], rounds=2)
+    (steps,) = interleave_steps([lambda *args: ours.run(case, tmp_path, *args)], rounds=2)
     assert len(steps) == 2
     assert all(step.clock > 0 for step in steps)
 
@@ -53,10 +53,10 @@ def test_our_side_steps(bench, algorithm, tmp_path):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_their_side_steps(bench, algorithm, tmp_path):
     from bench import theirs
-    from bench.turns import steps_of
+    from bench.turns import interleave_steps
 
     case = written(bench, algorithm, tmp_path)
-    (steps,) = steps_of([lambda *args: theirs.run(case, tmp_path, *args)], rounds=2)
+    (steps,) = interleave_steps([lambda *args: theirs.run(case, tmp_path, *args)], rounds=2)
     assert len(steps) == 2
 
 
@@ -112,7 +112,7 @@ def test_the_papers_algorithms_step(bench, name, tmp_path):
 def test_shares_of_what_the_device_can_do(bench, monkeypatch, capsys):
     from bench import limits
 
-    for name, small in {"ROUNDS": 1, "BATCH": 2, "PROMPT": 8, "ANSWER": 4}.items():
+    for name, small in {"ROUNDS": 1, "BATCH": 2, "PROMPT": 8, "RESPONSE": 4}.items():
         monkeypatch.setattr(limits, name, small)
     limits.report(bench.Case("grpo", "tiny", bench.shapes("grpo", "cpu")[0]))
     first, *lines = capsys.readouterr().out.splitlines()
@@ -127,12 +127,14 @@ def test_shares_of_what_the_device_can_do(bench, monkeypatch, capsys):
 def test_peak_memory_grows_by_what_was_touched(bench):
     """200 million bytes more, in processes that have imported everything."""
     import torch
-    from bench.memory import apart, peak
+    from bench.memory import peak, run_in_fork
 
     def touch(number: int) -> int:
         return peak(lambda: torch.ones(number, dtype=torch.uint8), "cpu")
 
-    assert apart(touch, 300_000_000) - apart(touch, 100_000_000) == pytest.approx(200e6, rel=0.02)
+    assert run_in_fork(touch, 300_000_000) - run_in_fork(touch, 100_000_000) == pytest.approx(
+        200e6, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 7, 8, 13])
@@ -140,5 +142,5 @@ def test_the_most_that_fits_is_found(bench, room):
     from bench import papers
 
     asked = []
-    assert papers.most_times(lambda times: asked.append(times) or times <= room) == room
+    assert papers.largest_fitting_factor(lambda times: asked.append(times) or times <= room) == room
     assert len(asked) <= 7

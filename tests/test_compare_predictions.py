@@ -17,7 +17,7 @@ def answers(*scores: float, text: str = "a b a b") -> list[dict]:
 
 
 def test_figures_of_a_constant_gain():
-    figures = SCRIPT["summarise"](answers(0, 1, 2), answers(2, 3, 4, text="a a a"))
+    figures = SCRIPT["summarize"](answers(0, 1, 2), answers(2, 3, 4, text="a a a"))
     assert figures == {
         "prompts": 3,
         "reward before": 1,
@@ -32,13 +32,13 @@ def test_figures_of_a_constant_gain():
 
 
 def test_the_interval_holds_the_mean_and_widens_with_the_spread():
-    low, high = SCRIPT["bootstrap"]([0.0, 1.0] * 50)
+    low, high = SCRIPT["bootstrap_interval"]([0.0, 1.0] * 50)
     assert 0.35 < low < 0.5 < high < 0.65
 
 
 def test_only_answers_to_the_same_prompts_are_compared():
     with pytest.raises(ValueError, match="answer different prompts"):
-        SCRIPT["summarise"](answers(0, 1), answers(0, 1)[::-1])
+        SCRIPT["summarize"](answers(0, 1), answers(0, 1)[::-1])
 
 
 def test_the_tables(tmp_path, capsys):

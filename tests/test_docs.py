@@ -53,7 +53,7 @@ FEW = [
 ]
 ELSEWHERE = {  # commands that another test runs, or that need what a test machine lacks
     r"strategy (fsdp2|ddp)|--config fsdp": "tests/scale, and GPUs",
-    r"WandbLogger|--lm_eval": "test_response_log.py and test_lm_eval.py",
+    r"WandbLogger|--tasks": "test_response_log.py and test_lm_eval.py",
     r"docs/examples/|runs/quickstart": "tests/test_real_data_runs.py and `make quickstart`",
 }
 
@@ -141,7 +141,7 @@ def indented(page: str, start: str) -> str:
 def test_commands_run_in_the_order_of_the_page(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
     for words in commands(page):
-        if {"int8", "states8"} & set(words) and not importlib.util.find_spec("torchao"):
+        if {"int8", "adamw_8bit"} & set(words) and not importlib.util.find_spec("torchao"):
             continue
         monkeypatch.setattr("sys.stdin", io.StringIO("review of the river\n/quit\n"))
         assert main(shortened(words)) == 0, " ".join(words)

@@ -17,8 +17,8 @@ from lit_align.models.policy import Policy
 def rollout() -> Experience:
     """Two prompts, a sampled and a greedy answer each, as Rollout and Reward leave them."""
     batch = RandomPrompts(batch_size=2).batch(0).rows([0, 1, 0, 1])
-    batch.group, batch.greedy = [0, 1, 0, 1], [False, False, True, True]
-    batch.stored = [False] * 4
+    batch.group, batch.is_greedy = [0, 1, 0, 1], [False, False, True, True]
+    batch.is_offline = [False] * 4
     batch.responses = torch.randint(3, 32, (4, 6))
     batch.response_lengths, batch.truncated = [3, 6, 2, 4], [False, True, False, False]
     lengths = torch.tensor(batch.response_lengths).unsqueeze(1)
@@ -31,8 +31,8 @@ def rollout() -> Experience:
 def with_stored() -> Experience:
     """The same, where what was greedy came with the data."""
     batch = rollout()
-    batch.greedy, batch.stored = batch.stored, batch.greedy
-    batch.stored_scores, batch.stored_logprobs = [None, None, 0.5, None], [None, None, None, -9.0]
+    batch.is_greedy, batch.is_offline = batch.is_offline, batch.is_greedy
+    batch.offline_scores, batch.offline_logprobs = [None, None, 0.5, None], [None, None, None, -9.0]
     return batch
 
 
@@ -78,14 +78,15 @@ def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
     ("kind", "settings", "make"),
     [
         (BareReMax, {}, rollout),
-        (BareReMax, {"kl_to_go": True, "gamma": 0.99, "per_token": True}, rollout),
-        (BareSPR, {"num_samples": 1, "num_stored": 1, "epochs": 2}, with_stored),
+        (BareReMax, {"kl_to_go": True, "gamma": 0.99, "loss_aggregation": "token_mean"}, rollout),
+        (BareSPR, {"num_samples": 1, "num_offline_samples": 1, "update_epochs": 2}, with_stored),
     ],
 )
 def test_one_step_runs_on_fake_tensors(kind, settings, make):
     policy, reference, batch, mode = tiny(), tiny(), make(), FakeTensorMode()
     algorithm = kind(policy=tiny, microbatch_tokens=16, **settings)
-    algorithm.policy, algorithm.reference = fake(policy, mode), fake(reference, mode)
+    algorithm.policy = fake(policy, mode)
+    algorithm.reference_model.network = fake(reference, mode)
     algorithm.adam = AdamW(policy.parameters(), lr=1e-3)
     with mode:
         algorithm.training_step(batch.map(mode.from_tensor), 0)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lit_align.cli.main import main
-from lit_align.runs.run_folder import flat
+from lit_align.runs.run_folder import flatten_settings
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "from_trl.md").read_text()
@@ -20,7 +20,7 @@ def resolved(capsys, *config: str) -> set[str]:
     """The dotted names that --print_config knows."""
     with pytest.raises(SystemExit):
         main(["fit", *config, "--print_config"])
-    names = flat(yaml.safe_load(capsys.readouterr().out))
+    names = flatten_settings(yaml.safe_load(capsys.readouterr().out))
     return {".".join(name.split(".")[:k]) for name in names for k in range(1, 6)}
 
 

@@ -36,33 +36,38 @@ from lit_align.data.instructions import InstructionData
 from lit_align.data.preferences import PreferenceData
 from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.rewards.base import RewardFunction
 
 ROOM = 6  # tokens of a response
 ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
     "ReMax": (ReMax, {"num_samples": 4, "kl_coef": 0.0}),
     "GRPO": (GRPO, {"num_samples": 4, "kl_coef": 0.0}),
-    "GRPO without scaling": (GRPO, {"num_samples": 4, "kl_coef": 0.0, "scale": False}),
+    "GRPO without scaling": (GRPO, {"num_samples": 4, "kl_coef": 0.0, "advantage_scale": "none"}),
     "GRPOVI": (GRPOVI, {"num_samples": 4, "kl_coef": 0.0}),
-    "PPO": (PPO, {"kl_coef": 0.0, "epochs": 2}),
+    "PPO": (PPO, {"kl_coef": 0.0, "update_epochs": 2}),
     "SPR": (SPR, {"num_samples": 4, "kl_coef": 0.0}),
     "HydraPPO": (
         HydraPPO,
-        {"policy": partial(adapted, Hydra, 8, 0.2), "kl_coef": 0.0, "epochs": 2, "whiten": True},
+        {
+            "policy": partial(adapted, Hydra, 8, 0.2),
+            "kl_coef": 0.0,
+            "update_epochs": 2,
+            "whiten_advantages": True,
+        },
     ),
     "HydraPPO, joint": (
         HydraPPO,
         {
             "policy": partial(adapted, JointHydra, 8, 0.2),
             "kl_coef": 0.0,
-            "epochs": 2,
-            "whiten": True,
+            "update_epochs": 2,
+            "whiten_advantages": True,
             "value_coef": 0.1,
         },
     ),
-    "RTO": (RTO, {"kl_coef": 0.0, "epochs": 2, "dpo": partial(adapted, Policy, 2, 0.1)}),
+    "RTO": (RTO, {"kl_coef": 0.0, "update_epochs": 2, "dpo": partial(adapted, Policy, 2, 0.1)}),
     "RLOO": (RLOO, {"num_samples": 4, "kl_coef": 0.0}),
 }
 
@@ -91,8 +96,8 @@ def closed(name: str, seed: int, shuffled: bool) -> float:
     torch.manual_seed(seed)
     algorithm = kind(
         optimizer=lambda p: AdamW(p, lr=1e-2),
-        warmup=0.1,
-        final_lr=0.1,
+        warmup_ratio=0.1,
+        final_lr_ratio=0.1,
         **{"policy": tiny, **settings},
     )
     reward = Share(shuffled)
@@ -137,13 +142,13 @@ SMALL = {**WORDS, "initializer_range": 0.02}  # starts near a uniform policy
 OFFLINE = {  # algorithm, data, and by how much a metric on the held-out rows is to change
     "SFT": (partial(SFT, policy=partial(Policy, config=SMALL)), InstructionData, "loss", -3.0),
     "RewardModel": (
-        partial(RewardModel, reward_model=partial(Scalar, config=SMALL)),
+        partial(RewardModel, reward_model=partial(ScalarHead, config=SMALL)),
         PreferenceData,
         "accuracy",
         0.2,
     ),
     "HydraSFT": (
-        partial(HydraSFT, policy=partial(TwoHeaded, config=SMALL), rm_coef=1.0),
+        partial(HydraSFT, policy=partial(PolicyWithRewardHead, config=SMALL), reward_loss_coef=1.0),
         PreferenceData,
         "loss",
         -3.5,
@@ -162,7 +167,7 @@ def test_what_is_held_out_gets_better(name, seed):
     """
     build, kind, metric, change = OFFLINE[name]
     torch.manual_seed(seed)
-    algorithm = build(optimizer=lambda p: AdamW(p, lr=1e-2), warmup=0.1, final_lr=0.1)
+    algorithm = build(optimizer=lambda p: AdamW(p, lr=1e-2), warmup_ratio=0.1, final_lr_ratio=0.1)
     settings = {"eval_split": "test", "batch_size": 32, "max_rows": 1600, "seed": seed}
     data = kind("toy", tokenizer="toy", **settings)
     run = Trainer(

@@ -36,8 +36,8 @@ def test_a_method_that_fails_says_why_and_is_no_success(capfd):
 
 @pytest.mark.parametrize("off", [0.06, -0.06])
 def test_shares_are_of_what_was_measured(off, capfd):
-    compared = SCRIPT["compared"]
-    assert compared({"load": round(1000 * (1 + off))}, {"load": 1000}, "SFT") == [
+    print_differences = SCRIPT["print_differences"]
+    assert print_differences({"load": round(1000 * (1 + off))}, {"load": 1000}, "SFT") == [
         pytest.approx(off)
     ]
-    assert compared({}, {"update": 1000}, "SFT") == [-1.0]
+    assert print_differences({}, {"update": 1000}, "SFT") == [-1.0]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from lit_align.cli.main import main
 from lit_align.functional.masks import through_first, whiten
 from lit_align.functional.returns import group_relative, leave_one_out
-from lit_align.report.build import facts, html
+from lit_align.report.build import render_html, report_data
 from lit_align.rewards.base import RewardError
-from lit_align.rewards.execution import Failure, checked
+from lit_align.rewards.execution import RowFailure, check_scores
 from lit_align.runs.run_folder import RunFolder
 
 ANY = settings(
@@ -64,12 +64,12 @@ ODD = VALUE | st.floats() | st.lists(VALUE, max_size=2) | st.builds(object)
 @given(scores=ODD | st.lists(ODD, max_size=5) | st.tuples(ODD, ODD), rows=st.integers(0, 5))
 def test_a_reward_may_return_anything(scores, rows):
     try:
-        outcomes = checked(scores, rows)
+        outcomes = check_scores(scores, rows)
     except RewardError:  # a sentence; any other error is a failure of this test
         return
     assert len(outcomes) == rows
     for outcome in outcomes:
-        fine = outcome is None or isinstance(outcome, Failure) or math.isfinite(outcome)
+        fine = outcome is None or isinstance(outcome, RowFailure) or math.isfinite(outcome)
         assert fine
 
 
@@ -86,8 +86,8 @@ def folder(tmp_path_factory):
 def test_a_report_holds_any_answers(rows, folder):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "completions" / "rollout_00010.jsonl").write_text(lines)
-    shown = facts([RunFolder(folder)])
-    page = html(shown)
+    shown = report_data([RunFolder(folder)])
+    page = render_html(shown)
     assert page.count("</script>") == 2
     data = page.split('<script id="data" type="application/json">')[1].split("</script>")[0]
     assert json.loads(data)["answers"] == shown["answers"]

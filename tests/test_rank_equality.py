@@ -91,11 +91,11 @@ def test_two_ranks_with_a_dpo_adapter_on_the_base_equal_one(two_ranks, tmp_path,
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_two_ranks_that_compile_their_blocks_equal_one(
-    two_ranks, tmp_path, strategy, checkpointing
+    two_ranks, tmp_path, strategy, activation_checkpointing
 ):
-    policy = partial(tiny, compile=True, checkpointing=checkpointing)
+    policy = partial(tiny, compile=True, activation_checkpointing=activation_checkpointing)
     case = partial(remax, policy, adam), RandomPrompts, 1e-5
     ranks = two_ranks(fit_sharded, tmp_path, *case[:2], strategy, 2)
     compare(ranks, case, *fit_three_batches(tmp_path, remax(tiny, adam), RandomPrompts(3, 4)))
@@ -103,7 +103,7 @@ def test_two_ranks_that_compile_their_blocks_equal_one(
 
 def fit_recomputed(folder, build):
     """A fit under a strategy that lets blocks keep their inputs alone."""
-    return fit_sharded(folder, build, RandomPrompts, FSDP2(checkpointing=True))
+    return fit_sharded(folder, build, RandomPrompts, FSDP2(activation_checkpointing=True))
 
 
 @pytest.mark.long
@@ -135,7 +135,7 @@ def compare(ranks, case, one, metrics):
 
 
 def in_minibatches(kind, rows):
-    sizes = {"epochs": 2, "minibatch_size": rows, "microbatch_tokens": 20}
+    sizes = {"update_epochs": 2, "minibatch_size": rows, "microbatch_tokens": 20}
     policy = partial(tiny, dtype="float64")
     algorithm = kind(policy=policy, optimizer=sgd, **sizes)
     algorithm.num_samples = 2
@@ -168,7 +168,7 @@ def fit_and_save(folder, build, data):
     algorithm = build()
     fit_three_batches(folder, algorithm, data(3, 2), devices=2, strategy="fsdp2")
     (network,) = algorithm.roles.values()
-    network.save(folder / "hf", main=algorithm.global_rank == 0)
+    network.save(folder / "hf", is_main_process=algorithm.global_rank == 0)
     return weights(network)
 
 

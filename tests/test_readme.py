@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lit_align.cli.main import main
-from lit_align.cli.overlays import read
+from lit_align.cli.overlays import read_config
 from lit_align.data.text import load_tokenizer
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -21,10 +21,10 @@ def quickstart(tmp_path, monkeypatch):
     """Untrained models where the quickstart leaves its own."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = read("toy")["model"]["init_args"]["policy"]["init_args"]["config"]
+    config = read_config("toy")["model"]["init_args"]["policy"]["init_args"]["config"]
     for name, network in (
         ("1_sft", Policy(config=config)),
-        ("2_reward_model", Scalar(config=config)),
+        ("2_reward_model", ScalarHead(config=config)),
     ):
         network.save(tmp_path / "runs" / "quickstart" / name / "hf")
         load_tokenizer("toy").save_pretrained(tmp_path / "runs" / "quickstart" / name / "hf")

@@ -11,7 +11,7 @@ from tiny_models import SHARED
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.cli.configs import packaged_configs
 from lit_align.cli.discovery import concrete_subclasses, import_all
-from lit_align.cli.overlays import read
+from lit_align.cli.overlays import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "results.md").read_text()
@@ -56,7 +56,7 @@ def test_every_row_is_of_a_run_of_the_script(results):
     assert list(rows()) == [run.title for run in results.RUNS]
     for run in results.RUNS:
         assert run.config in packaged_configs()
-        assert read(run.config)["model"]["class_path"] == run.name
+        assert read_config(run.config)["model"]["class_path"] == run.name
 
 
 def test_every_gain_is_beyond_chance():

@@ -11,7 +11,7 @@ from run_cli import metrics, same
 from lit_align.cli.main import main
 
 ONLINE = ("remax", "grpo", "grpovi", "rloo", "ppo", "hydra_ppo", "joint_hydra_ppo", "rto", "spr")
-ADAPTIVE = "--model.kl_target 1 --model.kl_horizon 50 --model.normalise_scores true"
+ADAPTIVE = "--model.kl_target 1 --model.kl_horizon 50 --model.normalize_scores true"
 BATCHES, STOPS = 4, (1, 6)  # in the first epoch of 4 batches, and in the second
 
 
@@ -59,9 +59,9 @@ def last(folder: Path) -> dict[str, Any]:
         ("grpo", 0, STOPS[1:]),
         ("grpovi --model.running_bounds true", 0, STOPS[1:]),
         pytest.param("rloo", 0, STOPS[1:], marks=pytest.mark.long),
-        (f"ppo {ADAPTIVE} --model.critic_warmup 2", 0, STOPS),
+        (f"ppo {ADAPTIVE} --model.critic_warmup_iterations 2", 0, STOPS),
         pytest.param("spr", 0, STOPS[1:], marks=pytest.mark.long),
-        ("spr --model.num_stored 3 --model.stored_decay 4", 1, STOPS[1:]),
+        ("spr --model.num_offline_samples 3 --model.offline_half_life 4", 1, STOPS[1:]),
         ("hydra_sft", 0, STOPS[1:]),
         ("hydra_ppo", 0, STOPS[1:]),
         pytest.param("joint_hydra_ppo", 0, STOPS[1:], marks=pytest.mark.long),

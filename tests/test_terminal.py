@@ -6,7 +6,7 @@ from rich.console import Console
 
 from lit_align.cli.main import main
 from lit_align.evaluation.tables import comparison_table, completions_table
-from lit_align.terminal import harmless
+from lit_align.terminal import strip_control_characters
 
 EVIL = "a\x1b[2J\x1b]0;title\x07b\r\x9bc\u202ed[red]e[/]"
 PLAIN = "a[2J]0;titlebcd[red]e[/]"
@@ -19,8 +19,8 @@ def printed(table: object) -> str:
 
 
 def test_escapes_bells_and_turns_are_left_out_and_lines_stay():
-    assert harmless(EVIL) == PLAIN
-    assert harmless("é\n\t\u65e5\U0001f600") == "é\n\t\u65e5\U0001f600"
+    assert strip_control_characters(EVIL) == PLAIN
+    assert strip_control_characters("é\n\t\u65e5\U0001f600") == "é\n\t\u65e5\U0001f600"
 
 
 def test_no_table_passes_them_on():

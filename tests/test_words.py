@@ -37,7 +37,9 @@ def occurrences(files: list[Path]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("files", [PACKAGE, PAGES, CONFIGS, TESTS], ids=["code", "pages", "configs", "tests"])
+@pytest.mark.parametrize(
+    "files", [PACKAGE, PAGES, CONFIGS, TESTS], ids=["code", "pages", "configs", "tests"]
+)
 def test_there_is_no_dialect(files):
     assert not occurrences(files)
 

@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lit_align.algorithms.core.base import Algorithm
-from lit_align.batches import Answer, Batch, Experience, Pairs, Tokens
+from lit_align.batches import Batch, Experience, OfflineResponse, PreferenceBatch, TextBatch
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.rewards.base import RewardFunction
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -60,7 +60,7 @@ class RandomPrompts(LightningDataModule):
             prompts=ids,
             prompt_mask=torch.ones_like(ids, dtype=torch.bool),
             prompt_lengths=[5] * len(ids),
-            counted=[True] * len(ids),
+            is_new=[True] * len(ids),
         )
 
     def share(self, batch: Batch) -> Batch:
@@ -83,62 +83,62 @@ class RandomAnswers(RandomPrompts):
     def batch(self, number: int) -> Experience:
         batch = super().batch(number)
         source = random.Random(number)
-        batch.answers = [
+        batch.offline_responses = [
             [self.answer(source, known=number % 2 == 0) for number in range(1 + row % 3)]
             for row in range(len(batch))
         ]
         return batch
 
-    def answer(self, source: random.Random, known: bool) -> Answer:
+    def answer(self, source: random.Random, known: bool) -> OfflineResponse:
         """Up to four tokens and a stop."""
         tokens = [source.randrange(3, 32) for _ in range(source.randrange(5))]
         score, logprob = source.random(), -4.0 * len(tokens) - source.random()
-        return Answer([*tokens, 2], *((score, logprob) if known else (None, None)))
+        return OfflineResponse([*tokens, 2], *((score, logprob) if known else (None, None)))
 
 
 class RandomTexts(RandomPrompts):
     """Four texts of 3, 8, 5 and 2 tokens; the first token is not learnt."""
 
-    def batch(self, number: int) -> Tokens:
+    def batch(self, number: int) -> TextBatch:
         lengths = [3, 8, 5, 2]
         ids = torch.randint(3, 32, (4, 8), generator=torch.Generator().manual_seed(number))
         mask = torch.arange(8) < torch.tensor(lengths).unsqueeze(1)
         learnt = mask & (torch.arange(8) > 0)
-        return Tokens(
+        return TextBatch(
             tokens=ids.where(mask, 0),
             token_mask=mask,
-            loss_mask=learnt,
+            target_mask=learnt,
             lengths=lengths,
-            counted=[True, True, True, False],
+            is_new=[True, True, True, False],
         )
 
 
-def scalar(**settings: Any) -> Scalar:
+def scalar(**settings: Any) -> ScalarHead:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Scalar(config=dict(TINY), **settings)
+        return ScalarHead(config=dict(TINY), **settings)
 
 
 class RandomPairs(RandomPrompts):
     """Pairs whose chosen text ends in token 5 and whose rejected text ends in 6."""
 
-    def batch(self, number: int) -> Pairs:
+    def batch(self, number: int) -> PreferenceBatch:
         generator = torch.Generator().manual_seed(number)
         chosen, rejected = torch.randint(7, 32, (2, 4, 6), generator=generator)
         chosen[:, 5], rejected[:, 3] = 5, 6
         whole = torch.ones(4, 6, dtype=torch.bool)
         short = torch.arange(6).expand(4, 6) < 4
-        return Pairs(
+        return PreferenceBatch(
             chosen=chosen,
             chosen_mask=whole,
-            chosen_loss_mask=whole,
+            chosen_target_mask=whole,
             chosen_lengths=[6] * 4,
             rejected=rejected.where(short, 0),
             rejected_mask=short,
-            rejected_loss_mask=short,
+            rejected_target_mask=short,
             rejected_lengths=[4] * 4,
             margin=torch.zeros(4),
-            counted=[True, True, True, False],
+            is_new=[True, True, True, False],
         )
 
 
@@ -170,7 +170,7 @@ def adapted(kind: type[Backbone], rank: int = 2, spread: float = 0.02, **setting
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = {**TINY, "initializer_range": spread}
-        return kind(config=config, lora=LoRA(rank=rank, alpha=2 * rank), **settings)
+        return kind(config=config, lora=LoRA(r=rank, lora_alpha=2 * rank), **settings)
 
 
 def trained(algorithm: Algorithm) -> list[Tensor]:

@@ -45,13 +45,13 @@ def with_lit_align(model: Path, data: Path) -> None:
 
     words = [
         *("fit", "--config", "grpo", "--model.policy.path", model),
-        *("--model.policy.checkpointing", "false", "--trainer.precision", "32-true"),
-        *("--data.path", data, "--data.name", "null", "--data.columns", "null"),
+        *("--model.policy.activation_checkpointing", "false", "--trainer.precision", "32-true"),
+        *("--data.path", data, "--data.name", "null", "--data.rename_columns", "null"),
         *("--data.eval_split", "null", "--data.batch_size", NUM_PROMPTS),
         *("--model.num_samples", NUM_SAMPLES, "--rollout.max_new_tokens", NUM_TOKENS),
         *("--model.kl_coef", 0.04, "--model.optimizer.lr", 1e-3),
-        *("--reward.sources", "PythonReward"),
-        *("--reward.sources.function", f"{Path(__file__).resolve()}:brevity"),
+        *("--reward.functions", "FunctionReward"),
+        *("--reward.functions.function", f"{Path(__file__).resolve()}:brevity"),
         *("--trainer.limit_train_batches", NUM_ROLLOUTS, "--trainer.accelerator", "cpu"),
         *("--trainer.default_root_dir", FOLDER / "lit_align"),
     ]

@@ -1,14 +1,14 @@
 """GRPO (Shao et al., 2024, arXiv:2402.03300, eq. 3)."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm, refuse_single_samples
+from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm, check_group_size
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
-from lit_align.functional.losses import clipped_surrogate
+from lit_align.functional.losses import clip_fractions, clipped_surrogate
 from lit_align.functional.returns import group_relative
 
 
@@ -20,12 +20,14 @@ class GRPO(OnlineAlgorithm):
         kl_coef: Weight of the KL to the reference (k3, in the loss).
         clip_low: How far below 1 the ratio of a token to the sampling policy may count.
         clip_high: How far above 1 it may count; more than `clip_low` is DAPO's clip-higher.
-        scale: Divide by the group's standard deviation; Dr. GRPO (arXiv:2503.20783) does not.
-        per_response: Average over each response's tokens first, as the paper does, so that a
-            token of a long response counts less; otherwise all tokens of a step count the same.
+        advantage_scale: group_std divides advantages by the standard deviation of the prompt's
+            group; none does not, as Dr. GRPO (arXiv:2503.20783).
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses.
     """
 
-    adjusts_by_policy: bool = False  # `adjust` reads the policy's log-probs
+    shaping_needs_logprobs: bool = False  # `shape_scores` reads the policy's log-probs
 
     def __init__(
         self,
@@ -33,60 +35,54 @@ class GRPO(OnlineAlgorithm):
         kl_coef: float = 0.04,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
-        scale: bool = True,
-        per_response: bool = True,
+        advantage_scale: Literal["group_std", "none"] = "group_std",
+        loss_aggregation: LossAggregation = "sequence_mean",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        refuse_single_samples(self, num_samples)
+        check_group_size(self, num_samples)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.clip_low, self.clip_high = clip_low, clip_high
-        self.scale, self.per_response = scale, per_response
+        self.advantage_scale, self.loss_aggregation = advantage_scale, loss_aggregation
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `advantages`: the same for every token of a response.
 
         Where one update follows, it finds the log-probs of the sampling policy by itself.
         """
-        known_later = self.updates_once and not self.adjusts_by_policy
-        batch = self.compare(batch) if known_later else super().prepare(batch)
+        logprobs_in_update = self.has_single_update and not self.shaping_needs_logprobs
+        batch = self.add_ref_logprobs(batch) if logprobs_in_update else super().prepare(batch)
         scores = batch.scores.view(-1, self.num_samples)
         self.log_equal_groups(batch)
-        credit = group_relative(self.adjust(scores, batch), self.scale)
-        batch.advantages = credit.view(-1, 1).expand_as(batch.response_mask)
+        advantages = group_relative(
+            self.shape_scores(scores, batch), scale=self.advantage_scale == "group_std"
+        )
+        batch.advantages = advantages.view(-1, 1).expand_as(batch.response_mask)
         return batch
 
-    def adjust(self, scores: Tensor, batch: Experience) -> Tensor:
+    def shape_scores(self, scores: Tensor, batch: Experience) -> Tensor:
         """[B, G] -> [B, G]: the scores that advantages are made of. GRPOVI overrides this."""
         return scores
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """[n, R]: the clipped surrogate and the KL of each token."""
-        known = "logprobs" in batch.fields()
-        logprobs = self.policy.logprobs(batch) if known else self.first_look(batch)
-        self.note_clipping(batch, logprobs - batch.logprobs, batch.advantages)
-        loss = clipped_surrogate(
-            logprobs, batch.logprobs, batch.advantages, self.clip_low, self.clip_high
-        )
+        has_logprobs = "logprobs" in batch.fields()
+        logprobs = self.policy.logprobs(batch) if has_logprobs else self.on_policy_logprobs(batch)
+        clipping = (batch.logprobs, batch.advantages, self.clip_low, self.clip_high)
+        is_clipped_low, is_clipped_high = clip_fractions(logprobs, *clipping)
+        for name, clipped in (
+            ("low", is_clipped_low),
+            ("high", is_clipped_high),
+            ("region", is_clipped_low | is_clipped_high),
+        ):
+            self.metrics.add(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
+        loss = clipped_surrogate(logprobs, *clipping)
         loss = loss + self.kl_coef * k3(logprobs, batch.ref_logprobs)
-        yield self.each_averaged(loss, batch) if self.per_response else loss
+        yield self.aggregate(loss, batch)
 
-    def first_look(self, batch: Experience) -> Tensor:
+    def on_policy_logprobs(self, batch: Experience) -> Tensor:
         """[n, R] nats: log-probs, which are the sampling policy's, too; notes what is logged."""
-        logprobs, batch.entropy = self.policy.score(batch)
+        logprobs, batch.entropy = self.policy.logprobs_and_entropy(batch)
         batch.logprobs = logprobs.detach()
-        for name, (values, mask) in self.distances(batch).items():
-            self.note(name, values, mask)
+        self.metrics.add_all(self.policy_metrics(batch))
         return logprobs
-
-    def note_clipping(self, batch: Experience, log_ratio: Tensor, advantages: Tensor) -> None:
-        """Notes the share of tokens whose ratio left the region on the side that is clipped."""
-        ratio = log_ratio.detach().exp()
-        low = (ratio < 1 - self.clip_low) & (advantages < 0)
-        high = (ratio > 1 + self.clip_high) & (advantages > 0)
-        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
-            self.note(f"clip_ratio/{name}_mean", clipped, batch.response_mask)
-
-    def count(self, batch: Experience) -> Tensor:
-        """Responses, if each is averaged by itself; else response tokens."""
-        return self.num_responses(batch) if self.per_response else super().count(batch)

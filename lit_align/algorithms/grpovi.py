@@ -9,9 +9,10 @@ from torch import Tensor
 from lit_align.algorithms.core.running_statistics import RunningBounds
 from lit_align.algorithms.grpo import GRPO
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.functional.variance import increase_variance
 
-Weights = Callable[[Experience], Tensor]
+ResponseWeights = Callable[[Experience], Tensor]
 
 
 class GRPOVI(GRPO):
@@ -22,51 +23,50 @@ class GRPOVI(GRPO):
     increase (papers' note: only the shape is left), so `scale` is worth trying both ways.
 
     Args:
-        low: Least possible score.
-        high: Largest possible score.
+        min_score: Least possible score.
+        max_score: Largest possible score.
         running_bounds: Take the least and the largest score seen so far instead.
         split_ties: Rank equal scores by their place in the group, as the problem literally
             says; that turns chance into advantage, so they are treated alike by default.
-        weights: Log-weights [N] of the responses, not normalised; by default the paper's, the
+        response_weights: Log-weights [N] of responses, unnormalized; by default the paper's, the
             reference's log-probability of the whole response.
     """
 
-    adjusts_by_policy = True  # as weights may: `policy_likelihood` does
+    shaping_needs_logprobs = True  # as weights may: `policy_likelihood` does
 
     def __init__(
         self,
-        low: float = 0.0,
-        high: float = 1.0,
+        min_score: float = 0.0,
+        max_score: float = 1.0,
         running_bounds: bool = False,
         split_ties: bool = False,
-        weights: Weights | None = None,
+        response_weights: ResponseWeights | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if not low < high and not running_bounds:
-            raise ValueError(
-                f"GRPOVI spreads scores between low and high: low must be below high, found "
-                f"{low} and {high}."
+        if not min_score < max_score and not running_bounds:
+            raise UserError(
+                f"min_score must be below max_score, found {min_score} and {max_score}."
             )
         self.running_bounds, self.split_ties = running_bounds, split_ties
-        self.weights = weights or reference_likelihood
-        self.range = RunningBounds(low, high, running_bounds)
+        self.response_weights = response_weights or reference_likelihood
+        self.range = RunningBounds(min_score, max_score, running_bounds)
 
-    def adjust(self, scores: Tensor, batch: Experience) -> Tensor:
+    def shape_scores(self, scores: Tensor, batch: Experience) -> Tensor:
         """[B, G] -> [B, G]: of the largest variance. Bounds stay on the device (no host read)."""
         if self.running_bounds:
-            answered = batch.response_mask.any(-1).view_as(scores)
-            least = scores.where(answered, torch.inf).amin()
-            largest = scores.where(answered, -torch.inf).amax()
+            has_response = batch.response_mask.any(-1).view_as(scores)
+            least = scores.where(has_response, torch.inf).amin()
+            largest = scores.where(has_response, -torch.inf).amax()
             extremes = torch.stack([-least, largest])
-            self.range.widen(self.trainer.strategy.reduce(extremes, reduce_op="max"))
+            self.range.update(self.trainer.strategy.reduce(extremes, reduce_op="max"))
         low, high = self.range.bounds.double().unbind()
-        room = torch.where(high > low, high - low, 1.0)  # nothing to spread in the first rollout
+        spread = torch.where(high > low, high - low, 1.0)  # nothing to spread in the first rollout
         low = low.where(high >= low, 0.0)  # and no bounds at all where nothing was answered
-        probs = self.weights(batch).double().view_as(scores).softmax(-1)
-        shares = (scores.double() - low) / room  # single precision would tie what differs little
-        share = increase_variance(shares, probs, 0.0, 1.0, self.split_ties)
-        return (low + share * room).type_as(scores)
+        probs = self.response_weights(batch).double().view_as(scores).softmax(-1)
+        scaled = (scores.double() - low) / spread  # single precision would tie what differs little
+        increased = increase_variance(scaled, probs, 0.0, 1.0, self.split_ties)
+        return (low + increased * spread).type_as(scores)
 
 
 def reference_likelihood(batch: Experience) -> Tensor:

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm
+from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.functional.kl import k1
 from lit_align.functional.returns import rewards_to_go
 
@@ -23,10 +24,13 @@ class ReMax(OnlineAlgorithm):
         num_samples: Sampled responses per prompt, which share one greedy baseline.
         gamma: Discount of the advantage per token before the end; the released code takes 0.99.
         advantage_clip: Largest advantage either way; the released code takes 5.
-        per_token: Average over response tokens as the released code does, not over responses.
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses. The released code takes
+            token_mean.
     """
 
-    greedy_baseline = True
+    uses_greedy_baseline = True
 
     def __init__(
         self,
@@ -35,47 +39,43 @@ class ReMax(OnlineAlgorithm):
         num_samples: int = 1,
         gamma: float = 1.0,
         advantage_clip: float | None = None,
-        per_token: bool = False,
+        loss_aggregation: LossAggregation = "sequence_sum",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if num_samples < 1:
-            raise ValueError(f"ReMax needs num_samples of at least 1, found {num_samples}.")
-        if self.epochs > 1 or self.minibatch_size is not None:
-            raise ValueError(
+            raise UserError(f"ReMax needs num_samples of at least 1, found {num_samples}.")
+        if self.update_epochs > 1 or self.minibatch_size is not None:
+            raise UserError(
                 "ReMax takes one step per rollout, since it has no importance ratio: leave out "
-                "epochs and minibatch_size, and set data.batch_size to what one step should see."
+                "update_epochs and minibatch_size, and set data.batch_size to one step's prompts."
             )
         self.kl_coef, self.kl_to_go, self.num_samples = kl_coef, kl_to_go, num_samples
-        self.gamma, self.advantage_clip, self.per_token = gamma, advantage_clip, per_token
+        self.gamma, self.advantage_clip = gamma, advantage_clip
+        self.loss_aggregation = loss_aggregation
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `advantages`: the score above the greedy one, less the price of the KL."""
-        baseline = batch.rows([row for row, greedy in enumerate(batch.greedy) if greedy]).scores
-        batch = batch.rows([row for row, greedy in enumerate(batch.greedy) if not greedy])
+        baseline = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if greedy]).scores
+        batch = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if not greedy])
         batch = super().prepare(batch)
-        lead = batch.scores - baseline.repeat_interleave(self.num_samples)
-        zero = ((lead == 0), batch.response_mask.any(-1))
-        self.log_means({"frac_advantage_zero": zero})
-        batch.advantages = self.credit(batch, lead)
+        advantage = batch.scores - baseline.repeat_interleave(self.num_samples)
+        self.metrics.add("frac_reward_zero_std", advantage == 0, batch.response_mask.any(-1))
+        batch.advantages = self.token_advantages(batch, advantage)
         return batch
 
-    def credit(self, batch: Experience, lead: Tensor) -> Tensor:
-        """[N, R]: gamma^(T-t+1) lead - beta k_t; with kl_to_go, k summed from t on."""
+    def token_advantages(self, batch: Experience, advantage: Tensor) -> Tensor:
+        """[N, R]: gamma^(T-t+1) advantage - beta k_t; with kl_to_go, k summed from t on."""
         mask = batch.response_mask
         if self.advantage_clip is not None:
-            lead = lead.clamp(-self.advantage_clip, self.advantage_clip)
+            advantage = advantage.clamp(-self.advantage_clip, self.advantage_clip)
         tokens_left = mask.flip(-1).cumsum(-1).flip(-1)  # T - t + 1
-        price = k1(batch.logprobs, batch.ref_logprobs)
+        kl_penalty = k1(batch.logprobs, batch.ref_logprobs)
         if self.kl_to_go:
-            price = rewards_to_go(price, mask)
-        credit = self.gamma**tokens_left * lead.unsqueeze(-1) - self.kl_coef * price
-        return credit.where(mask, 0.0)
+            kl_penalty = rewards_to_go(kl_penalty, mask)
+        advantages = self.gamma**tokens_left * advantage.unsqueeze(-1) - self.kl_coef * kl_penalty
+        return advantages.where(mask, 0.0)
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """[n, R]: the score function times its credit (papers' Algorithm 1)."""
-        yield -batch.advantages * self.policy.logprobs(batch)
-
-    def count(self, batch: Experience) -> Tensor:
-        """Responses, so that a loss is summed over tokens; or response tokens."""
-        return super().count(batch) if self.per_token else self.num_responses(batch)
+        yield self.aggregate(-batch.advantages * self.policy.logprobs(batch), batch)

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
-from lit_align.batches import Pairs
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.batches import PreferenceBatch
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.backbone import Backbone
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 
 
-class RewardModel(OfflineAlgorithm):
+class RewardModel(Algorithm):
     """Learns a score that is higher for the chosen text; a step averages over pairs.
 
     Args:
@@ -23,11 +23,12 @@ class RewardModel(OfflineAlgorithm):
             (arXiv:2312.09244, section 2).
     """
 
-    reward_model: Scalar
+    trained_roles = ("reward_model",)
+    reward_model: ScalarHead
 
     def __init__(
         self,
-        reward_model: Callable[[], Scalar],
+        reward_model: Callable[[], ScalarHead],
         use_margin: bool = False,
         center_coef: float = 0.0,
         **kwargs: Any,
@@ -36,45 +37,38 @@ class RewardModel(OfflineAlgorithm):
         self.build_reward_model = reward_model
         self.use_margin, self.center_coef = use_margin, center_coef
 
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The reward model alone."""
-        return {"reward_model": self.reward_model}
+    def build(self) -> dict[str, Backbone]:
+        """Return the unsharded reward model."""
+        return {"reward_model": self.build_reward_model()}
 
-    def configure_model(self) -> None:
-        """Builds the network, once."""
-        if "reward_model" not in self._modules:
-            with self.phase("load"):
-                self.reward_model = self.placed(self.build_reward_model())
-
-    def scores(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+    def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """([n], [n]): scores of the chosen and of the rejected texts."""
         chosen, rejected = self.reward_model.scores(batch.texts()).view(-1, 2).unbind(-1)
         return chosen, rejected
 
-    def losses(self, batch: Pairs) -> Iterator[Tensor]:
+    def losses(self, batch: PreferenceBatch) -> Iterator[Tensor]:
         """[n] nats per pair."""
         chosen, rejected = self.scores(batch)
         loss = bradley_terry(chosen, rejected, batch.margin if self.use_margin else None)
-        self.note("accuracy", won(chosen, rejected), batch.scored)
-        self.note("margin", chosen - rejected, batch.scored)
+        self.metrics.add("accuracy", pair_accuracy(chosen, rejected), batch.loss_mask)
+        self.metrics.add("margin", chosen - rejected, batch.loss_mask)
         yield loss + self.center_coef * (chosen + rejected).square()
 
     @torch.no_grad()
-    def validation_step(self, batch: Pairs, batch_idx: int) -> None:
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds the batch's pairs to loss, accuracy and margin."""
-        chosen, rejected = self.in_parts(batch, self.scores)
-        pairs = batch.scored
-        self.measure(
+        chosen, rejected = self.map_microbatches(batch, self.scores)
+        pairs = batch.loss_mask
+        self.metrics.add_eval(
             batch,
             loss=(bradley_terry(chosen, rejected), pairs),
-            accuracy=(won(chosen, rejected), pairs),
+            accuracy=(pair_accuracy(chosen, rejected), pairs),
             margin=(chosen - rejected, pairs),
         )
 
     test_step = validation_step
 
 
-def won(chosen: Tensor, rejected: Tensor) -> Tensor:
+def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     """[n] 1 where the chosen text scores higher, 0 where lower, 0.5 for a tie."""
     return ((chosen - rejected).sign() + 1) / 2

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm, refuse_single_samples
+from lit_align.algorithms.core.online import OnlineAlgorithm, check_group_size
 from lit_align.batches import Experience
 from lit_align.functional.losses import clipped_surrogate
 from lit_align.functional.returns import leave_one_out
@@ -24,6 +24,8 @@ class RLOO(OnlineAlgorithm):
         clip_high: How far above 1 it may count.
     """
 
+    loss_aggregation = "sequence_sum"
+
     def __init__(
         self,
         num_samples: int = 4,
@@ -33,7 +35,7 @@ class RLOO(OnlineAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        refuse_single_samples(self, num_samples)
+        check_group_size(self, num_samples)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.clip_low, self.clip_high = clip_low, clip_high
 
@@ -51,7 +53,3 @@ class RLOO(OnlineAlgorithm):
         logprobs = self.policy.logprobs(batch).where(mask, 0.0).sum(-1)
         sampled = batch.logprobs.where(mask, 0.0).sum(-1)
         yield clipped_surrogate(logprobs, sampled, batch.advantages, self.clip_low, self.clip_high)
-
-    def count(self, batch: Experience) -> Tensor:
-        """Responses."""
-        return self.num_responses(batch)

@@ -5,15 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.reference_model import same_vocabulary
+from lit_align.algorithms.core.online import LossAggregation
+from lit_align.algorithms.core.reference_model import check_same_vocabulary
 from lit_align.algorithms.ppo import PPO
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.functional.returns import dpo_token_rewards
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
-from lit_align.models.roles import Role, whole
+from lit_align.models.roles import Role, single_head_role
 
-DPO = "dpo"  # the adapter's name, and the role's
+DPO_ROLE = "dpo"  # the adapter's name, and the role's
 
 
 class RTO(PPO):
@@ -32,7 +34,9 @@ class RTO(PPO):
         dpo_clip: Bound on the size of a token's DPO reward; the released script takes 0.05.
         kl_coef: Reward lost per nat by which a token exceeds the reference, beta_2.
         score_coef: Factor of the score, beta_3.
-        per_response: Average over each response's tokens first, then over responses.
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses.
     """
 
     dpo: Policy
@@ -47,19 +51,19 @@ class RTO(PPO):
         dpo_clip: float | None = None,
         kl_coef: float = 0.01,
         score_coef: float = 1.0,
-        per_response: bool = True,
+        loss_aggregation: LossAggregation = "sequence_mean",
         **kwargs: Any,
     ):
-        super().__init__(kl_coef=kl_coef, per_response=per_response, **kwargs)
+        super().__init__(kl_coef=kl_coef, loss_aggregation=loss_aggregation, **kwargs)
         if dpo_coef and (dpo_adapter is None) == (dpo is None):
-            raise ValueError(
+            raise UserError(
                 "RTO rewards tokens by one DPO model: give dpo_adapter (an adapter on the policy's "
                 "base; then --model.dpo null) or dpo (a model of its own), or dpo_coef 0 for PPO."
             )
         if dpo_reference is not None and dpo is None:
-            raise ValueError("dpo_reference belongs to dpo: an adapter's reference is its base.")
+            raise UserError("dpo_reference belongs to dpo: an adapter's reference is its base.")
         if dpo_clip is not None and not dpo_clip > 0:
-            raise ValueError(f"dpo_clip is a bound above 0, found {dpo_clip}: leave it out.")
+            raise UserError(f"dpo_clip is a bound above 0, found {dpo_clip}: leave it out.")
         self.dpo_adapter, self.build_dpo, self.build_dpo_reference = dpo_adapter, dpo, dpo_reference
         self.dpo_coef, self.dpo_clip, self.score_coef = dpo_coef, dpo_clip, score_coef
 
@@ -71,60 +75,65 @@ class RTO(PPO):
         policy = networks["policy"]
         assert isinstance(policy, Policy)
         if self.dpo_adapter is not None:
-            networks.get("reference", policy).lend(self.dpo_adapter, DPO)
-        for role, build in ((DPO, self.build_dpo), ("dpo_reference", self.build_dpo_reference)):
+            base = networks.get("reference", policy)
+            base.adapters.load_frozen_adapter(self.dpo_adapter, DPO_ROLE)
+        for role, build in (
+            (DPO_ROLE, self.build_dpo),
+            ("dpo_reference", self.build_dpo_reference),
+        ):
             if build is not None:
                 network = build().requires_grad_(False).eval()
-                same_vocabulary(role, network, policy)
-                network.temperature = policy.temperature
+                check_same_vocabulary(role, network, policy)
+                network.set_temperature(policy.temperature)
                 networks[role] = network
         return networks
 
-    def cast(self) -> list[Role]:
+    def all_roles(self) -> list[Role]:
         """Adds the DPO model and its reference."""
-        roles = super().cast()
-        if DPO in self._modules:
-            roles.append(whole(DPO, self.dpo))
+        roles = super().all_roles()
+        if hasattr(self, DPO_ROLE):
+            roles.append(single_head_role(DPO_ROLE, self.dpo))
         elif self.dpo_coef:
-            roles.append(whole(DPO, self.base, DPO))
-        if "dpo_reference" in self._modules:
-            roles.append(whole("dpo_reference", self.dpo_reference))
+            roles.append(single_head_role(DPO_ROLE, self.reference_model.network, DPO_ROLE))
+        if hasattr(self, "dpo_reference"):
+            roles.append(single_head_role("dpo_reference", self.dpo_reference))
         return roles
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `dpo_logprobs`, and `dpo_ref_logprobs` where they are not the reference's."""
         if self.dpo_coef:
-            (batch.dpo_logprobs,) = self.in_parts(batch, lambda part: (self.dpo_logprobs(part),))
-        if "dpo_reference" in self._modules:
+            (batch.dpo_logprobs,) = self.map_microbatches(
+                batch, lambda microbatch: (self.dpo_logprobs(microbatch),)
+            )
+        if hasattr(self, "dpo_reference"):
             score = self.dpo_reference.logprobs
-            (batch.dpo_ref_logprobs,) = self.in_parts(batch, lambda part: (score(part),))
+            (batch.dpo_ref_logprobs,) = self.map_microbatches(
+                batch, lambda microbatch: (score(microbatch),)
+            )
         return super().prepare(batch)
 
     def dpo_logprobs(self, batch: Experience) -> Tensor:
         """[n, r] nats under the DPO model."""
-        if DPO in self._modules:
+        if hasattr(self, DPO_ROLE):
             return self.dpo.logprobs(batch)
-        with self.base.wearing(DPO):
-            return self.base.logprobs(batch)
+        network = self.reference_model.network
+        with network.adapters.use_adapter(DPO_ROLE):
+            return network.logprobs(batch)
 
     def token_rewards(self, batch: Experience) -> Tensor:
         """[N, R]: PPO's, and what the DPO model says of each token."""
         rewards = super().token_rewards(batch)
         if not self.dpo_coef:
             return rewards
-        apart = "dpo_ref_logprobs" in batch.fields()
-        reference = batch.dpo_ref_logprobs if apart else batch.ref_logprobs
+        has_own_reference = "dpo_ref_logprobs" in batch.fields()
+        reference = batch.dpo_ref_logprobs if has_own_reference else batch.ref_logprobs
         mask, settings = batch.response_mask, (self.dpo_coef, self.dpo_clip)
-        dense = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
-        whole_ratio = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
-        self.log_means(
-            {
-                "rto/dpo_reward": (dense.sum(-1), mask.any(-1)),
-                "rto/dpo_clipped": (dense != whole_ratio, mask),
-            }
-        )
-        return rewards + dense
+        dpo_rewards = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
+        unclipped_rewards = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
+        self.metrics.add("rto/dpo_reward", dpo_rewards.sum(-1), mask.any(-1))
+        self.metrics.add("rto/dpo_clipped", dpo_rewards != unclipped_rewards, mask)
+        return rewards + dpo_rewards
 
-    def final_scores(self, batch: Experience) -> Tensor:
+    def shape_scores(self, batch: Experience) -> Tensor:
         """[N]: PPO's, times beta_3."""
-        return self.score_coef * super().final_scores(batch)
+        return self.score_coef * super().shape_scores(batch)

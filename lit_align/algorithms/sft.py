@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.offline import OfflineAlgorithm
-from lit_align.batches import Tokens
-from lit_align.models.backbone import Backbone
+from lit_align.algorithms.core.base import Algorithm
+from lit_align.algorithms.core.metrics import Means
+from lit_align.batches import TextBatch
 from lit_align.models.policy import Policy
 
 
-class SFT(OfflineAlgorithm):
+class SFT(Algorithm):
     """Maximum likelihood of the learnt tokens; every token of a batch weighs the same.
 
     Args:
@@ -25,35 +25,27 @@ class SFT(OfflineAlgorithm):
         super().__init__(**kwargs)
         self.build_policy = policy
 
-    @property
-    def roles(self) -> dict[str, Backbone]:
-        """The policy alone."""
-        return {"policy": self.policy}
-
-    def configure_model(self) -> None:
-        """Builds the policy, once: Lightning asks before every fit, validate and test."""
-        if "policy" not in self._modules:
-            with self.phase("load"):
-                self.policy = self.placed(self.build_policy())
-
-    def losses(self, batch: Tokens) -> Iterator[Tensor]:
+    def losses(self, batch: TextBatch) -> Iterator[Tensor]:
         """[n, T-1] nats."""
-        logprobs, entropy = self.policy.score(batch)
-        self.note("entropy", entropy, batch.scored)
+        logprobs, entropy = self.policy.logprobs_and_entropy(batch)
+        self.metrics.add("entropy", entropy, batch.loss_mask)
         yield -logprobs
 
     @torch.no_grad()
-    def validation_step(self, batch: Tokens, batch_idx: int) -> None:
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Adds the batch to perplexity and token accuracy."""
         mask = batch.response_mask
-        nll, hits = self.in_parts(
-            batch, lambda part: (-self.policy.logprobs(part), self.policy.hits(part).float())
+        nll, hits = self.map_microbatches(
+            batch,
+            lambda microbatch: (
+                -self.policy.logprobs(microbatch),
+                self.policy.top1_correct(microbatch).float(),
+            ),
         )
-        self.measure(batch, loss=(nll, mask), mean_token_accuracy=(hits, mask))
+        self.metrics.add_eval(batch, loss=(nll, mask), mean_token_accuracy=(hits, mask))
 
     test_step = validation_step
 
-    def evaluation(self) -> dict[str, Tensor]:
-        """Perplexity beside the mean loss it comes from."""
-        means = super().evaluation()
-        return {**means, "perplexity": means["loss"].exp()}
+    def derived_eval_metrics(self, means: Means) -> Means:
+        """Return the perplexity of the mean loss."""
+        return {"perplexity": means["loss"].exp()}

@@ -24,7 +24,7 @@ class Curves(Callback):
             "val/accuracy",
             "reward",
             "val/reward",
-            "objective/kl",
+            "kl/per_response_k1",
             "entropy",
             "completions/mean_length",
         ),
@@ -39,10 +39,10 @@ class Curves(Callback):
                 logger.save()
                 metrics = Path(logger.log_dir) / "metrics.csv"
                 if metrics.exists():  # not where nothing was logged
-                    draw(metrics, self.metrics, metrics.with_name("curves.png"))
+                    draw_curves(metrics, self.metrics, metrics.with_name("curves.png"))
 
 
-def draw(metrics: Path, names: tuple[str, ...], picture: Path) -> None:
+def draw_curves(metrics: Path, names: tuple[str, ...], path: Path) -> None:
     """One panel per metric that the file has a curve of, over optimizer steps."""
     with metrics.open() as file:
         rows = list(csv.DictReader(file))
@@ -67,4 +67,4 @@ def draw(metrics: Path, names: tuple[str, ...], picture: Path) -> None:
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.remove()
-    figure.savefig(picture, dpi=150)
+    figure.savefig(path, dpi=150)

@@ -6,13 +6,19 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 
 from lit_align.algorithms.core.base import Algorithm
-from lit_align.runs.atomic_io import write_whole
-from lit_align.runs.environment_file import FILE, PATCH, described, repository, starts
+from lit_align.runs.atomic_io import write_text_atomic
+from lit_align.runs.environment_file import (
+    ENVIRONMENT_FILE,
+    PATCH_FILE,
+    environment_entry,
+    git_state,
+    read_starts,
+)
 
-LARGEST = 2_000_000  # bytes of a patch that is kept
+MAX_PATCH_BYTES = 2_000_000  # bytes of a patch that is kept
 
 
-class Environment(Callback):
+class EnvironmentLog(Callback):
     """Writes `environment.json` when a fit starts: a list with an entry per start of this run.
 
     If the folder that the command was given in is a git repository, an entry names its commit,
@@ -31,10 +37,10 @@ class Environment(Callback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        git, patch = repository(Path.cwd())
-        before = starts(folder) if trainer.ckpt_path else []
-        (folder / PATCH).unlink(missing_ok=True)
+        git, patch = git_state(Path.cwd())
+        before = read_starts(folder) if trainer.ckpt_path else []
+        (folder / PATCH_FILE).unlink(missing_ok=True)
         if patch:
-            (folder / PATCH).write_bytes(patch[:LARGEST])
-        entry = {**described(trainer, self.command), "git": git}
-        write_whole(folder / FILE, json.dumps([*before, entry], indent=1) + "\n")
+            (folder / PATCH_FILE).write_bytes(patch[:MAX_PATCH_BYTES])
+        entry = {**environment_entry(trainer, self.command), "git": git}
+        write_text_atomic(folder / ENVIRONMENT_FILE, json.dumps([*before, entry], indent=1) + "\n")

@@ -13,54 +13,56 @@ from torch import Tensor, distributed
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.batches import Experience
 from lit_align.rewards.base import RewardError, RewardFunction
-from lit_align.rewards.execution import Caller
-from lit_align.rewards.weighted_sum import Panel
+from lit_align.rewards.execution import RewardExecutor
+from lit_align.rewards.weighted_sum import WeightedSum
 
 
 class Reward(Callback):
     """Writes the scores: a weighted sum of what the sources say. Stands behind `Rollout`.
 
     Args:
-        sources: What judges responses: rules, reward models, Python functions; one or several.
+        functions: What judges responses: rules, reward models, Python functions; one or several.
         weights: What each source's score is multiplied with, 1 by default.
-        time_limit: Seconds that a call of a source may take. Default: any time.
-        skip_failures: Leave out all rows of a prompt on which a source raises, returns NaN or
+        timeout: Seconds that a call of a source may take. Default: any time.
+        skip_failed_prompts: Leave out all rows of a prompt on which a source raises, returns NaN or
             runs out of time, and count such prompts, instead of stopping the run.
     """
 
     def __init__(
         self,
-        sources: RewardFunction | list[RewardFunction],
+        functions: RewardFunction | list[RewardFunction],
         weights: list[float] | None = None,
-        time_limit: float | None = None,
-        skip_failures: bool = False,
+        timeout: float | None = None,
+        skip_failed_prompts: bool = False,
     ):
-        self.panel = Panel(sources, weights, Caller(time_limit, skip_failures))
-        self.skip_failures = skip_failures
+        self.weighted_sum = WeightedSum(
+            functions, weights, RewardExecutor(timeout, skip_failed_prompts)
+        )
+        self.skip_failed_prompts = skip_failed_prompts
 
     def setup(self, trainer: Trainer, algorithm: LightningModule, stage: str) -> None:
         """Loads what the sources need."""
         with trainer.precision_plugin.module_init_context():
-            for source in self.panel.sources.values():
+            for source in self.weighted_sum.functions.values():
                 source.setup(algorithm)
 
     @torch.no_grad()
-    def judge(self, trainer: Trainer, batch: Experience) -> list[bool]:
+    def score_batch(self, trainer: Trainer, batch: Experience) -> list[bool]:
         """Writes the scores; [N] whether a row is scored, or skipped with its prompt."""
-        with trainer.precision_plugin.forward_context(), all_or_none(trainer):
-            scored = self.panel(batch)
-        if self.skip_failures:
-            number = torch.tensor(float(sum(scored)), device=batch.responses.device)
+        with trainer.precision_plugin.forward_context(), raise_on_all_ranks(trainer):
+            is_scored = self.weighted_sum(batch)
+        if self.skip_failed_prompts:
+            number = torch.tensor(float(sum(is_scored)), device=batch.responses.device)
             if trainer.strategy.reduce(number, reduce_op="sum") == 0:
                 raise RewardError("every prompt of this batch was skipped: no reward worked")
-        return scored
+        return is_scored
 
-    def spread(
+    def source_statistics(
         self, trainer: Trainer, batch: Experience, rows: list[bool]
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Mean, standard deviation and number of each source's scores, over `rows` of all ranks."""
         device, reduce = batch.responses.device, trainer.strategy.reduce
-        columns = {name: batch.columns[f"scores/{name}"] for name in self.panel.sources}
+        columns = {name: batch.columns[f"scores/{name}"] for name in self.weighted_sum.functions}
         scores = torch.tensor(list(columns.values()), dtype=torch.float32, device=device)  # [S, N]
         mask = torch.tensor(rows, device=device) & ~scores.isnan()
         sums = torch.stack([torch.where(mask, scores, 0.0).sum(1), mask.sum(1).float()])
@@ -71,78 +73,73 @@ class Reward(Callback):
         return dict(zip(columns, zip(mean, std, number, strict=True), strict=True))
 
     def log_skipped(
-        self, algorithm: LightningModule, batch: Experience, scored: list[bool], prefix: str = ""
+        self, algorithm: LightningModule, batch: Experience, is_scored: list[bool], prefix: str = ""
     ) -> None:
         """Logs how many prompts were left out, on all ranks."""
-        if self.skip_failures:
-            pairs = zip(batch.group, scored, strict=True)
+        if self.skip_failed_prompts:
+            pairs = zip(batch.group, is_scored, strict=True)
             number = float(len({group for group, known in pairs if not known}))
             name = f"{prefix}rewards/skipped_prompts"
             algorithm.log(name, number, sync_dist=True, reduce_fx="sum")
 
-    def evaluate(
-        self, trainer: Trainer, algorithm: LightningModule, batch: Any, prefix: str
+    def _evaluate(
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, prefix: str | None
     ) -> None:
-        """Scores a batch whose counted rows are measured; skipped rows no longer count."""
-        if not answered(batch):
+        """Score an evaluation batch and log its counted rows. Skipped rows no longer count.
+
+        Args:
+            trainer: Lightning's.
+            algorithm: Logs the means.
+            batch: Skipped if `Rollout` has not generated responses for it.
+            prefix: Of the names in the log. None: nothing is logged or left out.
+        """
+        if not has_responses(batch):
             return
-        scored = self.judge(trainer, batch)
-        batch.counted = [a and b for a, b in zip(batch.counted, scored, strict=True)]
-        for name, (mean, _, number) in self.spread(trainer, batch, batch.counted).items():
+        is_scored = self.score_batch(trainer, batch)
+        if prefix is None:
+            return
+        batch.is_new = [a and b for a, b in zip(batch.is_new, is_scored, strict=True)]
+        for name, (mean, _, number) in self.source_statistics(trainer, batch, batch.is_new).items():
             key, rows = f"{prefix}rewards/{name}/mean", int(number)
             algorithm.log(key, mean.nan_to_num(), batch_size=rows, sync_dist=True)
-        self.log_skipped(algorithm, batch, scored, prefix)
+        self.log_skipped(algorithm, batch, is_scored, prefix)
 
     def on_train_batch_start(
         self, trainer: Trainer, algorithm: Algorithm, batch: Any, batch_idx: int
     ) -> None:
         """Scores the rollout and logs its sampled rows."""
-        if not answered(batch):
+        if not has_responses(batch):
             return
         with algorithm.phase("score"):
-            scored = self.judge(trainer, batch)
-        for name, (mean, std, _) in self.spread(trainer, batch, batch.sampled).items():
+            is_scored = self.score_batch(trainer, batch)
+        for name, (mean, std, _) in self.source_statistics(
+            trainer, batch, batch.is_sampled
+        ).items():
             algorithm.log(f"rewards/{name}/mean", mean)
             algorithm.log(f"rewards/{name}/std", std)
-        self.log_skipped(algorithm, batch, scored)
+        self.log_skipped(algorithm, batch, is_scored)
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        algorithm: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, *index: int
     ) -> None:
-        """Scores the held-out answers."""
-        self.evaluate(trainer, algorithm, batch, "val/")
+        """Score the responses to the held-out prompts."""
+        self._evaluate(trainer, algorithm, batch, "val/")
 
     def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        algorithm: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, *index: int
     ) -> None:
-        """Scores the held-out answers."""
-        self.evaluate(trainer, algorithm, batch, "test/")
+        """Score the responses to the held-out prompts."""
+        self._evaluate(trainer, algorithm, batch, "test/")
 
     def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        algorithm: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, algorithm: LightningModule, batch: Any, *index: int
     ) -> None:
-        """Scores the answers; Lightning logs nothing here."""
-        if answered(batch):
-            self.judge(trainer, batch)
+        """Score the responses. Lightning cannot log here."""
+        self._evaluate(trainer, algorithm, batch, None)
 
 
 @contextmanager
-def all_or_none(trainer: Trainer) -> Iterator[None]:
+def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
     """Ends every rank where one fails inside; the others would wait in the next collective.
 
     Raises:
@@ -165,6 +162,6 @@ def all_or_none(trainer: Trainer) -> Iterator[None]:
         raise failure
 
 
-def answered(batch: Any) -> bool:
+def has_responses(batch: Any) -> bool:
     """Whether these are prompts that `Rollout` has answered."""
     return isinstance(batch, Experience) and "responses" in batch.fields()

@@ -24,7 +24,7 @@ class Timing(Callback):
     def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
         """Begins to watch; what was loaded before is no part of an iteration."""
         self.device, self.seconds = trainer.strategy.root_device, {}
-        algorithm.watchers.append(self)
+        algorithm.phase_listeners.append(self)
 
     def begin(self, phase: str) -> None:
         """A phase starts."""
@@ -51,5 +51,5 @@ class Timing(Callback):
 
     def teardown(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
         """Stops watching."""
-        if self in algorithm.watchers:
-            algorithm.watchers.remove(self)
+        if self in algorithm.phase_listeners:
+            algorithm.phase_listeners.remove(self)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.fabric.plugins import CheckpointIO as AnyCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,24 +16,24 @@ from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.callbacks.checkpoint import Checkpoints
 from lit_align.callbacks.curves import Curves
-from lit_align.callbacks.environment import Environment
+from lit_align.callbacks.environment import EnvironmentLog
 from lit_align.callbacks.export import Export
 from lit_align.callbacks.memory import Memory
-from lit_align.callbacks.nan_guard import Finite
+from lit_align.callbacks.nan_guard import NonFiniteGuard
 from lit_align.callbacks.out_of_memory import OutOfMemoryAdvice
 from lit_align.callbacks.progress import Progress
-from lit_align.callbacks.response_log import Samples
+from lit_align.callbacks.response_log import ResponseLog
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.callbacks.run_summary import BatchPlan
+from lit_align.callbacks.run_summary import RunSummary
 from lit_align.callbacks.timing import Timing
 from lit_align.cli.errors import run_folder_message, shorten
-from lit_align.cli.resume import RunConfig, found_checkpoint
+from lit_align.cli.resume import ConfigWriter, resolve_checkpoint
 from lit_align.cli.settings_parser import SettingsParser
-from lit_align.data.base import TextData
+from lit_align.data.base import TextDataModule
 from lit_align.errors import UserError
-from lit_align.runs.checkpoint_io import CheckpointIO
-from lit_align.runs.csv_log import RunLog
+from lit_align.runs.checkpoint_io import AtomicCheckpointIO
+from lit_align.runs.csv_log import ResumableCSVLogger
 
 DEVICES = " --trainer.accelerator auto and --trainer.devices auto take what this machine has."
 
@@ -43,11 +43,11 @@ class AlignCLI(LightningCLI):
 
     Args:
         args: The command line without the program's name, its configs read.
-        typed: The same as the user typed it.
+        argv: The same as the user typed it.
     """
 
-    def __init__(self, args: list[str], typed: list[str] | None = None):
-        self.typed = tuple(typed or ())
+    def __init__(self, args: list[str], argv: list[str] | None = None):
+        self.argv = tuple(argv or ())
         try:
             self.parse_and_run(args)
         except OSError as error:
@@ -65,7 +65,7 @@ class AlignCLI(LightningCLI):
         """
         super().__init__(
             Algorithm,
-            TextData,
+            TextDataModule,
             args=args,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -73,7 +73,7 @@ class AlignCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            save_config_callback=RunConfig,
+            save_config_callback=ConfigWriter,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "default_root_dir": "runs/last",
@@ -107,19 +107,19 @@ class AlignCLI(LightningCLI):
         """Fills in what one section can tell another, and refuses what Lightning would."""
         config = self.config[self.config.subcommand]
         if config.trainer.get("gradient_clip_val") is not None:
-            raise ValueError(
+            raise UserError(
                 "--trainer.gradient_clip_val cannot be used here: set --model.max_grad_norm, "
                 "which clips each role by itself."
             )
         if config.trainer.get("accumulate_grad_batches") not in (None, 1):
-            raise ValueError(
+            raise UserError(
                 "--trainer.accumulate_grad_batches cannot be used here: set --data.batch_size to "
                 "what one step sees and --model.microbatch_tokens to what fits in memory."
             )
         self.check_strategy(config)
         if config.data is not None and config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = self.model_path(config.model.init_args)
-        self.checkpoint = found_checkpoint(config, self.config.subcommand == "fit")
+        self.checkpoint = resolve_checkpoint(config, self.config.subcommand == "fit")
         if self.config.subcommand == "predict":
             config.return_predictions = False
 
@@ -151,66 +151,69 @@ class AlignCLI(LightningCLI):
         if not fitting:  # the records of a fit in the same folder stay as they are
             self.save_config_callback, kwargs["logger"] = None, False
         elif config.trainer.logger in (None, True):
-            kwargs["logger"] = [RunLog(folder), TensorBoardLogger(folder, name="", version="")]
+            kwargs["logger"] = [
+                ResumableCSVLogger(folder),
+                TensorBoardLogger(folder, name="", version=""),
+            ]
         self.check_sections(config)
-        kwargs |= self.saving(config)
+        kwargs |= self.checkpoint_arguments(config)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             own = (config.trainer.accelerator, config.trainer.devices) != ("auto", "auto")
             hint = DEVICES if own else ""
             raise UserError(f"{shorten(str(error))}{hint}") from error
-        given = {type(callback) for callback in trainer.callbacks}
+        given_types = {type(callback) for callback in trainer.callbacks}
         sections = [section for section in (config.rollout, config.reward) if section is not None]
         writers = [
-            BatchPlan(),
-            Environment(self.typed),
-            Finite(),
+            RunSummary(),
+            EnvironmentLog(self.argv),
+            NonFiniteGuard(),
             OutOfMemoryAdvice(),
             Progress(),
             Curves(),
             Export(),
-            *([Samples()] if sections else []),
+            *([ResponseLog()] if sections else []),
         ]
-        writers = [writer for writer in writers if type(writer) not in given]
-        early: list[Callback] = [
+        writers = [writer for writer in writers if type(writer) not in given_types]
+        first: list[Callback] = [
             each for each in trainer.callbacks if isinstance(each, Checkpoints | Memory)
         ]
-        others = [each for each in trainer.callbacks if each not in early]
-        early += [kind() for kind in self.measures(trainer) if kind not in given]
-        trainer.callbacks[:] = [*early, *sections, *others, *writers]  # saved before a rollout
+        others = [each for each in trainer.callbacks if each not in first]
+        first += [kind() for kind in self.phase_callbacks(trainer) if kind not in given_types]
+        trainer.callbacks[:] = [*first, *sections, *others, *writers]  # saved before a rollout
         return trainer
 
-    def measures(self, trainer: Trainer) -> list[type[Callback]]:
+    def phase_callbacks(self, trainer: Trainer) -> list[type[Callback]]:
         """What watches the phases of every fit; counting memory costs nothing but on a CPU."""
-        free = trainer.strategy.root_device.type != "cpu"
-        return [Timing, Memory] if free else [Timing]
+        is_free = trainer.strategy.root_device.type != "cpu"
+        return [Timing, Memory] if is_free else [Timing]
 
-    def saving(self, config: Namespace) -> dict[str, Any]:
+    def checkpoint_arguments(self, config: Namespace) -> dict[str, Any]:
         """Our checkpoints in the place of Lightning's, and the one that this command goes on from.
 
         Returns:
             What the trainer is told.
         """
         config.ckpt_path, config.weights_only = self.checkpoint, True
-        callbacks: list[Callback] = listed(config.trainer.callbacks)
-        plugins: list[Any] = listed(config.trainer.plugins)
+        callbacks: list[Callback] = as_list(config.trainer.callbacks)
+        plugins: list[Any] = as_list(config.trainer.plugins)
         if config.trainer.enable_checkpointing is not False:
-            given = any(isinstance(each, Checkpoint) for each in callbacks)
-            callbacks = callbacks if given else [*callbacks, Checkpoints()]
-        if not any(isinstance(each, AnyCheckpointIO) for each in plugins):
-            plugins = [*plugins, CheckpointIO()]
+            has_checkpoint = any(isinstance(each, Checkpoint) for each in callbacks)
+            callbacks = callbacks if has_checkpoint else [*callbacks, Checkpoints()]
+        if not any(isinstance(each, CheckpointIO) for each in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
         if self.checkpoint is not None:
-            self.save_config_kwargs["before"] = Path(self.checkpoint).parents[1] / "config.yaml"
+            self.save_config_kwargs["previous"] = Path(self.checkpoint).parents[1] / "config.yaml"
         return {"callbacks": callbacks, "plugins": plugins}
 
     def check_sections(self, config: Namespace) -> None:
         """Refuses an online algorithm that would wait for answers or scores in vain."""
         name = type(self.model).__name__
         if isinstance(self.model, OnlineAlgorithm) and config.rollout is None:
-            raise ValueError(f"{name} learns from its own answers: add a `rollout` section.")
+            raise UserError(f"{name} learns from its own answers: add a `rollout` section.")
         if isinstance(self.model, OnlineAlgorithm) and config.reward is None:
-            raise ValueError(f"{name} learns from scores: add a `reward` section.")
+            raise UserError(f"{name} learns from scores: add a `reward` section.")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's settings win over the command line; ours has none."""
@@ -223,8 +226,8 @@ class ExportCLI(AlignCLI):
         """Start nothing (LightningCLI 2.6 has no public switch in subcommand mode)."""
 
 
-def listed(given: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """What may be given alone or as a list, as a list."""
-    if given is None:
+    if value is None:
         return []
-    return list(given) if isinstance(given, list | tuple) else [given]
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -30,9 +30,11 @@ def init_parameters(cls: type) -> dict[str, inspect.Parameter]:
 
     `**kwargs` of a constructor is taken to go to its parent's.
     """
-    builders = [vars(parent)["__init__"] for parent in cls.__mro__ if "__init__" in vars(parent)]
+    constructors = [
+        vars(parent)["__init__"] for parent in cls.__mro__ if "__init__" in vars(parent)
+    ]
     found: dict[str, inspect.Parameter] = {}
-    for builder in builders[:-1]:
+    for builder in constructors[:-1]:
         parameters = inspect.signature(builder).parameters.values()
         for each in parameters:
             if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) and each.name != "self":

@@ -18,13 +18,13 @@ sections, as of `lit-align fit` (lit-align fit --data.help PromptData lists the 
 """
 
 
-def main(args: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Parse the words after `evaluate`, query each model, print a table and write JSON.
 
     Args:
-        args: The words after `evaluate`.
+        argv: The words after `evaluate`.
     """
-    if {"--help", "-h"} & set(args):
+    if {"--help", "-h"} & set(argv):
         return print_help()
     from lit_align.cli.discovery import import_all
     from lit_align.cli.errors import silence_known_warnings
@@ -33,7 +33,7 @@ def main(args: list[str]) -> int:
     silence_known_warnings()
     import_all()
     sys.path.insert(0, str(Path.cwd()))  # a user's own rewards, as python itself would find them
-    return run_evaluation(args)
+    return run_evaluation(argv)
 
 
 def print_help() -> int:
@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--judge", type=str, default=None, metavar="COMMAND",
         help="Command that reads pairs of responses as JSON lines and prints a, b or tie for "
         "each.")  # fmt: skip
-    add("--temperature", type=float, default=1.0, help="Sampling temperature of all models.")
+    add("--temperature", type=float, default=1.0, help="SamplingParams temperature of all models.")
     add("--reference", type=str, default=None, metavar="MODEL",
         help="Reference model of the KL. Default: the first model.")  # fmt: skip
     add("--out", type=str, default="evaluation.json", metavar="FILE", help="JSON file to write.")

@@ -15,16 +15,16 @@ from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.cli.evaluate import ABOUT, add_options
-from lit_align.cli.overlays import Settings, chosen_class, cut, inline, read, split_config
+from lit_align.cli.overlays import Settings, chosen_class, cut, inline, read, split_option
 from lit_align.cli.settings_parser import SettingsParser
-from lit_align.data.base import TextData
+from lit_align.data.base import TextDataModule
 from lit_align.data.prompts import PromptData
 from lit_align.errors import UserError
 from lit_align.evaluation.compare import compared, shown, write
 from lit_align.evaluation.generate import answered
-from lit_align.evaluation.judge import judged_wins
+from lit_align.evaluation.judge import judge_pairs
 from lit_align.evaluation.lm_eval import Benchmarks, device_of
-from lit_align.tools.resolve_model import found_model
+from lit_align.tools.resolve_model import resolve_model
 
 
 def run_evaluation(args: list[str]) -> int:
@@ -34,8 +34,8 @@ def run_evaluation(args: list[str]) -> int:
         args: The words after `evaluate`.
     """
     options, built = parse(args)
-    models = list(dict.fromkeys(map(found_model, options.models)))
-    reference = found_model(options.reference or models[0])
+    models = list(dict.fromkeys(map(resolve_model, options.models)))
+    reference = resolve_model(options.reference or models[0])
     tasks = [task for task in options.tasks.split(",") if task]
     benchmarks = [Benchmarks(tasks, options.tasks_limit, options.tasks_folder)] if tasks else []
     responses = {}
@@ -46,7 +46,7 @@ def run_evaluation(args: list[str]) -> int:
             options.temperature, options.accelerator, options.precision,
         )  # fmt: skip
         print(f"{model}: {len(responses[model])} responses")
-    judge = partial(judged_wins, options.judge) if options.judge else None
+    judge = partial(judge_pairs, options.judge) if options.judge else None
     figures = compared(responses, built.rollout.num_samples, judge)
     for model, each in product(models, benchmarks):
         figures[model] |= each.figures(model, device_of(options.accelerator))
@@ -76,7 +76,7 @@ def parse(args: list[str]) -> tuple[Namespace, Namespace]:
         )
     data = options.data.init_args
     if data.tokenizer is None:
-        data.tokenizer = found_model(options.models[0])
+        data.tokenizer = resolve_model(options.models[0])
     if not (data.eval_path or data.eval_split or data.eval_fraction) and isinstance(data.path, str):
         data.eval_path = data.path  # all rows of a file are evaluated
     return options, parser.instantiate_classes(options)
@@ -84,10 +84,10 @@ def parse(args: list[str]) -> tuple[Namespace, Namespace]:
 
 def fit_sections(args: list[str]) -> list[str]:
     """The words with each `--config` of a run cut to what an evaluation needs of it."""
-    argv = [part for word in args for part in split_config(word)]
+    argv = [part for word in args for part in split_option(word)]
     places = [i + 1 for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
     configs = {place: read(argv[place]) for place in places}
-    kind = chosen_class("data", TextData, list(configs.values()), argv)
+    kind = chosen_class("data", TextDataModule, list(configs.values()), argv)
     if kind is None or not issubclass(kind, PromptData):
         kind = PromptData  # which reads the prompts of any other data module's rows
     for place, settings in configs.items():

@@ -24,24 +24,24 @@ ONE_PROCESS = {  # settings of the trainer, whatever those of the run were
 }
 
 
-def main(args: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Build the run's networks, load the checkpoint, and write the folders.
 
     Args:
-        args: The words after `export`.
+        argv: The words after `export`.
     """
-    options = build_parser().parse_args(args)
-    from lit_align.tools.export import export
+    options = build_parser().parse_args(argv)
+    from lit_align.tools.export import export_checkpoint
 
     checkpoint = resolve_checkpoint(options.ckpt_path)
     config = options.config or checkpoint.parents[1] / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config}: no such file. Set --config to the config.yaml of the run.")
-    built = build(config)
-    with built.trainer.init_module():
-        built.model.configure_model()
+    cli = build_run(config)
+    with cli.trainer.init_module():
+        cli.model.configure_model()
     run, out = config.parent, options.out
-    for folder in export(built.model, built.datamodule, checkpoint, out, run, options.merge):
+    for folder in export_checkpoint(cli.model, cli.datamodule, checkpoint, out, run, options.merge):
         print(f"wrote {folder}")
     return 0
 
@@ -65,20 +65,26 @@ def resolve_checkpoint(path: Path) -> Path:
     Args:
         path: Of the checkpoint or of the run folder.
     """
-    from lit_align.runs.checkpoint_files import folder_of, head, newest
+    from lit_align.runs.checkpoint_files import (
+        checkpoint_folder,
+        newest_readable,
+        read_header,
+    )
 
     if not path.exists():
         raise UserError(f"--ckpt_path {path}: no such checkpoint.")
-    if not folder_of(path).is_dir():
-        head(path)
+    if not checkpoint_folder(path).is_dir():
+        read_header(path)
         return path
-    found, complaints = newest(folder_of(path))
-    if found is None:
-        raise UserError(" ".join([f"There is no checkpoint in {folder_of(path)}.", *complaints]))
-    return found
+    checkpoint, messages = newest_readable(checkpoint_folder(path))
+    if checkpoint is None:
+        raise UserError(
+            " ".join([f"There is no checkpoint in {checkpoint_folder(path)}.", *messages])
+        )
+    return checkpoint
 
 
-def build(config: Path) -> ExportCLI:
+def build_run(config: Path) -> ExportCLI:
     """Build the objects of a run in one process on the CPU.
 
     Args:
@@ -87,12 +93,12 @@ def build(config: Path) -> ExportCLI:
     from lit_align.cli.align import ExportCLI
     from lit_align.cli.discovery import import_all
     from lit_align.cli.errors import silence_known_warnings
-    from lit_align.cli.overlays import inline, read
+    from lit_align.cli.overlays import read_config, to_inline_yaml
 
     silence_known_warnings()
     import_all()
     sys.path.insert(0, str(Path.cwd()))
-    settings = read(str(config))
+    settings = read_config(str(config))
     settings["trainer"] = {**settings["trainer"], **ONE_PROCESS}
     settings["ckpt_path"] = None  # the checkpoint that the run itself was resumed from
-    return ExportCLI(["predict", "--config", inline(settings)])
+    return ExportCLI(["predict", "--config", to_inline_yaml(settings)])

@@ -11,7 +11,7 @@ from pathlib import Path
 from lit_align.cli.configs import run_configs
 from lit_align.errors import UserError
 from lit_align.renamed import renamed_flag
-from lit_align.terminal import harmless
+from lit_align.terminal import strip_control_characters
 from lit_align.version import __version__
 
 TRAINER_COMMANDS = {
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         text = user_message(error)
         if text is None:
             raise
-        print(f"lit-align: {harmless(text)}", file=sys.stderr)
+        print(f"lit-align: {strip_control_characters(text)}", file=sys.stderr)
         return 2
 
 
@@ -100,12 +100,12 @@ def run_trainer(args: list[str]) -> int:
     from lit_align.cli.align import AlignCLI
     from lit_align.cli.discovery import import_all
     from lit_align.cli.errors import silence_known_warnings
-    from lit_align.cli.overlays import fit_overlays
+    from lit_align.cli.overlays import resolve_configs
 
     silence_known_warnings()
     import_all()
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as python itself would find them
-    AlignCLI(fit_overlays(args), args)
+    AlignCLI(resolve_configs(args), args)
     return 0
 
 

@@ -22,13 +22,13 @@ from lit_align.algorithms.core.base import Algorithm
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.cli.discovery import concrete_subclasses, init_arguments
-from lit_align.data.base import TextData
+from lit_align.data.base import TextDataModule
 from lit_align.renamed import renamed_class, renamed_key
 
 Tree = dict[str, Any]  # settings by name; a class's arguments are beside its `class_path`
 SECTIONS: dict[str, type] = {
     "model": Algorithm,
-    "data": TextData,
+    "data": TextDataModule,
     "trainer": Trainer,
     "rollout": Rollout,
     "reward": Reward,

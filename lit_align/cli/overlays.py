@@ -12,14 +12,14 @@ from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.cli.configs import missing_config, packaged_configs
 from lit_align.cli.discovery import concrete_subclasses, init_arguments
-from lit_align.data.base import TextData
+from lit_align.data.base import TextDataModule
 from lit_align.errors import UserError
 
 Settings = dict[str, Any]
-SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextData}
+SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextDataModule}
 
 
-def read(name: str) -> Settings:
+def read_config(name: str) -> Settings:
     """The settings of a file, or of a packaged config by its bare name."""
     path, known = Path(name), packaged_configs()
     if not path.is_file() and name not in known:
@@ -27,9 +27,9 @@ def read(name: str) -> Settings:
     try:
         settings = yaml.safe_load(path.read_text() if path.is_file() else known[name])
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {name} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"--config {name} must hold sections such as model and data.")
+        raise UserError(f"--config {name} must hold sections such as model and data.")
     for section in SECTIONS:  # `model: ReMax` is short for a class without arguments
         if isinstance(settings.get(section), str):
             settings[section] = {"class_path": settings[section]}
@@ -37,25 +37,25 @@ def read(name: str) -> Settings:
     return settings
 
 
-def check_section(config: str, section: str, found: Any) -> None:
+def check_section(config: str, section: str, value: Any) -> None:
     """Refuses what is neither a class's name nor a class with arguments.
 
     Args:
         config: Its name.
         section: model or data.
-        found: What stands there.
+        value: What stands there.
     """
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"--config {config}: {section} must be a class_path with init_args, "
-                         f"found a {type(found).__name__}.")  # fmt: skip
-    for key, wanted in (("class_path", str), ("init_args", dict)):
-        value = (found or {}).get(key)
-        if value is not None and not isinstance(value, wanted):
-            raise ValueError(f"--config {config}: {section}.{key} must be a {wanted.__name__}, "
-                             f"found a {type(value).__name__}.")  # fmt: skip
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"--config {config}: {section} must be a class_path with init_args, "
+                         f"found a {type(value).__name__}.")  # fmt: skip
+    for key, expected in (("class_path", str), ("init_args", dict)):
+        entry = (value or {}).get(key)
+        if entry is not None and not isinstance(entry, expected):
+            raise UserError(f"--config {config}: {section}.{key} must be a {expected.__name__}, "
+                             f"found a {type(entry).__name__}.")  # fmt: skip
 
 
-def inline(settings: Settings) -> str:
+def to_inline_yaml(settings: Settings) -> str:
     """Settings as one line of YAML, which the parser takes in the place of a file.
 
     JSON would not do: it has no word for infinity that YAML reads.
@@ -64,37 +64,37 @@ def inline(settings: Settings) -> str:
     return line.strip()
 
 
-def fit_overlays(argv: list[str]) -> list[str]:
+def resolve_configs(argv: list[str]) -> list[str]:
     """The command line with each `--config` read, and overlays cut to the chosen algorithm.
 
     An overlay is a config without `model.class_path`. It may set what only some algorithms or
     data modules have; what the chosen one lacks but another has is left out. Unknown names stay,
     for the parser to refuse.
     """
-    argv = [part for word in argv for part in split_config(word)]
-    places = [i + 1 for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
-    configs = {place: read(argv[place]) for place in places}
+    argv = [part for arg in argv for part in split_option(arg)]
+    positions = [i + 1 for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-c")]
+    configs = {position: read_config(argv[position]) for position in positions}
     chosen = {
         section: chosen_class(section, base, list(configs.values()), argv)
         for section, base in SECTIONS.items()
     }
-    for place, settings in configs.items():
+    for position, settings in configs.items():
         if "class_path" not in (settings.get("model") or {}):
-            settings = cut(settings, chosen)
-        argv[place] = inline(settings)
+            settings = drop_unsupported(settings, chosen)
+        argv[position] = to_inline_yaml(settings)
     return argv
 
 
-def split_config(word: str) -> list[str]:
+def split_option(arg: str) -> list[str]:
     """`--config=x` as two words, and so for the classes that overlays are cut to."""
-    whole = ("--config=", "-c=", "--model=", "--data=")
-    return word.split("=", 1) if word.startswith(whole) else [word]
+    prefixes = ("--config=", "-c=", "--model=", "--data=")
+    return arg.split("=", 1) if arg.startswith(prefixes) else [arg]
 
 
 def chosen_class(section: str, base: type, configs: list[Settings], argv: list[str]) -> type | None:
     """The class that the command line, or else the last config, names for `section`."""
     names = [(settings.get(section) or {}).get("class_path") for settings in configs]
-    names += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == f"--{section}"]
+    names += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == f"--{section}"]
     name = next((name for name in reversed(names) if name), None)
     if name is None:
         return None
@@ -102,25 +102,27 @@ def chosen_class(section: str, base: type, configs: list[Settings], argv: list[s
         try:
             importlib.import_module(name.rpartition(".")[0])
         except ModuleNotFoundError as error:
-            raise ValueError(f"--{section} {name}: {error}") from error
+            raise UserError(f"--{section} {name}: {error}") from error
     known = {kind.__name__: kind for kind in concrete_subclasses(base)}
     if name.rpartition(".")[2] not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(sorted(known))}."
-        raise ValueError(f"--{section} {name}: there is no such class. {hint}")
+        matches = difflib.get_close_matches(name, known, n=1)
+        hint = (
+            f"Did you mean '{matches[0]}'?" if matches else f"There are {', '.join(sorted(known))}."
+        )
+        raise UserError(f"--{section} {name}: there is no such class. {hint}")
     return known[name.rpartition(".")[2]]
 
 
-def cut(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
+def drop_unsupported(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
     """The overlay without what other algorithms and data modules have and the chosen lack."""
     algorithm = chosen["model"]
     offline = algorithm is not None and not issubclass(algorithm, OnlineAlgorithm)
-    left = {k: v for k, v in overlay.items() if not (offline and k in ("rollout", "reward"))}
+    remaining = {k: v for k, v in overlay.items() if not (offline and k in ("rollout", "reward"))}
     for section, base in SECTIONS.items():
         kind, settings = chosen[section], (overlay.get(section) or {}).get("init_args")
         if kind is not None and settings:
             anywhere = set().union(*map(init_arguments, concrete_subclasses(base)))
-            elsewhere = anywhere - init_arguments(kind)
-            kept = {k: v for k, v in settings.items() if k not in elsewhere}
-            left[section] = {**overlay[section], "init_args": kept}
-    return left
+            unsupported = anywhere - init_arguments(kind)
+            supported = {k: v for k, v in settings.items() if k not in unsupported}
+            remaining[section] = {**overlay[section], "init_args": supported}
+    return remaining

@@ -7,37 +7,37 @@ from pathlib import Path
 
 from lit_align.cli.argument_parser import ArgumentParser
 
-ABOUT = (
+PLAN_DESCRIPTION = (
     "Estimate the peak memory of a fit by phase, from the real code on tensors without values. "
     "Needs no GPU, no weights, no data and no network. Takes all options of `lit-align fit`, and "
     "paths such as shape:llama-3-8b or a config.json. Exit status 0: fits, 1: does not fit, "
     "2: wrong input."
 )
-UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+SIZE_UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
-def main(args: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Parse the words after `plan`, simulate the fit and print its memory.
 
     Args:
-        args: The words after `plan`.
+        argv: The words after `plan`.
     """
-    options, words = build_parser().parse_known_args(args)
+    options, words = build_parser().parse_known_args(argv)
     from lit_align.cli.discovery import import_all
     from lit_align.cli.errors import silence_known_warnings
     from lit_align.cli.plan_run import disable_logging, run_plan
-    from lit_align.models.weights.loading import quiet_transformers
+    from lit_align.models.weights.loading import silence_transformers
 
     silence_known_warnings()
     import_all()
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as for `fit`
-    with disable_logging(), quiet_transformers():
+    with disable_logging(), silence_transformers():
         return run_plan(words, options)
 
 
 def build_parser() -> ArgumentParser:
     """Return the parser of the options that `plan` has beside those of `fit`."""
-    parser = ArgumentParser(prog="lit-align plan", description=ABOUT, allow_abbrev=False)
+    parser = ArgumentParser(prog="lit-align plan", description=PLAN_DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--gpu_memory", type=parse_size, default="80GB", metavar="80GB",
         help="Memory of a GPU: a number and GB (10^9 bytes) or GiB (2^30 bytes).")  # fmt: skip
@@ -55,7 +55,7 @@ def parse_size(text: str) -> int:
         >>> parse_size("24GiB") == 24 * 2**30
         True
     """
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})?", text)
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(SIZE_UNITS)})?", text)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"invalid size {text}; expected for example 80GB")
-    return int(float(found[1]) * UNITS[found[2] or "GB"])
+    return int(float(found[1]) * SIZE_UNITS[found[2] or "GB"])

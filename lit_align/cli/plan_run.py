@@ -16,17 +16,18 @@ from rich.console import Console
 
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.cli.align import AlignCLI
-from lit_align.cli.overlays import fit_overlays
-from lit_align.plan.max_length_data import Longest
-from lit_align.plan.patches import OneOfMany
-from lit_align.plan.simulate import Machine, Run, simulated
+from lit_align.cli.overlays import resolve_configs
+from lit_align.errors import UserError
+from lit_align.plan.max_length_data import MaxLengthData
+from lit_align.plan.patches import FakeCluster
+from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
 from lit_align.plan.suggestions import candidates, changes
 from lit_align.plan.table import Plan, as_json, table, verdict
 
-SHARDING = ("fsdp", "ddp")  # how words of strategies begin for which ranks talk
+DISTRIBUTED_STRATEGIES = ("fsdp", "ddp")  # how words of strategies begin for which ranks talk
 
 
-class PlannedCLI(AlignCLI):
+class PlanCLI(AlignCLI):
     """Parses the words of a `fit`, and builds a trainer of one rank that nothing is started for.
 
     Args:
@@ -47,21 +48,21 @@ class PlannedCLI(AlignCLI):
     def instantiate_classes(self) -> None:
         """Waits for `build`: until then nothing has told where the run is to be."""
         config = self.config[self.config.subcommand]
-        self.machine = machine_of(config.trainer)
+        self.machine = machine_from_config(config.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer for two batches of the first rank."""
         config = self.config_init[self.config_init.subcommand]
         self.check_sections(config)
-        given, ranks = config.trainer, self.machine.ranks
+        settings, ranks = config.trainer, self.machine.ranks
         sections = [section for section in (config.rollout, config.reward) if section is not None]
         return Trainer(
             accelerator="cpu",
-            devices=ranks // given.num_nodes,
-            num_nodes=given.num_nodes,
-            strategy=given.strategy,
-            precision=given.precision,
-            plugins=[OneOfMany(ranks, ranks // given.num_nodes)],
+            devices=ranks // settings.num_nodes,
+            num_nodes=settings.num_nodes,
+            strategy=settings.strategy,
+            precision=settings.precision,
+            plugins=[FakeCluster(ranks, ranks // settings.num_nodes)],
             callbacks=sections,
             max_epochs=1,
             limit_val_batches=0,
@@ -75,21 +76,21 @@ class PlannedCLI(AlignCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Starts nothing."""
 
-    def build(self) -> Run:
+    def build(self) -> SimulatedRun:
         """What was parsed, as objects."""
         super().instantiate_classes()
         config = self.config_init[self.config_init.subcommand]
         online = isinstance(self.model, OnlineAlgorithm)
-        data = Longest(
+        data = MaxLengthData(
             self.datamodule,
             self.prompt_tokens,
-            answer_tokens=config.rollout.max_new_tokens if online else 0,
-            num_stored=self.model.num_stored if online else 0,
+            response_tokens=config.rollout.max_new_tokens if online else 0,
+            num_offline_samples=self.model.num_offline_samples if online else 0,
         )
-        return Run(self.trainer, self.model, data)
+        return SimulatedRun(self.trainer, self.model, data)
 
 
-def machine_of(trainer: Namespace) -> Machine:
+def machine_from_config(trainer: Namespace) -> Machine:
     """Where a trainer's settings say that it runs.
 
     Args:
@@ -97,23 +98,25 @@ def machine_of(trainer: Namespace) -> Machine:
     """
     devices, strategy = trainer.devices, trainer.strategy
     name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
-    shares = name.rpartition(".")[2].lower().startswith(SHARDING)
-    if devices in ("auto", -1, "-1") and shares:
-        raise ValueError(
+    is_distributed = name.rpartition(".")[2].lower().startswith(DISTRIBUTED_STRATEGIES)
+    if devices in ("auto", -1, "-1") and is_distributed:
+        raise UserError(
             f"--trainer.devices {devices} counts the GPUs of this machine, and the plan may be for "
             f"another one: give their number."
         )
-    number = 1 if devices in ("auto", -1, "-1") else counted(devices)
-    ranks = number * trainer.num_nodes
-    if ranks > 1 and not shares:
-        raise ValueError(
+    num_devices = 1 if devices in ("auto", -1, "-1") else count_devices(devices)
+    ranks = num_devices * trainer.num_nodes
+    if ranks > 1 and not is_distributed:
+        raise UserError(
             f"{ranks} devices need a strategy: --trainer.strategy fsdp2 splits the weights over "
             f"them, ddp copies them."
         )
-    return Machine(ranks=ranks, is_card=trainer.accelerator != "cpu", grouped=shares)
+    return Machine(
+        ranks=ranks, is_gpu=trainer.accelerator != "cpu", has_process_group=is_distributed
+    )
 
 
-def counted(devices: Any) -> int:
+def count_devices(devices: Any) -> int:
     """How many devices are meant: a number, or a list of their own numbers."""
     if isinstance(devices, list):
         return len(devices)
@@ -123,7 +126,7 @@ def counted(devices: Any) -> int:
 
 @contextmanager
 def disable_logging() -> Iterator[None]:
-    """Suppress log output of the simulated run except errors."""
+    """Suppress log output of the simulate_peaks run except errors."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -154,20 +157,20 @@ def run_plan(words: list[str], options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlannedCLI, Plan]:
+def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlanCLI, Plan]:
     """A run, and what it takes.
 
     Args:
         words: As of `fit`.
         options: The options of `plan`.
     """
-    cli = PlannedCLI(fit_overlays(words), options.prompt_tokens)
+    cli = PlanCLI(resolve_configs(words), options.prompt_tokens)
     machine = cli.machine._replace(memory=options.gpu_memory)
-    return cli, Plan(simulated(cli.build, machine), options.gpu_memory)
+    return cli, Plan(simulate_peaks(cli.build, machine), options.gpu_memory)
 
 
 def plan_suggestions(
-    words: list[str], options: argparse.Namespace, cli: PlannedCLI
+    words: list[str], options: argparse.Namespace, cli: PlanCLI
 ) -> list[dict[str, object]]:
     """Small changes of a run that does not fit, each printed as soon as it is known.
 

@@ -10,61 +10,67 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_align.runs.checkpoint_files import folder_of, head, newest, read_best
+from lit_align.errors import UserError
+from lit_align.runs.checkpoint_files import (
+    checkpoint_folder,
+    newest_readable,
+    read_best,
+    read_header,
+)
 
-OF_A_COMMAND = ("ckpt_path", "weights_only", "trainer.default_root_dir")  # not of a run
+COMMAND_SETTINGS = ("ckpt_path", "weights_only", "trainer.default_root_dir")  # not of a run
 
 
-def found_checkpoint(config: Namespace, fitting: bool) -> str | None:
+def resolve_checkpoint(config: Namespace, fitting: bool) -> str | None:
     """The checkpoint that `--ckpt_path` means; `last` and `best` are looked up in the run folder.
 
     Args:
         config: Of the command.
         fitting: Whether there may be none yet.
     """
-    wanted, folder = config.get("ckpt_path"), folder_of(config.trainer.default_root_dir)
-    if wanted is None:
+    ckpt_path, folder = config.get("ckpt_path"), checkpoint_folder(config.trainer.default_root_dir)
+    if ckpt_path is None:
         return None
-    if wanted == "hpc" or (
-        wanted in ("last", "best") and "ModelCheckpoint" in str(config.trainer.callbacks)
+    if ckpt_path == "hpc" or (
+        ckpt_path in ("last", "best") and "ModelCheckpoint" in str(config.trainer.callbacks)
     ):
-        return str(wanted)  # for Lightning to look up
-    if wanted not in ("last", "best"):
-        if not Path(wanted).exists():
-            raise ValueError(f"--ckpt_path {wanted}: there is no such checkpoint.")
-        head(Path(wanted))
-        return str(wanted)
-    path, complaints = (read_best(folder), []) if wanted == "best" else newest(folder)
-    for complaint in complaints:
-        rank_zero_only(print)(f"{complaint} Taking the one before it.")
-    if path is None and not (fitting and wanted == "last"):
-        raise ValueError(f"--ckpt_path {wanted}: there is no such checkpoint in {folder}.")
+        return str(ckpt_path)  # for Lightning to look up
+    if ckpt_path not in ("last", "best"):
+        if not Path(ckpt_path).exists():
+            raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint.")
+        read_header(Path(ckpt_path))
+        return str(ckpt_path)
+    path, messages = (read_best(folder), []) if ckpt_path == "best" else newest_readable(folder)
+    for message in messages:
+        rank_zero_only(print)(f"{message} Taking the one before it.")
+    if path is None and not (fitting and ckpt_path == "last"):
+        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint in {folder}.")
     if path is None:
         rank_zero_only(print)(f"--ckpt_path last: none in {folder} yet, so the run starts afresh")
         return None
-    done = head(path)["iteration"]
+    iteration = read_header(path)["iteration"]
     verb = "going on from" if fitting else "taking"
-    rank_zero_only(print)(f"--ckpt_path {wanted}: {verb} {path}, iteration {done}")
+    rank_zero_only(print)(f"--ckpt_path {ckpt_path}: {verb} {path}, iteration {iteration}")
     return str(path)
 
 
-class RunConfig(SaveConfigCallback):
+class ConfigWriter(SaveConfigCallback):
     """Writes `config.yaml`; a resumed run lists what differs from the one it goes on from.
 
     Args:
-        before: The config of the run that is resumed.
+        previous: The config of the run that is resumed.
         settings: Lightning's.
     """
 
-    def __init__(self, *settings: Any, before: Path | None = None, **more: Any):
-        super().__init__(*settings, **more)
-        self.before = before
+    def __init__(self, *settings: Any, previous: Path | None = None, **kwargs: Any):
+        super().__init__(*settings, **kwargs)
+        self.previous = previous
 
     def setup(self, trainer: Trainer, algorithm: LightningModule, stage: str) -> None:
         """Compares before it overwrites."""
-        if self.before is not None and self.before.is_file() and trainer.is_global_zero:
+        if self.previous is not None and self.previous.is_file() and trainer.is_global_zero:
             new = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-            for line in changes(yaml.safe_load(self.before.read_text()), new):
+            for line in diff_configs(yaml.safe_load(self.previous.read_text()), new):
                 print(line)
         try:
             super().setup(trainer, algorithm, stage)
@@ -73,19 +79,19 @@ class RunConfig(SaveConfigCallback):
             raise
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+def diff_configs(previous: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     """A line for each setting that is another now."""
-    old, new = dict(flat(before)), dict(flat(after))
+    old, new = dict(flatten_config(previous)), dict(flatten_config(after))
     for name in {**old, **new}:
-        if name not in OF_A_COMMAND and old.get(name) != new.get(name):
+        if name not in COMMAND_SETTINGS and old.get(name) != new.get(name):
             short = name.replace(".init_args", "")
             yield f"changed: {short} was {old.get(name)}, is {new.get(name)}"
 
 
-def flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_config(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values; empty sections are values."""
     if isinstance(settings, dict) and settings:
         for key, value in settings.items():
-            yield from flat(value, f"{name}.{key}" if name else key)
+            yield from flatten_config(value, f"{name}.{key}" if name else key)
     else:
         yield name, settings

@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_align.cli.errors import shorten, wrapped_user_error
 from lit_align.cli.mistakes import find_mistake
-from lit_align.data.base import TextData
+from lit_align.data.base import TextDataModule
 from lit_align.errors import UserError
 
 
@@ -18,7 +18,7 @@ class SettingsParser(LightningArgumentParser):
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
         """Add a class, without reading the file of a data section as a config."""
-        if isinstance(theclass, type) and issubclass(theclass, TextData):
+        if isinstance(theclass, type) and issubclass(theclass, TextDataModule):
             kwargs["sub_configs"] = False
         added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
         return added

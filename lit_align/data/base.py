@@ -18,15 +18,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.batches import Batch
-from lit_align.data.filters import Unwanted
-from lit_align.data.formats import rename
+from lit_align.data.filters import RowFilter
+from lit_align.data.formats import add_renamed_columns
 from lit_align.data.loader import Loader
-from lit_align.data.sampler import Order, Rows
-from lit_align.data.sources import Row, Source, load_rows, refuse_missing
+from lit_align.data.sampler import IndexedRows, ResumableSampler
+from lit_align.data.sources import Row, Source, check_local_path, load_rows
 from lit_align.data.text import load_tokenizer, stop_ids
+from lit_align.errors import UserError
 
 
-class TextData(LightningDataModule):
+class TextDataModule(LightningDataModule):
     """Texts as batches of token ids; owns the tokenizer and the chat template.
 
     Args:
@@ -36,11 +37,11 @@ class TextData(LightningDataModule):
         eval_path: Hub id, local file or folder with the evaluation rows, if not `path`.
         eval_split: Split that is evaluated, of `eval_path` or else of `path`.
         eval_fraction: Share of the training rows set aside, if neither path nor split is given.
-        columns: New names of columns, such as {question: prompt}; the old ones stay too.
+        rename_columns: New names of columns, such as {question: prompt}; the old ones stay too.
         tokenizer: Hub id or local folder; the command line gives the policy's by default.
         chat_template: Jinja text or its file; replaces the tokenizer's own template.
         eos_token: Token that ends an answer; replaces the tokenizer's own eos.
-        drop: Rows to leave out: a regular expression for each column in which it may be found,
+        drop_matching: Rows to leave out: a regular expression for each column that is searched,
             such as {answer: '^$'}; of a conversation its text is searched.
         batch_size: Rows per batch and rank.
         eval_batch_size: Rows per evaluation batch and rank; as in training if not given.
@@ -58,11 +59,11 @@ class TextData(LightningDataModule):
         eval_path: str | None = None,
         eval_split: str | None = None,
         eval_fraction: float = 0.0,
-        columns: dict[str, str] | None = None,
+        rename_columns: dict[str, str] | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
         eos_token: str | None = None,
-        drop: dict[str, str] | None = None,
+        drop_matching: dict[str, str] | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_rows: int | None = None,
@@ -72,22 +73,22 @@ class TextData(LightningDataModule):
     ):
         super().__init__()
         if not 0 <= eval_fraction < 1:
-            raise ValueError(f"eval_fraction is {eval_fraction}, but a share is from 0 to below 1")
+            raise UserError(f"eval_fraction is {eval_fraction}, but a share is from 0 to below 1")
         if batch_size < 1 or (eval_batch_size or 1) < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        one = [Source(path, name, split, columns=columns)] if isinstance(path, str) else path
+            raise UserError(f"batch_size must be at least 1, found {batch_size}")
+        one = [Source(path, name, split, 1.0, rename_columns)] if isinstance(path, str) else path
         self.sources: list[Source] = one
         self.eval_path, self.eval_split, self.eval_fraction = eval_path, eval_split, eval_fraction
-        self.columns = columns
+        self.rename_columns = rename_columns
         self.tokenizer_path = tokenizer
         self.chat_template, self.eos_token = chat_template, eos_token
-        self.unwanted = Unwanted(drop or {})
+        self.row_filter = RowFilter(drop_matching or {})
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_rows, self.num_workers, self.seed = max_rows, num_workers, seed
         self.trust_remote_code = trust_remote_code
         self.dropped: Counter[str] = Counter()  # rows by reason
-        self.cut: Counter[str] = Counter()  # rows by limit
+        self.truncated: Counter[str] = Counter()  # rows by limit
         self.loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self.encoded: dict[str, list[Any]] = {}  # examples by source
 
@@ -95,7 +96,7 @@ class TextData(LightningDataModule):
         """What is kept of a row, given as the data set has it; None if it is dropped."""
         raise NotImplementedError
 
-    def collate(self) -> Callable[..., Batch]:
+    def collate_fn(self) -> Callable[..., Batch]:
         """A function of examples, and of fields to be added, that makes a batch of them."""
         raise NotImplementedError
 
@@ -108,7 +109,7 @@ class TextData(LightningDataModule):
         """Loads the tokenizer once."""
         if self.loaded_tokenizer is None:
             if self.tokenizer_path is None:
-                raise ValueError(
+                raise UserError(
                     "data.tokenizer is not set: the command line gives it the policy's path, "
                     "Python code gives tokenizer= a hub id or a local folder"
                 )
@@ -132,20 +133,20 @@ class TextData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Refuses files that are not there before a model is loaded; rows are read when needed."""
         for path in [source.path for source in self.sources] + [self.eval_path or "toy"]:
-            refuse_missing(path)
+            check_local_path(path)
 
     def train_dataloader(self) -> Loader:
         """Batches in an order by seed and epoch, without the last incomplete one."""
         examples: list[Any] = []
         for source in self.sources:
-            kept = self.halves(source)[0]
-            examples += weighted(kept, source.weight, self.seed)
+            train_examples = self.train_eval_split(source)[0]
+            examples += oversample(train_examples, source.weight, self.seed)
         return self.loader(examples, self.batch_size, training=True)
 
     def val_dataloader(self) -> Loader | list[Any]:
         """Batches of all evaluation rows; none in a fit without evaluation rows."""
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        return [] if fitting and not self.has_evaluation else self.eval_loader()
+        is_fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return [] if is_fitting and not self.has_evaluation else self.eval_loader()
 
     def test_dataloader(self) -> Loader:
         """Batches of all evaluation rows."""
@@ -161,46 +162,48 @@ class TextData(LightningDataModule):
         return bool(self.eval_path or self.eval_split or self.eval_fraction)
 
     def eval_loader(self) -> Loader:
-        """Batches of all evaluation rows in the data's order, with `counted` False for repeats."""
+        """Batches of all evaluation rows in the data's order, with `is_new` False for repeats."""
         if not self.has_evaluation:
-            raise ValueError(
+            raise UserError(
                 "there are no rows to evaluate: set data.eval_split, data.eval_path or "
                 "data.eval_fraction"
             )
         examples: list[Any] = []
         first = self.sources[0]
         if self.eval_path:
-            split, columns = self.eval_split or "train", self.columns
-            other = replace(first, path=self.eval_path, split=split, columns=columns)
-            examples = self.examples(other)
+            split, columns = self.eval_split or "train", self.rename_columns
+            eval_source = replace(first, path=self.eval_path, split=split, rename_columns=columns)
+            examples = self.examples(eval_source)
         elif self.eval_split:
             for source in self.sources:
                 examples += self.examples(replace(source, split=self.eval_split))
         else:
             for source in self.sources:
-                examples += self.halves(source)[1]
+                examples += self.train_eval_split(source)[1]
         return self.loader(examples, self.eval_batch_size, training=False)
 
     def loader(self, examples: list[Any], batch_size: int, training: bool) -> Loader:
         """This rank's batches."""
-        rows = Rows(examples)
-        order = Order(rows, batch_size, training, self.seed, **self.place(training))
+        rows = IndexedRows(examples)
+        sampler = ResumableSampler(
+            rows, batch_size, training, self.seed, **self.sampler_arguments(training)
+        )
         if self.trainer is not None:  # a resumed fit makes an iterator before it tells the epoch
             progress: Any = self.trainer.fit_loop.epoch_progress.current
-            order.set_epoch(progress.processed)
+            sampler.set_epoch(progress.processed)
         with warnings.catch_warnings():  # torchdata calls what newer versions of torch deprecate
             warnings.filterwarnings("ignore", message=".*set_vital")
             return Loader(
                 rows,
                 batch_size=batch_size,
-                sampler=order,
+                sampler=sampler,
                 num_workers=self.num_workers,
-                worker_init_fn=deaf,
-                collate_fn=partial(collated, self.collate(), training),
+                worker_init_fn=ignore_sigint,
+                collate_fn=partial(collate, self.collate_fn(), training),
                 pin_memory=torch.cuda.is_available(),
             )
 
-    def place(self, training: bool) -> dict[str, int]:
+    def sampler_arguments(self, training: bool) -> dict[str, int]:
         """What the order has to know of the trainer: this rank, and how long an epoch is.
 
         An epoch of `limit_train_batches` ends with its order: a checkpoint after the last batch
@@ -209,15 +212,15 @@ class TextData(LightningDataModule):
         if self.trainer is None:
             return {}
         limit = self.trainer.limit_train_batches
-        ends = {"max_batches": limit} if training and isinstance(limit, int) else {}
-        return {**ends, **(self.trainer.distributed_sampler_kwargs or {})}
+        epoch_limit = {"max_batches": limit} if training and isinstance(limit, int) else {}
+        return {**epoch_limit, **(self.trainer.distributed_sampler_kwargs or {})}
 
-    def halves(self, source: Source) -> tuple[list[Any], list[Any]]:
+    def train_eval_split(self, source: Source) -> tuple[list[Any], list[Any]]:
         """The training rows of a source, and those of them that are set aside."""
         fraction = 0.0 if self.eval_path or self.eval_split else self.eval_fraction
-        return share(self.examples(source), fraction, self.seed, self.unit)
+        return holdout_split(self.examples(source), fraction, self.seed, self.group_key)
 
-    def unit(self, example: Any) -> Hashable:
+    def group_key(self, example: Any) -> Hashable:
         """What examples have in common that are set aside only together; by default nothing."""
         return id(example)
 
@@ -225,73 +228,73 @@ class TextData(LightningDataModule):
         """The encoded rows of a source; each source is read once."""
         key = repr(replace(source, weight=1.0))
         if key not in self.encoded:
-            self.encoded[key] = self.read(source)
+            self.encoded[key] = self.read_source(source)
         return self.encoded[key]
 
-    def read(self, source: Source) -> list[Any]:
-        """Loads and encodes the rows of a source, and says how many were dropped or cut."""
+    def read_source(self, source: Source) -> list[Any]:
+        """Loads and encodes the rows of a source, and says how many were dropped or truncated."""
         rows = load_rows(
             source.path,
             source.name,
             source.split,
             source.separator,
             self.max_rows,
-            source.header,
+            source.column_names,
         )
-        before = self.dropped.copy(), self.cut.copy()
+        previous = self.dropped.copy(), self.truncated.copy()
         self.load_tokenizer()  # whose errors are not a row's
         examples = []
         for number, row in enumerate(rows):
             try:
-                row = rename(row, source.columns or {})
-                reason = self.unwanted.reason(row)
+                row = add_renamed_columns(row, source.rename_columns or {})
+                reason = self.row_filter.drop_reason(row)
                 example = self.encode(row) if reason is None else None
             except ValueError as error:
-                raise ValueError(f"row {number} of '{source.path}': {error}") from error
+                raise UserError(f"row {number} of '{source.path}': {error}") from error
             if reason is not None:
                 self.dropped[reason] += 1
             elif example is not None:
                 examples.append(example)
-        dropped, cut = self.dropped - before[0], self.cut - before[1]
-        for verb, reasons in (("dropped", dropped), ("cut", cut)):
+        dropped, truncated = self.dropped - previous[0], self.truncated - previous[1]
+        for verb, reasons in (("dropped", dropped), ("truncated", truncated)):
             if reasons:
-                place = f"'{source.path}' ({source.split}, {len(rows)} rows)"
-                rank_zero_info(f"{place}: {verb} {listed(reasons)}")
+                location = f"'{source.path}' ({source.split}, {len(rows)} rows)"
+                rank_zero_info(f"{location}: {verb} {format_counts(reasons)}")
         if not examples:
-            raise ValueError(f"no row of '{source.path}' is left: dropped {listed(dropped)}")
+            raise UserError(f"no row of '{source.path}' is left: dropped {format_counts(dropped)}")
         return examples
 
 
-def deaf(worker: int) -> None:
+def ignore_sigint(worker: int) -> None:
     """Ctrl-C is for the trainer, which finishes its iteration with this worker's batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def listed(reasons: Counter[str]) -> str:
+def format_counts(reasons: Counter[str]) -> str:
     """Such as: 3 prompts of more than max_prompt_tokens 512."""
     return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
 
 
-def collated(make: Callable[..., Batch], training: bool, items: list[tuple[Any, bool]]) -> Batch:
-    """A batch; in evaluation with `counted`, False for a row that was in an earlier batch."""
+def collate(make: Callable[..., Batch], training: bool, items: list[tuple[Any, bool]]) -> Batch:
+    """A batch; in evaluation with `is_new`, False for a row that was in an earlier batch."""
     examples = [example for example, _ in items]
-    return make(examples) if training else make(examples, counted=[new for _, new in items])
+    return make(examples) if training else make(examples, is_new=[new for _, new in items])
 
 
-def share(
-    examples: list[Any], fraction: float, seed: int, unit: Callable[[Any], Hashable] = id
+def holdout_split(
+    examples: list[Any], fraction: float, seed: int, group_key: Callable[[Any], Hashable] = id
 ) -> tuple[list[Any], list[Any]]:
-    """A random `fraction` of the units, at least one, set aside; both parts in the data's order."""
-    units = list(dict.fromkeys(map(unit, examples)))
-    count = max(1, round(fraction * len(units))) if fraction else 0
-    aside = {units[i] for i in random.Random(seed).sample(range(len(units)), count)}
-    kept = [example for example in examples if unit(example) not in aside]
-    return kept, [example for example in examples if unit(example) in aside]
+    """A random `fraction` of the groups, at least one, set aside; both parts in data order."""
+    groups = list(dict.fromkeys(map(group_key, examples)))
+    count = max(1, round(fraction * len(groups))) if fraction else 0
+    held_out = {groups[i] for i in random.Random(seed).sample(range(len(groups)), count)}
+    train_examples = [example for example in examples if group_key(example) not in held_out]
+    return train_examples, [example for example in examples if group_key(example) in held_out]
 
 
-def weighted(examples: list[Any], weight: float, seed: int) -> list[Any]:
+def oversample(examples: list[Any], weight: float, seed: int) -> list[Any]:
     """Each example `weight` times: whole times all of them, and a random part of them."""
-    whole = int(weight)
-    count = round((weight - whole) * len(examples))
+    num_copies = int(weight)
+    count = round((weight - num_copies) * len(examples))
     part = sorted(random.Random(seed).sample(range(len(examples)), count))
-    return examples * whole + [examples[i] for i in part]
+    return examples * num_copies + [examples[i] for i in part]

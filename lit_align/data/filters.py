@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lit_align.data.formats import turns
+from lit_align.data.formats import parse_messages
 from lit_align.data.sources import Row
+from lit_align.errors import UserError
 
 
-class Unwanted:
+class RowFilter:
     """Which rows to leave out, and why.
 
     Args:
@@ -22,22 +23,22 @@ class Unwanted:
             try:
                 self.patterns[name] = re.compile(pattern)
             except re.error as error:
-                raise ValueError(
-                    f"data.drop: '{pattern}' is no regular expression: {error}"
+                raise UserError(
+                    f"data.drop_matching: '{pattern}' is no regular expression: {error}"
                 ) from None
 
-    def reason(self, row: Row) -> str | None:
+    def drop_reason(self, row: Row) -> str | None:
         """Why a row is left out, None if it stays."""
         for name, pattern in self.patterns.items():
             if name not in row:
-                raise ValueError(f"there is no column '{name}' to search, only {', '.join(row)}")
-            if pattern.search(as_text(row[name])):
+                raise UserError(f"there is no column '{name}' to search, only {', '.join(row)}")
+            if pattern.search(cell_text(row[name])):
                 return f"rows whose {name} matches {pattern.pattern}"
         return None
 
 
-def as_text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell as text: the words of a conversation, one turn per line; nothing for None."""
     if isinstance(value, dict | list):
-        return "\n".join(str(turn["content"]) for turn in turns(value))
+        return "\n".join(str(turn["content"]) for turn in parse_messages(value))
     return "" if value is None else str(value)

@@ -12,57 +12,61 @@ from typing import Any
 
 from lit_align.data.sources import Row
 from lit_align.data.text import Message
+from lit_align.errors import UserError
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 HH_TURN = "\n\nAssistant:"
 
 
-def rename(row: Row, columns: dict[str, str]) -> Row:
+def add_renamed_columns(row: Row, columns: dict[str, str]) -> Row:
     """The row with more names: {question: prompt} reads the question as prompt, too."""
     for old in columns:
         if old not in row:
-            raise ValueError(f"there is no column '{old}' to rename, only {', '.join(row)}")
+            raise UserError(f"there is no column '{old}' to rename, only {', '.join(row)}")
     return {**row, **{new: row[old] for old, new in columns.items()}}
 
 
-def canonical(row: Row) -> Row:
+def canonical_row(row: Row) -> Row:
     """The row with its prompt, completion, chosen, rejected or messages where it has them."""
     row = {name: value for name, value in row.items() if value is not None}
     for name in ("prompt", "completion", "chosen", "rejected", "messages"):
         if isinstance(row.get(name), dict | list):
-            row[name] = turns(row[name])
+            row[name] = parse_messages(row[name])
     if "conversations" in row:
-        talk = turns(row["conversations"])
-        row |= {"prompt": talk} if "chosen" in row else {"messages": talk}
+        conversation = parse_messages(row["conversations"])
+        row |= {"prompt": conversation} if "chosen" in row else {"messages": conversation}
     if "instruction" in row and "prompt" not in row:
-        row |= alpaca(row)
+        row |= convert_alpaca(row)
     if "chosen" in row and "rejected" in row:
-        row |= preference(row)
+        row |= split_preference(row)
     return row
 
 
-def turns(value: Any) -> list[Message]:
+def parse_messages(value: Any) -> list[Message]:
     """Messages with role and content, also from ShareGPT's from and value, and from one turn."""
     if isinstance(value, dict):
         value = [value]
     messages = []
     for turn in value:
         if isinstance(turn, dict) and "from" in turn and "value" in turn:
-            turn = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+            turn = {
+                "role": SHAREGPT_ROLES.get(turn["from"], turn["from"]),
+                "content": turn["value"],
+            }
         if not (isinstance(turn, dict) and "role" in turn and "content" in turn):
-            raise ValueError(f"a message needs role and content (or from and value), not {turn}")
+            raise UserError(f"a message needs role and content (or from and value), not {turn}")
         messages.append(turn)
     return messages
 
 
-def alpaca(row: Row) -> Row:
+def convert_alpaca(row: Row) -> Row:
     """Prompt and answers of instruction, input and output, with system and history if present."""
-    asked = [row["instruction"], row.get("input", "")]
+    parts = [row["instruction"], row.get("input", "")]
     prompt = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for question, answer in row.get("history", []):
         prompt += [{"role": "user", "content": question}]
         prompt += [{"role": "assistant", "content": answer}]
-    prompt += [{"role": "user", "content": "\n".join(part for part in asked if part)}]
+    prompt += [{"role": "user", "content": "\n".join(part for part in parts if part)}]
     found: Row = {"prompt": prompt}
     for old, new in {"output": "completion", "chosen": "chosen", "rejected": "rejected"}.items():
         if isinstance(row.get(old), str):
@@ -70,21 +74,21 @@ def alpaca(row: Row) -> Row:
     return found
 
 
-def preference(row: Row) -> Row:
+def split_preference(row: Row) -> Row:
     """Prompt and the two answers alone, also where the prompt stands inside both of them."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError("chosen and rejected must both be texts or both be messages")
+        raise UserError("chosen and rejected must both be texts or both be messages")
     if prompt is not None and not prompt:
-        raise ValueError("the prompt is empty")
+        raise UserError("the prompt is empty")
     if isinstance(chosen, str):
-        shared = shared_text(chosen, rejected) if prompt is None else 0
+        shared = shared_prompt_length(chosen, rejected) if prompt is None else 0
     elif isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
         shared = 0
     elif isinstance(prompt, str) and chosen[0]["role"] == "assistant":
         prompt, shared = [{"role": "user", "content": prompt}], 0
     else:
-        shared = num_shared(chosen[:-1], rejected[:-1])
+        shared = common_prefix_length(chosen[:-1], rejected[:-1])
         prompt = None
     return {
         "prompt": chosen[:shared] if prompt is None else prompt,
@@ -93,13 +97,13 @@ def preference(row: Row) -> Row:
     }
 
 
-def shared_text(chosen: str, rejected: str) -> int:
+def shared_prompt_length(chosen: str, rejected: str) -> int:
     """Characters of the prompt that two texts begin with.
 
     HH-RLHF's prompt ends with the last shared `Assistant:`; any other before the first word that
     differs.
     """
-    shared = num_shared(chosen, rejected)
+    shared = common_prefix_length(chosen, rejected)
     turn = chosen.rfind(HH_TURN, 0, shared)
     if turn >= 0:
         return turn + len(HH_TURN)
@@ -107,31 +111,33 @@ def shared_text(chosen: str, rejected: str) -> int:
     return words[-1] if words else 0
 
 
-def num_shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many first characters or messages are the same."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def prompt_of(row: Row) -> str | list[Message]:
+def extract_prompt(row: Row) -> str | list[Message]:
     """What a canonical row asks: its prompt, or its messages before the last answer."""
     prompt: str | list[Message]
     if "prompt" in row:
         prompt = row["prompt"]
     elif "messages" in row:
-        talk = row["messages"]
-        answers = [i for i, turn in enumerate(talk) if turn["role"] == "assistant"]
-        prompt = talk[: answers[-1]] if answers else talk
+        conversation = row["messages"]
+        assistant_turns = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
+        prompt = conversation[: assistant_turns[-1]] if assistant_turns else conversation
     else:
-        raise missing(row, "prompt, messages, conversations, instruction, or chosen and rejected")
+        raise missing_columns_error(
+            row, "prompt, messages, conversations, instruction, or chosen and rejected"
+        )
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise ValueError("the prompt is empty")
+        raise UserError("the prompt is empty")
     return prompt
 
 
-def missing(row: Row, wanted: str) -> ValueError:
+def missing_columns_error(row: Row, wanted: str) -> ValueError:
     """An error that says which columns there are and which are wanted."""
     return ValueError(
-        f"it has the columns {', '.join(row)}; wanted: {wanted} (data.columns gives columns the "
+        f"it has the columns {', '.join(row)}; wanted: {wanted} (data.rename_columns gives the "
         "names that are wanted)"
     )

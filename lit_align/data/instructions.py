@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lit_align.batches import Batch, Tokens
-from lit_align.data.base import TextData
-from lit_align.data.formats import canonical, missing, prompt_of
+from lit_align.batches import Batch, TextBatch
+from lit_align.data.base import TextDataModule
+from lit_align.data.formats import canonical_row, extract_prompt, missing_columns_error
 from lit_align.data.padding import pad_right
 from lit_align.data.sources import Row
-from lit_align.data.text import encode_answer, encode_messages, encode_text
+from lit_align.data.text import encode_messages, encode_response, encode_text
 
 
-class InstructionData(TextData):
+class InstructionData(TextDataModule):
     """Whole texts, right-padded, and which of their tokens are learnt.
 
     Of `messages` or `conversations` the assistant turns are learnt, of `prompt` and `completion`
@@ -26,7 +26,7 @@ class InstructionData(TextData):
     Args:
         max_tokens: Where a text is cut, in tokens; a cut answer has no stop.
         train_on_prompt: Whether the tokens of prompts are learnt, too.
-        **kwargs: Those of TextData.
+        **kwargs: Those of TextDataModule.
     """
 
     def __init__(
@@ -36,50 +36,56 @@ class InstructionData(TextData):
         self.max_tokens = max_tokens
         self.train_on_prompt = train_on_prompt
 
-    def encode(self, row: Row) -> Text | None:
+    def encode(self, row: Row) -> EncodedText | None:
         """Token ids of a row and which are learnt."""
-        ids, learnt = self.ids_and_learnt(canonical(row))
+        ids, target_mask = self.ids_and_target_mask(canonical_row(row))
         if len(ids) > self.max_tokens:
-            self.cut[f"texts of more than max_tokens {self.max_tokens}"] += 1
-            ids, learnt = ids[: self.max_tokens], learnt[: self.max_tokens]
-        if True not in learnt[1:]:
+            self.truncated[f"texts of more than max_tokens {self.max_tokens}"] += 1
+            ids, target_mask = ids[: self.max_tokens], target_mask[: self.max_tokens]
+        if True not in target_mask[1:]:
             self.dropped["texts of which no token would be learnt"] += 1
             return None
-        return Text(array("i", ids), bytes(learnt))
+        return EncodedText(array("i", ids), bytes(target_mask))
 
-    def ids_and_learnt(self, row: Row) -> tuple[list[int], list[bool]]:
+    def ids_and_target_mask(self, row: Row) -> tuple[list[int], list[bool]]:
         """The three kinds of texts."""
         if "messages" in row:
-            ids, learnt = encode_messages(self.tokenizer, row["messages"])
-            return ids, [True] * len(ids) if self.train_on_prompt else learnt
+            ids, target_mask = encode_messages(self.tokenizer, row["messages"])
+            return ids, [True] * len(ids) if self.train_on_prompt else target_mask
         if "completion" in row:
-            prompt, answer = encode_answer(self.tokenizer, prompt_of(row), row["completion"])
-            learnt = [self.train_on_prompt] * len(prompt) + [True] * len(answer)
-            return prompt + answer, learnt
+            prompt, response = encode_response(
+                self.tokenizer, extract_prompt(row), row["completion"]
+            )
+            target_mask = [self.train_on_prompt] * len(prompt) + [True] * len(response)
+            return prompt + response, target_mask
         if "text" in row:
             ids = encode_text(self.tokenizer, row["text"])
             return ids, [True] * len(ids)
-        raise missing(row, "messages, conversations, prompt and completion, instruction, or text")
+        raise missing_columns_error(
+            row, "messages, conversations, prompt and completion, instruction, or text"
+        )
 
-    def collate(self) -> Callable[..., Batch]:
-        """Makes Tokens."""
-        return partial(tokens_of, self.tokenizer.pad_token_id)
+    def collate_fn(self) -> Callable[..., Batch]:
+        """Makes TextBatch."""
+        return partial(collate_texts, self.tokenizer.pad_token_id)
 
 
-class Text(NamedTuple):
+class EncodedText(NamedTuple):
     """One encoded row.
 
     Args:
         ids: Token ids of the whole text.
-        learnt: One byte per token, 1 where it is learnt.
+        target_mask: One byte per token, 1 where it is learnt.
     """
 
     ids: array[int]
-    learnt: bytes
+    target_mask: bytes
 
 
-def tokens_of(pad: int, examples: list[Text], **marks: Any) -> Tokens:
+def collate_texts(pad: int, examples: list[EncodedText], **flags: Any) -> TextBatch:
     """Texts of one batch, right-padded."""
     tokens, mask, lengths = pad_right([example.ids for example in examples], pad)
-    learnt = pad_right([example.learnt for example in examples], 0)[0].to(torch.bool)
-    return Tokens(tokens=tokens, token_mask=mask, loss_mask=learnt, lengths=lengths, **marks)
+    target_mask = pad_right([example.target_mask for example in examples], 0)[0].to(torch.bool)
+    return TextBatch(
+        tokens=tokens, token_mask=mask, target_mask=target_mask, lengths=lengths, **flags
+    )

@@ -13,15 +13,15 @@ class Loader(StatefulDataLoader):
     queues are closed first, then each worker is waited for five seconds and killed (torch 2.13).
     """
 
-    iterating: Any = None
+    current_iterator: Any = None
 
     @property
     def _iterator(self) -> Any:
         """The iterator over batches, by the name that torchdata and Lightning have for it."""
-        return self.iterating
+        return self.current_iterator
 
     @_iterator.setter
     def _iterator(self, iterator: Any) -> None:
-        if self.iterating is not None and self.num_workers:
-            self.iterating._shutdown_workers()
-        self.iterating = iterator
+        if self.current_iterator is not None and self.num_workers:
+            self.current_iterator._shutdown_workers()
+        self.current_iterator = iterator

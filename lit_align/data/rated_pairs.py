@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_align.batches import Batch
-from lit_align.data.base import TextData
-from lit_align.data.formats import canonical, missing, prompt_of
+from lit_align.data.base import TextDataModule
+from lit_align.data.formats import canonical_row, extract_prompt, missing_columns_error
 from lit_align.data.loader import Loader
-from lit_align.data.preferences import Pair, pairs_of
+from lit_align.data.preferences import EncodedPair, collate_pairs
 from lit_align.data.sources import Row
-from lit_align.data.text import encode_answer
+from lit_align.data.text import encode_response
+from lit_align.errors import UserError
 
 
-class RatedPairs(TextData):
+class RatedPairs(TextDataModule):
     """Pairs of two rated texts, of which the better rated one is chosen.
 
     Reads `completion` and its `prompt`, or `text`, which has none. Only answers to the same
@@ -36,7 +37,7 @@ class RatedPairs(TextData):
         min_difference: Least difference of the two ratings of a pair; equal ones make no pair.
         pairs_per_text: Pairs that are drawn for each text, by `seed`.
         max_tokens: Where prompt and text together are cut, in tokens; a cut text has no stop.
-        **kwargs: Those of TextData.
+        **kwargs: Those of TextDataModule.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class RatedPairs(TextData):
     ):
         super().__init__(*args, **kwargs)
         if min_difference < 0 or pairs_per_text < 1:
-            raise ValueError(
+            raise UserError(
                 "RatedPairs needs min_difference >= 0 and pairs_per_text >= 1, found "
                 f"{min_difference} and {pairs_per_text}"
             )
@@ -59,28 +60,30 @@ class RatedPairs(TextData):
         self.pairs_per_text = pairs_per_text
         self.max_tokens = max_tokens
 
-    def encode(self, row: Row) -> Rated | None:
+    def encode(self, row: Row) -> RatedText | None:
         """Token ids of a text with its prompt, and the rating."""
-        row = canonical(row)
+        row = canonical_row(row)
         if self.rating not in row:
-            raise missing(row, f"{self.rating}, which data.rating names")
+            raise missing_columns_error(row, f"{self.rating}, which data.rating names")
         if "completion" in row:
-            prompt, answer = encode_answer(self.tokenizer, prompt_of(row), row["completion"])
+            prompt, response = encode_response(
+                self.tokenizer, extract_prompt(row), row["completion"]
+            )
         elif "text" in row:
-            prompt, answer = encode_answer(self.tokenizer, "", row["text"])
+            prompt, response = encode_response(self.tokenizer, "", row["text"])
         else:
-            raise missing(row, "prompt and completion, or text")
+            raise missing_columns_error(row, "prompt and completion, or text")
         if len(prompt) >= self.max_tokens:
             self.dropped[f"prompts that fill max_tokens {self.max_tokens}"] += 1
             return None
-        if len(prompt) + len(answer) > self.max_tokens:
-            self.cut[f"texts of more than max_tokens {self.max_tokens}"] += 1
-        ids = array("i", (prompt + answer)[: self.max_tokens])
-        return Rated(ids, len(prompt), "completion" in row, number(row[self.rating]))
+        if len(prompt) + len(response) > self.max_tokens:
+            self.truncated[f"texts of more than max_tokens {self.max_tokens}"] += 1
+        ids = array("i", (prompt + response)[: self.max_tokens])
+        return RatedText(ids, len(prompt), "completion" in row, parse_rating(row[self.rating]))
 
-    def unit(self, example: Rated) -> bytes:
+    def group_key(self, example: RatedText) -> bytes:
         """The prompt, or the text where there is none."""
-        ids = example.ids[: example.num_prompt] if example.has_prompt else example.ids
+        ids = example.ids[: example.num_prompt_tokens] if example.has_prompt else example.ids
         return ids.tobytes()
 
     def loader(self, examples: list[Any], batch_size: int, training: bool) -> Loader:
@@ -89,28 +92,30 @@ class RatedPairs(TextData):
         kind = "train" if training else "evaluate"
         rank_zero_info(f"{len(examples)} rated texts to {kind} on make {len(pairs)} pairs")
         if not pairs:
-            raise ValueError(
+            raise UserError(
                 f"no two of {len(examples)} texts of one prompt have ratings that differ by "
                 f"data.min_difference {self.min_difference}"
             )
         return super().loader(pairs, batch_size, training)
 
-    def pairs(self, texts: list[Rated]) -> list[Pair]:
+    def pairs(self, texts: list[RatedText]) -> list[EncodedPair]:
         """`pairs_per_text` pairs for each text, none of them twice."""
         rng, found = random.Random(self.seed), []
-        by_prompt: dict[bytes, list[Rated]] = defaultdict(list)
+        by_prompt: dict[bytes, list[RatedText]] = defaultdict(list)
         for text in texts:
-            by_prompt[text.ids[: text.num_prompt].tobytes()].append(text)
+            by_prompt[text.ids[: text.num_prompt_tokens].tobytes()].append(text)
         for group in by_prompt.values():
             group.sort(key=lambda text: text.rating)
-            found += [pair(group[low], group[high]) for low, high in self.draw(group, rng)]
+            found += [
+                make_pair(group[low], group[high]) for low, high in self.draw_pairs(group, rng)
+            ]
         return [each for each in found if each.chosen != each.rejected]
 
-    def draw(self, texts: list[Rated], rng: random.Random) -> list[tuple[int, int]]:
+    def draw_pairs(self, texts: list[RatedText], rng: random.Random) -> list[tuple[int, int]]:
         """Positions (worse, better) in `texts`, which are sorted by rating."""
         ratings = [text.rating for text in texts]
         drawn: dict[tuple[int, int], None] = {}
-        for place, rating in enumerate(ratings):
+        for index, rating in enumerate(ratings):
             worse = min(
                 bisect_right(ratings, rating - self.min_difference), bisect_left(ratings, rating)
             )
@@ -120,41 +125,43 @@ class RatedPairs(TextData):
             others = worse + len(texts) - better
             for choice in rng.sample(range(others), min(self.pairs_per_text, others)):
                 other = choice if choice < worse else better + choice - worse
-                drawn[min(place, other), max(place, other)] = None
+                drawn[min(index, other), max(index, other)] = None
         return list(drawn)
 
-    def collate(self) -> Callable[..., Batch]:
-        """Makes Pairs."""
-        return partial(pairs_of, self.tokenizer.pad_token_id)
+    def collate_fn(self) -> Callable[..., Batch]:
+        """Makes PreferenceBatch."""
+        return partial(collate_pairs, self.tokenizer.pad_token_id)
 
 
-class Rated(NamedTuple):
+class RatedText(NamedTuple):
     """One encoded row.
 
     Args:
         ids: Token ids of the prompt and the text.
-        num_prompt: Tokens before the text.
+        num_prompt_tokens: Tokens before the text.
         has_prompt: Whether the row has a prompt, beyond what its tokenizer puts in front.
         rating: Higher for a better text.
     """
 
     ids: array[int]
-    num_prompt: int
+    num_prompt_tokens: int
     has_prompt: bool
     rating: float
 
 
-def pair(worse: Rated, better: Rated) -> Pair:
+def make_pair(worse: RatedText, better: RatedText) -> EncodedPair:
     """Both texts, which have one prompt."""
-    return Pair(better.ids, worse.ids, better.num_prompt, better.rating - worse.rating)
+    return EncodedPair(
+        better.ids, worse.ids, better.num_prompt_tokens, better.rating - worse.rating
+    )
 
 
-def number(value: Any) -> float:
+def parse_rating(value: Any) -> float:
     """A rating as a number, also from text."""
     try:
         rating = float(value)
     except (TypeError, ValueError):
         rating = math.nan
     if not math.isfinite(rating):
-        raise ValueError(f"the rating '{value}' is no number")
+        raise UserError(f"the rating '{value}' is no number")
     return rating

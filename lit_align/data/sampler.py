@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from lit_align.errors import UserError
 
-class Rows(Dataset[tuple[Any, bool]]):
+
+class IndexedRows(Dataset[tuple[Any, bool]]):
     """Encoded rows; a position beyond the last row is a repeated row, marked by False.
 
     Args:
@@ -27,7 +29,7 @@ class Rows(Dataset[tuple[Any, bool]]):
         return self.examples[position % count], position < count
 
 
-class Order(DistributedSampler[int]):
+class ResumableSampler(DistributedSampler[int]):
     """Positions of one rank: every W-th of a global order, from its rank on.
 
     In training the order is a permutation by seed and epoch without the last incomplete batch of
@@ -47,7 +49,7 @@ class Order(DistributedSampler[int]):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: IndexedRows,
         batch_size: int,
         training: bool,
         seed: int = 0,
@@ -59,17 +61,17 @@ class Order(DistributedSampler[int]):
         self.num_rows = count = len(rows)
         batch = batch_size * num_replicas
         if training and count < batch:
-            raise ValueError(
+            raise UserError(
                 f"{count} rows do not fill one batch of {batch_size} rows on each of "
                 f"{num_replicas} ranks: lower data.batch_size"
             )
-        rounds = count // batch if max_batches is None else min(count // batch, max_batches)
-        filled = -(-count // num_replicas) * num_replicas
-        self.total_size = rounds * batch if training else filled
+        num_batches = count // batch if max_batches is None else min(count // batch, max_batches)
+        padded_size = -(-count // num_replicas) * num_replicas
+        self.total_size = num_batches * batch if training else padded_size
         self.num_samples = self.total_size // num_replicas
 
-    def __iter__(self) -> OrderIterator:
-        return OrderIterator(self)
+    def __iter__(self) -> SamplerIterator:
+        return SamplerIterator(self)
 
     def positions(self, epoch: int) -> list[int]:
         """This rank's positions in an epoch."""
@@ -80,34 +82,34 @@ class Order(DistributedSampler[int]):
         return order[self.rank : self.total_size : self.num_replicas]
 
 
-class OrderIterator(Iterator[int]):
-    """One pass over an Order that knows where it is: epoch, and rows taken by all ranks.
+class SamplerIterator(Iterator[int]):
+    """One pass over a ResumableSampler that knows where it is: epoch, and rows taken by all ranks.
 
     Args:
-        order: What to pass over, in the epoch that it is in.
+        sampler: What to pass over, in the epoch that it is in.
     """
 
-    def __init__(self, order: Order):
-        self.order = order
-        self.epoch = order.epoch
-        self.taken = 0
-        self.positions = order.positions(self.epoch)
+    def __init__(self, sampler: ResumableSampler):
+        self.sampler = sampler
+        self.epoch = sampler.epoch
+        self.num_taken = 0
+        self.positions = sampler.positions(self.epoch)
 
     def __next__(self) -> int:
-        if self.taken == len(self.positions):
+        if self.num_taken == len(self.positions):
             raise StopIteration
-        self.taken += 1
-        return self.positions[self.taken - 1]
+        self.num_taken += 1
+        return self.positions[self.num_taken - 1]
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and global rows taken: no rank's own, so one rank's state serves all."""
-        return {"epoch": self.epoch, "rows": self.taken * self.order.num_replicas}
+        return {"epoch": self.epoch, "rows": self.num_taken * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on where the state was; from the start where the order is in a later epoch."""
         epoch, rows = state["epoch"], state["rows"]
-        if rows >= self.order.total_size:
+        if rows >= self.sampler.total_size:
             epoch, rows = epoch + 1, 0
-        if epoch >= self.order.epoch:
-            self.epoch, self.taken = epoch, rows // self.order.num_replicas
-            self.positions = self.order.positions(epoch)
+        if epoch >= self.sampler.epoch:
+            self.epoch, self.num_taken = epoch, rows // self.sampler.num_replicas
+            self.positions = self.sampler.positions(epoch)

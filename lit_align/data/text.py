@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_align.data.toy import toy_tokenizer
+from lit_align.errors import UserError
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 
@@ -37,7 +38,7 @@ def load_tokenizer(
         tokenizer.chat_template = read_template(chat_template)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"the tokenizer of '{path}' has no token '{eos_token}' to be its eos")
+            raise UserError(f"the tokenizer of '{path}' has no token '{eos_token}' to be its eos")
         tokenizer.eos_token = eos_token
     if tokenizer.pad_token_id is None:  # any known token will do: masks come from lengths
         known = [tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token]
@@ -48,20 +49,20 @@ def load_tokenizer(
 
 def read_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """What transformers finds at `path`, or one sentence."""
-    place = Path(path).expanduser()
+    local_path = Path(path).expanduser()
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
-    if looks_local and not place.is_dir():
-        raise FileNotFoundError(f"there is no tokenizer folder '{path}'")
+    if looks_local and not local_path.is_dir():
+        raise UserError(f"there is no tokenizer folder '{path}'")
     try:
-        where = str(place) if place.is_dir() else path
+        where = str(local_path) if local_path.is_dir() else path
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer of '{path}' comes with code of its own: set trust_remote_code "
                 "to true to run it"
             ) from None
-        raise ValueError(
+        raise UserError(
             f"no tokenizer can be read from '{path}', as a hub id or a local folder; "
             "the word toy is the embedded one"
         ) from error
@@ -72,23 +73,26 @@ def read_template(template: str) -> str:
     if "{{" in template or "{%" in template:
         return template
     if not Path(template).expanduser().is_file():
-        raise FileNotFoundError(f"chat_template '{template}' is neither jinja text nor a file")
+        raise UserError(f"chat_template '{template}' is neither jinja text nor a file")
     return Path(template).expanduser().read_text(encoding="utf-8")
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end an answer: eos, and what the chat template writes after an assistant."""
-    stops = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    stops = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
     return sorted(stop for stop in stops if stop is not None)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The first added token that the template writes after an assistant's words, if any."""
     if tokenizer.chat_template is None:
         return None
-    words = "lit-align"  # any words that a template leaves as they are
-    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": words}]
-    after = tokenize(tokenizer, render(tokenizer, talk).rpartition(words)[2])
+    placeholder = "lit-align"  # any words that a template leaves as they are
+    conversation = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": placeholder},
+    ]
+    after = tokenize(tokenizer, render_chat(tokenizer, conversation).rpartition(placeholder)[2])
     added = tokenizer.added_tokens_decoder
     return next((i for i in after if i in added and str(added[i]).strip()), None)
 
@@ -100,7 +104,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message
     conversation gets the template's head of an assistant turn.
     """
     if not isinstance(prompt, str):
-        return tokenize(tokenizer, render(tokenizer, prompt, answer_next=True))
+        return tokenize(tokenizer, render_chat(tokenizer, prompt, add_generation_prompt=True))
     encoded = tokenizer(prompt, return_special_tokens_mask=True)
     ids: list[int] = list(encoded["input_ids"])
     end, added = len(ids), encoded["special_tokens_mask"]
@@ -109,7 +113,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message
     return ids[: end or 1]  # of an empty text only what stands in front
 
 
-def encode_answer(
+def encode_response(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[Message],
     completion: str | list[Message],
@@ -117,20 +121,20 @@ def encode_answer(
     """Ids of the prompt, exactly `encode_prompt`'s, and of the completion with one stop."""
     ids = encode_prompt(tokenizer, prompt)
     if isinstance(prompt, str) and isinstance(completion, str):
-        whole = encode_prompt(tokenizer, prompt + completion)
-        answer = continuation(ids, whole, tokenizer, completion)
-        return ids, close(tokenizer, answer)
-    talk = as_messages(prompt, "user") + as_messages(completion, "assistant")
-    head = render(tokenizer, as_messages(prompt, "user"), answer_next=True)
-    ids, text = tokenize(tokenizer, head), render(tokenizer, talk)
+        full_ids = encode_prompt(tokenizer, prompt + completion)
+        response = continuation(ids, full_ids, tokenizer, completion)
+        return ids, end_with_stop(tokenizer, response)
+    conversation = as_messages(prompt, "user") + as_messages(completion, "assistant")
+    head = render_chat(tokenizer, as_messages(prompt, "user"), add_generation_prompt=True)
+    ids, text = tokenize(tokenizer, head), render_chat(tokenizer, conversation)
     check_prefix(text, head)
-    answer = continuation(ids, tokenize(tokenizer, text), tokenizer, text[len(head) :])
-    return ids, close(tokenizer, answer)
+    response = continuation(ids, tokenize(tokenizer, text), tokenizer, text[len(head) :])
+    return ids, end_with_stop(tokenizer, response)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a plain text for language modelling, with one stop at its end."""
-    return close(tokenizer, encode_prompt(tokenizer, text))
+    return end_with_stop(tokenizer, encode_prompt(tokenizer, text))
 
 
 def encode_messages(
@@ -142,18 +146,20 @@ def encode_messages(
     """
     last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
     if last < 1:
-        raise ValueError("a conversation needs an assistant turn that answers another turn")
-    talk = messages[: last + 1]
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template_of(tokenizer))
-    ids, learnt = (by_markers if marked else by_prefixes)(tokenizer, talk)
-    if True not in learnt:
-        raise ValueError("the chat template's generation markers enclose no token of these turns")
-    end = len(ids) - learnt[::-1].index(True)
-    closed = close(tokenizer, ids[:end])
-    return closed, [*learnt[:end], True][: len(closed)]
+        raise UserError("a conversation needs an assistant turn that answers another turn")
+    conversation = messages[: last + 1]
+    has_markers = re.search(r"\{%-?\s*generation\s*-?%\}", require_chat_template(tokenizer))
+    ids, target_mask = (encode_by_markers if has_markers else encode_by_prefixes)(
+        tokenizer, conversation
+    )
+    if True not in target_mask:
+        raise UserError("the chat template's generation markers enclose no token of these turns")
+    end = len(ids) - target_mask[::-1].index(True)
+    closed = end_with_stop(tokenizer, ids[:end])
+    return closed, [*target_mask[:end], True][: len(closed)]
 
 
-def by_markers(
+def encode_by_markers(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], list[bool]]:
     """What the template encloses in `{% generation %}`, and a stop right behind it."""
@@ -161,23 +167,23 @@ def by_markers(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, stops = list(encoded["input_ids"]), stop_ids(tokenizer)
-    learnt = [bool(inside) for inside in encoded["assistant_masks"]]
+    target_mask = [bool(inside) for inside in encoded["assistant_masks"]]
     for i in range(1, len(ids)):
-        if learnt[i - 1] and ids[i] in stops and ids[i - 1] not in stops:
-            learnt[i] = True
-    return ids, learnt
+        if target_mask[i - 1] and ids[i] in stops and ids[i - 1] not in stops:
+            target_mask[i] = True
+    return ids, target_mask
 
 
-def by_prefixes(
+def encode_by_prefixes(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], list[bool]]:
     """Turn by turn: what rendering one more assistant turn adds is learnt, through its stop."""
-    text, stops = render(tokenizer, messages), stop_ids(tokenizer)
+    text, stops = render_chat(tokenizer, messages), stop_ids(tokenizer)
     ids: list[int] = []
-    learnt: list[bool] = []
+    target_mask: list[bool] = []
     done = ""
 
-    def go_on(through: str) -> list[int]:
+    def encode_until(through: str) -> list[int]:
         """Ids of what comes after `done`."""
         check_prefix(text, through)
         check_prefix(through, done)
@@ -186,37 +192,37 @@ def by_prefixes(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        head = render(tokenizer, messages[:i], answer_next=True)
-        context = go_on(head)
-        ids, learnt, done = ids + context, learnt + [False] * len(context), head
-        through = render(tokenizer, messages[: i + 1])
-        answer = go_on(through)
-        end = next((k + 1 for k, token in enumerate(answer) if token in stops), len(answer))
-        learnt += [k < end for k in range(len(answer))]
-        ids, done = ids + answer, through
-    return ids, learnt
+        head = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
+        context = encode_until(head)
+        ids, target_mask, done = ids + context, target_mask + [False] * len(context), head
+        through = render_chat(tokenizer, messages[: i + 1])
+        response = encode_until(through)
+        end = next((k + 1 for k, token in enumerate(response) if token in stops), len(response))
+        target_mask += [k < end for k in range(len(response))]
+        ids, done = ids + response, through
+    return ids, target_mask
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], answer_next: bool = False
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False
 ) -> str:
     """The chat template's text of a conversation, and the head of an answer if one comes next."""
-    template_of(tokenizer)
-    if answer_next and (not messages or messages[-1]["role"] == "assistant"):
-        raise ValueError("a prompt must end in a turn that an assistant can answer")
+    require_chat_template(tokenizer)
+    if add_generation_prompt and (not messages or messages[-1]["role"] == "assistant"):
+        raise UserError("a prompt must end in a turn that an assistant can answer")
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer_next
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # templates raise errors of their own about roles and their order
-        raise ValueError(f"the chat template refuses the messages: {error}") from error
+        raise UserError(f"the chat template refuses the messages: {error}") from error
     return str(text)
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template, or one sentence about what to set."""
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserError(
             "the rows are conversations, but the tokenizer has no chat template: set "
             "data.chat_template to jinja text or to its file"
         )
@@ -231,7 +237,7 @@ def as_messages(text: str | list[Message], role: str) -> list[Message]:
 def check_prefix(text: str, head: str) -> None:
     """Refuses a template that writes the beginning of a conversation in several ways."""
     if not text.startswith(head):
-        raise ValueError(
+        raise UserError(
             "the chat template writes earlier turns anew when a turn is added, so that what is "
             "learnt cannot be told: set data.chat_template to one with {% generation %} markers"
         )
@@ -244,15 +250,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def continuation(
-    ids: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase, text: str
+    ids: list[int], full_ids: list[int], tokenizer: PreTrainedTokenizerBase, text: str
 ) -> list[int]:
     """Ids of `text` after `ids`: the rest of `whole`, unless a token spans the border."""
-    if whole[: len(ids)] == ids:
-        return whole[len(ids) :]
+    if full_ids[: len(ids)] == ids:
+        return full_ids[len(ids) :]
     return tokenize(tokenizer, text)
 
 
-def close(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+def end_with_stop(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     """`ids` through the first stop of their end; with eos where only words are at their end."""
     stops, end, stop = stop_ids(tokenizer), len(ids), -1
     while end and (ids[end - 1] in stops or not tokenizer.decode([ids[end - 1]]).strip()):
@@ -261,5 +267,5 @@ def close(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     if stop >= 0:
         return list(ids[: stop + 1])
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos token, so that no answer can learn to end")
+        raise UserError("the tokenizer has no eos token, so that no answer can learn to end")
     return [*ids, tokenizer.eos_token_id]

@@ -19,6 +19,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lit_align.errors import UserError
+
 # the opinion words of each aspect, from 2 (praise) to -2
 OPINIONS = {
     "acting": {
@@ -58,7 +60,7 @@ OPINIONS = {
     },
 }
 ASPECTS = list(OPINIONS)
-VERDICTS = {
+VERDICT_WORDS = {
     2: "wonderful magnificent splendid",
     1: "good charming",
     0: "middling curious",
@@ -80,21 +82,26 @@ GENRES = ["drama", "comedy", "thriller", "western", "romance", "mystery"]
 ERAS = ["recent", "classic", "forgotten", "french"]
 ADJECTIVES = ["silent", "golden", "broken", "hidden", "crimson", "frozen", "winding", "lonely"]
 NOUNS = ["river", "garden", "city", "letter", "harbour", "station", "island", "winter"]
-FRAME = ["review", "of", "the", "a", "on", "its", ":", ",", ".", "overall", "film"]
-SPECIALS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+FUNCTION_WORDS = ["review", "of", "the", "a", "on", "its", ":", ",", ".", "overall", "film"]
+SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+}
 NUM_TRAIN, NUM_TEST = 6000, 500
 
 POLARITY = {  # of each opinion word and verdict
     word: polarity
-    for words in [*OPINIONS.values(), VERDICTS]
+    for words in [*OPINIONS.values(), VERDICT_WORDS]
     for polarity, group in words.items()
     for word in group.split()
 }
 
-Row = dict[str, str]
+ToyRow = dict[str, str]
 
 
-def toy_rows(split: str = "train", seed: int = 0, max_rows: int | None = None) -> list[Row]:
+def toy_rows(split: str = "train", seed: int = 0, max_rows: int | None = None) -> list[ToyRow]:
     """Rows with `prompt`, `completion`, `chosen` and `rejected`; no prompt comes twice.
 
     Args:
@@ -103,7 +110,7 @@ def toy_rows(split: str = "train", seed: int = 0, max_rows: int | None = None) -
         max_rows: At most so many rows are written, the first ones.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"the toy data have no split '{split}'; there are train and test")
+        raise UserError(f"the toy data have no split '{split}'; there are train and test")
     rng = random.Random(seed)
     prompts = all_prompts()
     rng.shuffle(prompts)
@@ -122,41 +129,41 @@ def all_prompts() -> list[str]:
     ]
 
 
-def toy_row(prompt: str, rng: random.Random) -> Row:
+def toy_row(prompt: str, rng: random.Random) -> ToyRow:
     """A completion and a pair; the better of the pair is chosen with sigmoid(3 x difference)."""
-    completion, one, other = (write(prompt, rng) for _ in range(3))
+    completion, one, other = (write_review(prompt, rng) for _ in range(3))
     while other == one:
-        other = write(prompt, rng)
+        other = write_review(prompt, rng)
     difference = sentiment(one) - sentiment(other)
     if rng.random() > 1 / (1 + math.exp(-3 * difference)):
         one, other = other, one
     return {"prompt": prompt, "completion": completion, "chosen": one, "rejected": other}
 
 
-def write(prompt: str, rng: random.Random) -> str:
+def write_review(prompt: str, rng: random.Random) -> str:
     """One review of the prompted film."""
-    mood, aspect = rng.gauss(0, 0.7), subject(prompt)
+    mood, aspect = rng.gauss(0, 0.7), prompted_aspect(prompt)
     text, before = "", 0
     for number in range(rng.choice([2, 3, 4])):
-        polarity = draw(mood, rng)
+        polarity = sample_polarity(mood, rng)
         if number:
             aspect = rng.choice([other for other in ASPECTS if other != aspect])
-            joint = rng.choice(CONTRASTS if polarity * before < 0 else ADDITIONS)
-            text += f", {joint} the {aspect} {rng.choice(VERBS)} "
+            conjunction = rng.choice(CONTRASTS if polarity * before < 0 else ADDITIONS)
+            text += f", {conjunction} the {aspect} {rng.choice(VERBS)} "
         text += rng.choice(list(INTENSITIES)) + " " if rng.random() < 0.5 else ""
         text += rng.choice(OPINIONS[aspect][polarity].split())
         before = polarity
     if rng.random() < 0.5:
-        text += f". overall a {rng.choice(VERDICTS[draw(mood, rng)].split())} film"
+        text += f". overall a {rng.choice(VERDICT_WORDS[sample_polarity(mood, rng)].split())} film"
     return text + "."
 
 
-def draw(mood: float, rng: random.Random) -> int:
+def sample_polarity(mood: float, rng: random.Random) -> int:
     """A polarity from -2 to 2 around the mood of the review."""
     return max(-2, min(2, round(rng.gauss(mood, 1.2))))
 
 
-def subject(prompt: str) -> str:
+def prompted_aspect(prompt: str) -> str:
     """The aspect that a prompt asks for; empty for a text that is no prompt."""
     adjectives, eras, aspects = "|".join(ADJECTIVES), "|".join(ERAS), "|".join(ASPECTS)
     title = rf"(?:(?:{adjectives}) )?(?:{'|'.join(NOUNS)})"
@@ -165,13 +172,13 @@ def subject(prompt: str) -> str:
     return found[1] if found else ""
 
 
-def parses(prompt: str, completion: str) -> bool:
+def is_grammatical(prompt: str, completion: str) -> bool:
     """Whether the completion is a review that the grammar can write for this prompt."""
-    verdicts = "|".join(word for group in VERDICTS.values() for word in group.split())
-    joint = rf", (?:{'|'.join(CONTRASTS + ADDITIONS)}) "
+    verdicts = "|".join(word for group in VERDICT_WORDS.values() for word in group.split())
+    conjunction = rf", (?:{'|'.join(CONTRASTS + ADDITIONS)}) "
     review = re.fullmatch(rf"(.+?)(?:\. overall a (?:{verdicts}) film)?\.", completion.strip())
-    first = f"the {subject(prompt)} {VERBS[0]} "
-    clauses = re.split(joint, first + review[1]) if review else []
+    first = f"the {prompted_aspect(prompt)} {VERBS[0]} "
+    clauses = re.split(conjunction, first + review[1]) if review else []
     return 2 <= len(clauses) <= 4 and all(is_clause(clause) for clause in clauses)
 
 
@@ -201,7 +208,15 @@ def sentiment_reward(completions: list[str], **columns: Any) -> list[float]:
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word and sign; <s> in front; decoding gives the text back."""
-    words = [*SPECIALS.values(), *FRAME, *ASPECTS, *INTENSITIES, *VERBS, *CONTRASTS, *ADDITIONS]
+    words = [
+        *SPECIAL_TOKENS.values(),
+        *FUNCTION_WORDS,
+        *ASPECTS,
+        *INTENSITIES,
+        *VERBS,
+        *CONTRASTS,
+        *ADDITIONS,
+    ]
     words += [*GENRES, *ERAS, *ADJECTIVES, *NOUNS, *POLARITY]
     vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -211,4 +226,4 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=front)
     tight = [decoders.Replace(f" {sign}", sign) for sign in ".,:"]
     backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), *tight])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIALS)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)

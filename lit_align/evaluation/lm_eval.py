@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from lit_align.data.text import load_tokenizer
-from lit_align.evaluation.statistics import Figures
+from lit_align.errors import UserError
+from lit_align.evaluation.statistics import Statistics
 from lit_align.models.policy import Policy
 
-Z = 1.96  # standard errors on either side of a 95 % interval
+Z_95 = 1.96  # standard errors on either side of a 95 % interval
 
 
-class Benchmarks:
+class LMEvalTasks:
     """Tasks that lm-eval knows, or that a folder of its YAML files adds.
 
     Args:
@@ -29,20 +30,22 @@ class Benchmarks:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ValueError(
-                f"--lm_eval needs the harness: pip install 'lit-align[lm-eval]' ({error})."
+            raise UserError(
+                f"--tasks needs the harness: pip install 'lit-align[lm-eval]' ({error})."
             ) from error
         if folder is not None and not Path(folder).is_dir():
-            raise FileNotFoundError(f"--lm_eval_folder {folder}: no such folder.")
+            raise UserError(f"--tasks_folder {folder}: no such folder.")
         self.tasks, self.limit = list(tasks), limit
         self.manager = TaskManager(include_path=folder)
         for task in self.tasks:
             if not self.manager.match_tasks([task]):
-                near = difflib.get_close_matches(task, self.manager.all_tasks, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else "`lm-eval ls tasks` lists all."
-                raise ValueError(f"--lm_eval {task}: lm-eval knows no such task; {hint}")
+                matches = difflib.get_close_matches(task, self.manager.all_tasks, n=1)
+                hint = (
+                    f"did you mean '{matches[0]}'?" if matches else "`lm-eval ls tasks` lists all."
+                )
+                raise UserError(f"--tasks {task}: lm-eval knows no such task; {hint}")
 
-    def figures(self, path: str, device: str) -> Figures:
+    def evaluate(self, path: str, device: str) -> Statistics:
         """What one model reaches, each metric with its 95 % interval where lm-eval has one.
 
         Args:
@@ -54,7 +57,7 @@ class Benchmarks:
 
         network = Policy(path).to(device).eval().network
         model = HFLM(pretrained=network, tokenizer=load_tokenizer(path), device=device)
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=model,
             tasks=self.tasks,
             limit=self.limit,
@@ -62,15 +65,17 @@ class Benchmarks:
             log_samples=False,
             bootstrap_iters=1000,
         )
-        figures: Figures = {}
-        for task, values in (found or {})["results"].items():
+        statistics: Statistics = {}
+        for task, values in (results or {})["results"].items():
             for name, value in values.items():
                 if isinstance(value, int | float) and "," in name and "_stderr" not in name:
-                    figures |= measured(task, name, float(value), values)
-        return figures
+                    statistics |= metric_with_interval(task, name, float(value), values)
+        return statistics
 
 
-def measured(task: str, name: str, value: float, values: dict[str, object]) -> Figures:
+def metric_with_interval(
+    task: str, name: str, value: float, values: dict[str, object]
+) -> Statistics:
     """A metric under the name that people know.
 
     Args:
@@ -84,10 +89,10 @@ def measured(task: str, name: str, value: float, values: dict[str, object]) -> F
     error = values.get(f"{metric}_stderr,{kind}")
     if not isinstance(error, int | float):
         return {label: value}
-    return {label: value, f"{label}, 95 %": [value - Z * error, value + Z * error]}
+    return {label: value, f"{label}, 95 %": [value - Z_95 * error, value + Z_95 * error]}
 
 
-def device_of(accelerator: str) -> str:
+def torch_device(accelerator: str) -> str:
     """torch's word for the device that Lightning's word means on this machine.
 
     Args:

@@ -1,4 +1,4 @@
-"""Figures by which answers are judged: means with intervals, win rates, diversity, pass@k."""
+"""Statistics by which answers are judged: means with intervals, win rates, diversity, pass@k."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-Answers = list[dict[str, object]]
-Figures = dict[str, float | list[float]]  # by name; an interval stands under `<name>, 95 %`
+ResponseRows = list[dict[str, object]]
+Statistics = dict[str, float | list[float]]  # by name; an interval stands under `<name>, 95 %`
 Interval = tuple[float, float]
-Numbers = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
-def read(file: Path) -> Answers:
+def read_predictions(file: Path) -> ResponseRows:
     """The answers that a `predict` wrote."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
@@ -25,37 +25,37 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def numbers(answers: Answers, name: str) -> list[float]:
+def column_values(rows: ResponseRows, name: str) -> list[float]:
     """A column of figures."""
-    return [float(str(row[name])) for row in answers]
+    return [float(str(row[name])) for row in rows]
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
+def distinct_n(texts: Sequence[str], n: int) -> float:
     """Share of different ones among all runs of n words (arXiv:1510.03055); 0 if there is none."""
     words = [text.split() for text in texts]
     runs = [tuple(each[i : i + n]) for each in words for i in range(len(each) - n + 1)]
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
-def distinct_2(answers: Answers) -> float:
+def distinct_2(rows: ResponseRows) -> float:
     """Share of different ones among all pairs of neighbouring words."""
-    return distinct([str(row["completion"]) for row in answers], 2)
+    return distinct_n([str(row["completion"]) for row in rows], 2)
 
 
-def bootstrap(values: Sequence[float], rounds: int = 2000) -> Interval:
+def bootstrap_interval(values: Sequence[float], rounds: int = 2000) -> Interval:
     """95 % interval of the mean, for example of paired differences."""
     rng = random.Random(0)
     means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(rounds))
     return means[rounds // 40], means[-rounds // 40]
 
 
-def wins(scores: Sequence[float], others: Sequence[float]) -> list[float]:
+def pairwise_wins(scores: Sequence[float], others: Sequence[float]) -> list[float]:
     """[N] 1 where an answer scores more than the other to the same prompt, 1/2 where both tie."""
     return [float(a > b) + 0.5 * (a == b) for a, b in zip(scores, others, strict=True)]
 
 
-def at_equal_length(
-    won: Sequence[float], lengths: Sequence[float], others: Sequence[float], rounds: int = 500
+def length_controlled_win_rate(
+    wins: Sequence[float], lengths: Sequence[float], others: Sequence[float], rounds: int = 500
 ) -> tuple[float, Interval]:
     """The win rate if both answered at the same length, and its 95 % bootstrap interval.
 
@@ -64,23 +64,25 @@ def at_equal_length(
     instruction). A small ridge keeps it finite where every answer wins.
 
     Args:
-        won: [N] as `wins` has it.
+        wins: [N] as `pairwise_wins` has it.
         lengths: [N] tokens.
         others: [N] tokens of the other's answers.
         rounds: Of the bootstrap.
     """
-    y, difference = np.array(won), np.array(lengths) - np.array(others)
-    spread = difference.std()
-    x = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
+    y, difference = np.array(wins), np.array(lengths) - np.array(others)
+    std = difference.std()
+    x = np.tanh(difference / std) if std > 0 else np.zeros_like(difference)
     features = np.stack([np.ones_like(x), x], 1)
     draws = np.random.default_rng(0).multinomial(len(y), [1 / len(y)] * len(y), rounds)
     weights = np.concatenate([np.ones((1, len(y))), draws.astype(float)])
-    rates = 1 / (1 + np.exp(-logistic(features, y, weights)[:, 0]))
+    rates = 1 / (1 + np.exp(-fit_logistic(features, y, weights)[:, 0]))
     low, high = np.quantile(rates[1:], [0.025, 0.975])
     return float(rates[0]), (float(low), float(high))
 
 
-def logistic(features: Numbers, y: Numbers, weights: Numbers, ridge: float = 1e-2) -> Numbers:
+def fit_logistic(
+    features: FloatArray, y: FloatArray, weights: FloatArray, ridge: float = 1e-2
+) -> FloatArray:
     """[rounds, 2] coefficients by Newton's method, one fit for each row of weights.
 
     Args:
@@ -101,13 +103,13 @@ def logistic(features: Numbers, y: Numbers, weights: Numbers, ridge: float = 1e-
     return theta
 
 
-def pass_at(k: int, right: Sequence[int], samples: int) -> float:
+def pass_at_k(k: int, num_correct: Sequence[int], num_samples: int) -> float:
     """The chance that one of k answers is right, without bias (arXiv:2107.03374 eq. 1).
 
     Args:
         k: Answers that may be tried.
-        right: Of each prompt, how many of its answers are right.
-        samples: Answers per prompt, at least k.
+        num_correct: Of each prompt, how many of its answers are right.
+        num_samples: Answers per prompt, at least k.
     """
-    whole = math.comb(samples, k)
-    return mean([1 - math.comb(samples - number, k) / whole for number in right])
+    num_subsets = math.comb(num_samples, k)
+    return mean([1 - math.comb(num_samples - correct, k) / num_subsets for correct in num_correct])

@@ -1,23 +1,23 @@
-"""Figures and completions as tables on a terminal."""
+"""Statistics and completions as tables on a terminal."""
 
 from collections.abc import Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
-from lit_align.evaluation.statistics import Answers
+from lit_align.evaluation.statistics import ResponseRows
 from lit_align.runs.run_folder import conversation_text
-from lit_align.terminal import harmless
+from lit_align.terminal import strip_control_characters
 
 
-def completions_table(before: Answers, after: Answers, rows: int = 6) -> Table:
+def completions_table(before: ResponseRows, after: ResponseRows, max_rows: int = 6) -> Table:
     """The first answers of both, side by side."""
     table = Table(title="Held-out prompts, before and after", show_lines=True)
     for name in ("prompt", "before", "reward", "after", "reward", "KL"):
         table.add_column(name, justify="right" if name in ("reward", "KL") else "left")
-    for old, new in list(zip(before, after, strict=True))[:rows]:
+    for old, new in list(zip(before, after, strict=True))[:max_rows]:
         prompt, earlier, later = (
-            escape(harmless(conversation_text(each)))
+            escape(strip_control_characters(conversation_text(each)))
             for each in (old["prompt"], old["completion"], new["completion"])
         )
         table.add_row(prompt, earlier, f"{old['score']:.2f}",
@@ -25,27 +25,27 @@ def completions_table(before: Answers, after: Answers, rows: int = 6) -> Table:
     return table
 
 
-def figures_table(figures: Mapping[str, float], title: str) -> Table:
+def statistics_table(statistics: Mapping[str, float], title: str) -> Table:
     """One figure a line."""
     table = Table(title=title)
     for name in ("figure", "value"):
         table.add_column(name, justify="right" if name == "value" else "left")
-    for name, value in figures.items():
+    for name, value in statistics.items():
         table.add_row(name, f"{value:.4g}")
     return table
 
 
-def comparison_table(names: Sequence[str], figures: Mapping[str, Sequence[str]]) -> Table:
+def comparison_table(names: Sequence[str], statistics: Mapping[str, Sequence[str]]) -> Table:
     """A column per model, a line per figure.
 
     Args:
         names: Of the models.
-        figures: By line, what stands under each model.
+        statistics: By line, what stands under each model.
     """
     table = Table(title="The same prompts, answered by each")
     table.add_column("figure")
     for name in names:
-        table.add_column(escape(harmless(name)), justify="right", overflow="fold")
-    for name, values in figures.items():
-        table.add_row(escape(harmless(name)), *values)
+        table.add_column(escape(strip_control_characters(name)), justify="right", overflow="fold")
+    for name, values in statistics.items():
+        table.add_row(escape(strip_control_characters(name)), *values)
     return table

@@ -41,7 +41,7 @@ def chosen_logprobs(
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)
 
 
-class _Context(Protocol):
+class _AutogradContext(Protocol):
     """The thread from the forward to the backward pass."""
 
     temperature: float
@@ -53,11 +53,11 @@ class _Context(Protocol):
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """T tokens: keeps its inputs and one fp32 number per token, the log of its sum of odds."""
+    """T tokens: keeps its inputs and one fp32 number per token, its log-sum-exp."""
 
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: _AutogradContext,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -66,21 +66,21 @@ class _ChosenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(tokens), dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
-        normaliser = logprobs.new_empty(len(tokens), dtype=_sum_dtype(hidden))
-        head = weight.to(_factor_dtype(hidden))
-        for rows in _chunks(len(tokens)):
+        log_normalizer = logprobs.new_empty(len(tokens), dtype=_sum_dtype(hidden))
+        head = weight.to(_matmul_dtype(hidden))
+        for rows in _chunk_slices(len(tokens)):
             logits = _logits(hidden[rows], head, bias, temperature)
-            most = _move_to_zero(logits)
-            odds = logits.exp()
-            total = odds.sum(-1)
-            rest = total.log()
-            normaliser[rows] = most + rest
+            row_max = _subtract_row_max(logits)
+            exp_logits = logits.exp()
+            total = exp_logits.sum(-1)
+            log_total = total.log()
+            log_normalizer[rows] = row_max + log_total
             chosen = logits.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
-            logprobs[rows] = chosen - rest
-            odds *= logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0 times -inf would be nan
-            entropy[rows] = rest - odds.sum(-1) / total
-            del logits, odds  # before the next chunk's are made
-        ctx.save_for_backward(hidden, weight, bias, tokens, normaliser)
+            logprobs[rows] = chosen - log_total
+            exp_logits *= logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0 x -inf
+            entropy[rows] = log_total - exp_logits.sum(-1) / total
+            del logits, exp_logits  # before the next chunk's are made
+        ctx.save_for_backward(hidden, weight, bias, tokens, log_normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -88,29 +88,29 @@ class _ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: _Context, grad_logprobs: Tensor, _: Tensor
+        ctx: _AutogradContext, grad_logprobs: Tensor, _: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        hidden, weight, bias, tokens, normaliser = ctx.saved_tensors
-        for_hidden, for_weight, for_bias, *_rest = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(hidden)) if for_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=_sum_dtype(hidden)) if for_bias else None
-        head = weight.to(_factor_dtype(hidden))
-        for rows in _chunks(len(tokens)):
+        hidden, weight, bias, tokens, log_normalizer = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, *_rest = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(hidden)) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=_sum_dtype(hidden)) if needs_bias else None
+        head = weight.to(_matmul_dtype(hidden))
+        for rows in _chunk_slices(len(tokens)):
             # -d logprob / d logits = (softmax - one-hot of the token) / temperature
-            away = _logits(hidden[rows], head, bias, ctx.temperature)
-            away.sub_(normaliser[rows].unsqueeze(-1)).exp_()
-            away.scatter_add_(-1, tokens[rows].unsqueeze(-1), -torch.ones_like(away[:, :1]))
-            slope = grad_logprobs[rows].unsqueeze(-1).to(away.dtype) / -ctx.temperature
+            error = _logits(hidden[rows], head, bias, ctx.temperature)
+            error.sub_(log_normalizer[rows].unsqueeze(-1)).exp_()
+            error.scatter_add_(-1, tokens[rows].unsqueeze(-1), -torch.ones_like(error[:, :1]))
+            scale = grad_logprobs[rows].unsqueeze(-1).to(error.dtype) / -ctx.temperature
             if grad_bias is not None:
-                grad_bias += _matmul(away.T, slope).squeeze(-1)
-            away = away.to(head.dtype)
+                grad_bias += _matmul(error.T, scale).squeeze(-1)
+            error = error.to(head.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = _matmul(away, head).mul_(slope)
+                grad_hidden[rows] = _matmul(error, head).mul_(scale)
             if grad_weight is not None:
-                _add_matmul(grad_weight, away.T, (hidden[rows] * slope).to(head.dtype))
-            del away  # before the next chunk's is made
-        return grad_hidden, _to(grad_weight, weight), _to(grad_bias, bias), None, None
+                _add_matmul(grad_weight, error.T, (hidden[rows] * scale).to(head.dtype))
+            del error  # before the next chunk's is made
+        return grad_hidden, _cast_like(grad_weight, weight), _cast_like(grad_bias, bias), None, None
 
 
 def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -120,35 +120,35 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: 
 
     Args:
         hidden: [n, H] what the model's head sees.
-        head: [V, H] of `head_factor`.
+        head: [V, H] of `head_matmul_weight`.
         bias: [V] of the head.
         temperature: Divides the logits.
     """
     logits = _logits(hidden, head, bias, temperature)
-    _move_to_zero(logits)
+    _subtract_row_max(logits)
     return logits
 
 
-def head_factor(weight: Tensor) -> Tensor:
+def head_matmul_weight(weight: Tensor) -> Tensor:
     """[V, H] the head's weight as the products take it; fp32 unless a GPU sums halves in fp32."""
-    return weight.to(_factor_dtype(weight))
+    return weight.to(_matmul_dtype(weight))
 
 
-def _chunks(num_tokens: int) -> list[slice]:
+def _chunk_slices(num_tokens: int) -> list[slice]:
     return [slice(start, start + CHUNK_SIZE) for start in range(0, num_tokens, CHUNK_SIZE)]
 
 
-def _to(grad: Tensor | None, like: Tensor) -> Tensor | None:
+def _cast_like(grad: Tensor | None, like: Tensor) -> Tensor | None:
     return None if grad is None else grad.to(like.dtype)
 
 
-def _factor_dtype(hidden: Tensor) -> torch.dtype:
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     """At least fp32; half-precision factors with fp32 sums exist on a GPU only."""
-    half = _sums_halves(hidden.device) and hidden.dtype in (torch.bfloat16, torch.float16)
+    half = _has_fp32_accumulation(hidden.device) and hidden.dtype in (torch.bfloat16, torch.float16)
     return hidden.dtype if half else _sum_dtype(hidden)
 
 
-def _sums_halves(device: torch.device) -> bool:
+def _has_fp32_accumulation(device: torch.device) -> bool:
     """Whether a device multiplies halves with sums in fp32."""
     return device.type == "cuda"
 
@@ -168,11 +168,11 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: floa
     return logits
 
 
-def _move_to_zero(logits: Tensor) -> Tensor:
+def _subtract_row_max(logits: Tensor) -> Tensor:
     """Moves the largest of each row of [n, V] to 0; what it was, [n]."""
-    most = logits.amax(-1, keepdim=True)
-    logits.sub_(most)
-    return most.squeeze(-1)
+    row_max = logits.amax(-1, keepdim=True)
+    logits.sub_(row_max)
+    return row_max.squeeze(-1)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

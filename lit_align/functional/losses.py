@@ -28,6 +28,39 @@ def clipped_surrogate(
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
+def clip_fractions(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> tuple[Tensor, Tensor]:
+    """Return where the clip of `clipped_surrogate` removes the gradient, below and above.
+
+    Two bool tensors [..], of which the means over a mask are the clip fractions. A ratio below the
+    range is clipped only if the advantage is negative, a ratio above it only if it is positive
+    (arXiv:1707.06347 eq. 7, figure 1).
+
+    Args:
+        logprobs: [..] nats, under the policy being trained.
+        old_logprobs: [..] nats, under the policy that sampled.
+        advantages: [..] advantage of each element.
+        clip_low: Lower clip range of the ratio.
+        clip_high: Upper clip range of the ratio.
+
+    Example:
+        >>> ratio = torch.tensor([0.5, 0.5, 1.0, 2.0, 2.0])
+        >>> advantages = torch.tensor([-1.0, 1.0, 1.0, -1.0, 1.0])
+        >>> low, high = clip_fractions(ratio.log(), torch.zeros(5), advantages)
+        >>> low.tolist(), high.tolist()
+        ([True, False, False, False, False], [False, False, False, False, True])
+    """
+    ratio = (logprobs - old_logprobs).detach().exp()
+    low = (ratio < 1 - clip_low) & (advantages < 0)
+    high = (ratio > 1 + clip_high) & (advantages > 0)
+    return low, high
+
+
 def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:
     """[..] PPO's pessimistic value loss: half the larger of the plain and clipped squared errors.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 def on_last_token(scores: Tensor, mask: Tensor) -> Tensor:
     """scores [N] -> rewards [N, R]: each on the last True of its row, 0 elsewhere."""
-    still_to_come = mask.flip(-1).cumsum(-1).flip(-1)
-    return torch.where(mask & (still_to_come == 1), scores.unsqueeze(-1), 0)
+    num_remaining = mask.flip(-1).cumsum(-1).flip(-1)
+    return torch.where(mask & (num_remaining == 1), scores.unsqueeze(-1), 0)
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
@@ -36,7 +36,7 @@ def gae(
     Returns:
         advantages [N, R], not whitened, and returns = advantages + values [N, R].
     """
-    deltas = rewards + gamma * _next(values, mask) - values
+    deltas = rewards + gamma * _next_value(values, mask) - values
     advantages = rewards_to_go(deltas, mask, gamma * lam)
     return advantages, torch.where(mask, advantages + values, 0)
 
@@ -84,12 +84,12 @@ def dpo_token_rewards(
     """
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is a bound above 0, not {clip}; leave it out to switch it off")
-    counted = mask & (coef != 0)  # 0 switches it off, whatever it would multiply
-    rewards = coef * torch.where(counted, dpo_logprobs - ref_logprobs, 0)
+    active = mask & (coef != 0)  # 0 switches it off, whatever it would multiply
+    rewards = coef * torch.where(active, dpo_logprobs - ref_logprobs, 0)
     return rewards if clip is None else rewards.clamp(-clip, clip)
 
 
-def _next(x: Tensor, mask: Tensor) -> Tensor:
+def _next_value(x: Tensor, mask: Tensor) -> Tensor:
     """[N, R]: x at the next True token after each, 0 after the last."""
     length = x.shape[-1]
     positions = torch.where(mask, torch.arange(length, device=x.device), length)

@@ -63,12 +63,12 @@ def log_ratios(logprobs: Tensor, behaviour_logprobs: Tensor, num_online: int) ->
     return -torch.logaddexp(online, offline + behaviour_logprobs - logprobs)
 
 
-def log_normaliser(shaped: Tensor, log_rho: Tensor) -> Tensor:
+def log_normalizer(shaped: Tensor, log_rho: Tensor) -> Tensor:
     """[B] log Z of ell and of rho as it is capped, both [B, G]."""
     return (shaped + log_rho).logsumexp(-1) - log_rho.logsumexp(-1)
 
 
-def effective_share(weights: Tensor) -> Tensor:
+def effective_sample_fraction(weights: Tensor) -> Tensor:
     """[B]: how many of the G samples share the weight evenly, 1 / sum of squares, over G."""
-    shares = weights / weights.sum(-1, keepdim=True)
-    return 1 / (weights.shape[-1] * shares.square().sum(-1))
+    fractions = weights / weights.sum(-1, keepdim=True)
+    return 1 / (weights.shape[-1] * fractions.square().sum(-1))

@@ -36,7 +36,7 @@ def sparse_low_rank(
     return outputs
 
 
-def assembled(
+def dense_weight(
     lora_a: Tensor, lora_b: Tensor, sparse_value: Tensor, sparse_index: Tensor, scale: float
 ) -> Tensor:
     """[out, in] W = scale B A + S.
@@ -73,19 +73,19 @@ def draw_support(values: Tensor, size: int, seed: int | None) -> Tensor:
         size: Entries of the weight.
         seed: Below 2^63; None draws from torch's own generator.
     """
-    generator, number = torch.default_generator, len(values)
+    generator, num_values = torch.default_generator, len(values)
     if seed is not None:
         generator = torch.Generator("cpu").manual_seed(seed)
-    few = min(number, size - number)  # the positions taken, or else those left out
-    drawn = torch.empty(0, dtype=torch.long, device="cpu")
-    while len(drawn) < few:
-        more = torch.randint(size, (few - len(drawn),), generator=generator, device="cpu")
-        drawn = torch.cat([drawn, more]).unique()
-    if few < number:
+    num_draws = min(num_values, size - num_values)  # the positions taken, or else those left out
+    positions = torch.empty(0, dtype=torch.long, device="cpu")
+    while len(positions) < num_draws:
+        more = torch.randint(size, (num_draws - len(positions),), generator=generator, device="cpu")
+        positions = torch.cat([positions, more]).unique()
+    if num_draws < num_values:
         taken = torch.ones(size, dtype=torch.bool, device="cpu")
-        taken[drawn] = False
-        drawn = taken.nonzero().squeeze(-1)
-    return drawn.to(values.device, _index_dtype(size))
+        taken[positions] = False
+        positions = taken.nonzero().squeeze(-1)
+    return positions.to(values.device, _index_dtype(size))
 
 
 @draw_support.register_fake
@@ -97,7 +97,7 @@ def _index_dtype(size: int) -> torch.dtype:
     return torch.int32 if size < 2**31 else torch.int64
 
 
-class _Context(Protocol):
+class _AutogradContext(Protocol):
     """The thread from the forward to the backward pass."""
 
     scale: float
@@ -112,7 +112,7 @@ class _SparseLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: _AutogradContext,
         inputs: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
@@ -123,20 +123,20 @@ class _SparseLowRank(torch.autograd.Function):
         ctx.save_for_backward(inputs, lora_a, lora_b, sparse_value, sparse_index)
         ctx.scale = scale
         a, b = lora_a.to(inputs.dtype), lora_b.to(inputs.dtype)
-        return nn.functional.linear(inputs, assembled(a, b, sparse_value, sparse_index, scale))
+        return nn.functional.linear(inputs, dense_weight(a, b, sparse_value, sparse_index, scale))
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: _Context, grad: Tensor
+        ctx: _AutogradContext, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         inputs, lora_a, lora_b, sparse_value, sparse_index = ctx.saved_tensors
         a, b, scale = lora_a.to(inputs.dtype), lora_b.to(inputs.dtype), ctx.scale
-        for_inputs, *for_parts = ctx.needs_input_grad[:4]
+        needs_inputs, *needs_parts = ctx.needs_input_grad[:4]
         grad_inputs = None
-        if for_inputs:
-            grad_inputs = grad @ assembled(a, b, sparse_value, sparse_index, scale)
-        if not any(for_parts):
+        if needs_inputs:
+            grad_inputs = grad @ dense_weight(a, b, sparse_value, sparse_index, scale)
+        if not any(needs_parts):
             return grad_inputs, None, None, None, None, None
         rows, grads = inputs.reshape(-1, a.shape[1]), grad.reshape(-1, b.shape[0])
         grad_weight = grads.T @ rows  # [out, in]; W has gone by now

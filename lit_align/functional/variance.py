@@ -30,8 +30,8 @@ def increase_variance(
     above, through = (mass[:, :-1], mass[:, 1:]) if split_ties else _tied_mass(ranked, mass)
 
     # The mean, summed by parts: exactly a sum of leading probs where scores are `low` or `high`.
-    share = (ranked - low) / (high - low)
-    steps = share - F.pad(share[:, 1:], (0, 1))
+    height = (ranked - low) / (high - low)
+    steps = height - F.pad(height[:, 1:], (0, 1))
     mean = (steps * mass[:, 1:]).sum(-1, keepdim=True)
 
     fraction = ((mean - above) / (through - above)).clamp(0, 1)

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 
-from lit_align.batches import Experience, Tokens
+from lit_align.batches import Experience, TextBatch
+from lit_align.errors import UserError
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.adapters.sparse_lora import is_merged_when_saved, with_update_merged
-from lit_align.models.adapters.switching import Wearer
+from lit_align.models.adapters.sparse_lora import (
+    SparseLowRankAdapter,
+    has_sparse_adapter,
+    merge_sparse_update,
+)
+from lit_align.models.adapters.switching import AdapterSwitching
+from lit_align.models.hidden_states import packed_hidden_states, padded_hidden_states
 from lit_align.models.kernels.compile import compile_blocks
-from lit_align.models.kernels.packing import is_trimmed, reading
-from lit_align.models.kernels.rms_norm import replace_norms
-from lit_align.models.kernels.varlen_attention import let_pack
-from lit_align.models.sltrain import SLTrain, with_dense_weights
-from lit_align.models.weights.loading import check_task, data_type, load_network, quiet_transformers
-from lit_align.models.weights.quantization import Quantisation
-from lit_align.models.weights.sharded_loading import LATER, WeightFiles, light
+from lit_align.models.kernels.packing import is_trimmed
+from lit_align.models.kernels.rms_norm import replace_rms_norms
+from lit_align.models.kernels.varlen_attention import enable_packing
+from lit_align.models.parallel.sharding import ShardingConfig, ShardState, gather_weights, shard
+from lit_align.models.sltrain import SLTrain, densify_state_dict
+from lit_align.models.weights.loading import (
+    check_adapter_task,
+    load_network,
+    resolve_dtype,
+    silence_transformers,
+    without_dropout,
+)
+from lit_align.models.weights.quantization import Quantization
+from lit_align.models.weights.sharded_loading import cpu_placeholders, load_shards
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
-class Backbone(Wearer):
+class Backbone(nn.Module):
     """A network from the hub, from a folder, or from random weights; dropout is switched off.
 
     Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
+    Built inside a `torch.device("meta")` context, a network reads its weights from their files when
+    it is sharded. Buffers and new weights (heads, adapters) always get their values at once.
 
     Args:
         path: Hub id or folder of the weights; an adapter's folder is merged into its base.
@@ -42,27 +60,27 @@ class Backbone(Wearer):
             path is given.
         lora: Low-rank adapter; without one all weights train.
         dtype: Data type of the weights; by default what `trainer.precision` says.
-        attention: Attention implementation (sdpa, eager, flash_attention_2, ...); by default
+        attn_implementation: sdpa, eager, flash_attention_2, ...; by default
             the best that transformers has for the architecture.
-        checkpointing: Keep only the blocks' inputs and compute the rest again in backward.
+        activation_checkpointing: Keep only the blocks' inputs and recompute the rest in backward.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the weights.
         sltrain: Trains the blocks' weights as low-rank plus sparse ones; with a config alone.
-        quantisation: Codes the frozen weights of the blocks in 8 or 4 bits; with adapters alone.
+        quantization: Codes the frozen weights of the blocks in 8 or 4 bits; with adapters alone.
         compile: Compile the blocks: for a GPU, whose first steps then take a minute longer.
     """
 
-    auto: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the wanted head
-    reads: ClassVar[str]  # the head's name for people: language or score
+    auto_class: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the wanted head
+    head_name: ClassVar[str]  # the head's name for people: language or score
     new_weights: ClassVar[tuple[str, ...]] = ()  # what a checkpoint may lack
-    overrides: ClassVar[dict[str, Any]] = {}  # what the head asks of the configuration
-    adapts: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
+    config_overrides: ClassVar[dict[str, Any]] = {}  # what the head asks of the configuration
+    always_adapted: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
 
-    missing: tuple[str, ...] | list[str] = ()  # weights that the path lacked; they are random
-    gathers: bool | None = True  # whether answering gathers whole weights; None: not yet known
-    sums_once: bool = True  # whether gradients cross the ranks at the last micro-batch alone
-    gathered_size: int = 0  # bytes of whole weights, where ranks share them
-    files: WeightFiles | None = None  # where weights are that come when the network is sharded
+    missing_weights: tuple[str, ...] | list[str] = ()  # not in the path: random
+    network: PreTrainedModel
+    adapted: PeftModel | None  # peft's view of the network
+    task_type: str  # peft's name of the task_type
+    shard_state: ShardState  # set when the network is loaded, and by `shard`
 
     def __init__(
         self,
@@ -70,58 +88,87 @@ class Backbone(Wearer):
         config: dict[str, Any] | None = None,
         lora: LoRA | None = None,
         dtype: str | None = None,
-        attention: str | None = None,
-        checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        activation_checkpointing: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
         sltrain: SLTrain | None = None,
-        quantisation: Quantisation | None = None,
+        quantization: Quantization | None = None,
         compile: bool = False,
     ):
         super().__init__()
-        self.refuse(path, config, lora, sltrain, quantisation)
+        self.check_arguments(path, config, lora, sltrain, quantization)
         self.path, self.sltrain = path, sltrain
         self.name = path or f"{(config or {}).get('model_type')} from random weights"
-        self.reading: dict[str, Any] = {
-            "attention": attention,
+        self.load_options: dict[str, Any] = {
+            "attn_implementation": attn_implementation,
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
-        self.later = LATER.get() and quantisation is None
-        self.network, self.missing = self.load(config, data_type(dtype))
-        replace_norms(self.network)
-        self.packs = let_pack(self.network)  # reads texts one behind the other
-        self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
-        if checkpointing:
-            self.network.gradient_checkpointing_enable({"use_reentrant": False})
-        if quantisation is not None:
-            quantisation.replace(self.blocks)
-        self.trained_adapters = ["default"] if lora else []
-        with light(self.network):
-            self.adapted = self.adapt(lora)
-        if sltrain is not None:
-            sltrain.replace(self.blocks)
-        self.compiles = compile
+        self.shard_state = ShardState()
+        self.is_compiled = compile
+        is_meta = torch.get_default_device().type == "meta"
+        self.defers_loading = is_meta and quantization is None  # codes are made of whole weights
+        with torch.device("cpu"):
+            self.build(config, lora, dtype, activation_checkpointing, quantization)
+            if sltrain is not None:
+                sltrain.replace_linears(self.blocks)
         if compile:
-            compile_blocks(self.blocks, checkpointing)
+            compile_blocks(self.blocks, activation_checkpointing)
 
-    def refuse(
+    def build(
+        self,
+        config: dict[str, Any] | None,
+        lora: LoRA | None,
+        dtype: str | None,
+        activation_checkpointing: bool,
+        quantization: Quantization | None,
+    ) -> None:
+        """Load the network and adapt it; the arguments are the constructor's."""
+        self.network, self.missing_weights = self.load_or_init(config, resolve_dtype(dtype))
+        replace_rms_norms(self.network)
+        self.uses_packing = enable_packing(self.network)  # reads texts one behind the other
+        self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
+        if (
+            activation_checkpointing
+        ):  # before the adapters: peft then lets the inputs require gradients
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        if quantization is not None:
+            quantization.replace_linears(self.blocks)
+        with cpu_placeholders(self.network):
+            adapted = self.add_adapters(lora)
+        self.register_module("adapted", adapted)  # also None: a frozen adapter may be loaded later
+        self.trained_adapters = list(adapted.peft_config) if adapted is not None else []
+
+    def check_arguments(
         self,
         path: str | None,
         config: dict[str, Any] | None,
         lora: LoRA | None,
         sltrain: SLTrain | None,
-        quantisation: Quantisation | None,
+        quantization: Quantization | None,
     ) -> None:
-        """Says what does not go together; all as given."""
+        """Refuse arguments of the constructor that cannot be combined."""
         if path is None and config is None:
-            raise ValueError(f"{type(self).__name__} needs a path, or a config to start from.")
+            raise UserError(f"{type(self).__name__} needs a path, or a config to start from.")
         if sltrain is not None:
-            sltrain.refuse(path)
-        if quantisation is not None:
-            quantisation.refuse(self.adapts or lora is not None, lora, sltrain)
+            sltrain.check_compatible(path)
+        if quantization is None:
+            return
+        if sltrain is not None:
+            raise UserError("SLTrain trains all weights, and quantized ones are frozen: drop one.")
+        if lora is None and not self.always_adapted:
+            raise UserError(
+                "A quantized base is frozen, so there would be nothing to train: add lora, or "
+                "leave quantization out."
+            )
+        if isinstance(lora, SparseLowRankAdapter):
+            raise UserError(
+                "SparseLowRankAdapter saves its update in whole weights, and a quantized base has "
+                "none: take LoRA."
+            )
 
-    def load(
+    def load_or_init(
         self, config: dict[str, Any] | None, dtype: torch.dtype
     ) -> tuple[PreTrainedModel, list[str]]:
         """The network, and what its path lacked; random weights where there is no path.
@@ -130,33 +177,30 @@ class Backbone(Wearer):
             config: As given.
             dtype: Of the weights.
         """
-        attention, revision, trust = self.reading.values()
+        attn_implementation, revision, trust = self.load_options.values()
         options = {"dtype": dtype, "trust_remote_code": trust}
-        if attention:
-            options["attn_implementation"] = attention
+        if attn_implementation:
+            options["attn_implementation"] = attn_implementation
+        configure = partial(without_dropout, overrides=self.config_overrides)
         if self.path is None:
-            settings = self.configure(AutoConfig.for_model(**(config or {})))
-            return self.auto.from_config(settings, **options), []
+            settings = configure(AutoConfig.for_model(**(config or {})))
+            return self.auto_class.from_config(settings, **options), []
         options["revision"] = revision
-        check_task(self.path, self.task)
-        network, missing, self.files = load_network(
-            self.auto, self.path, self.configure, self.new_weights, options, self.later
+        check_adapter_task(self.path, self.task_type)
+        network, missing, files = load_network(
+            self.auto_class, self.path, configure, self.new_weights, options, self.defers_loading
         )
+        self.shard_state = ShardState(weight_files=files)
         return network, missing
 
-    def adapt(self, lora: LoRA | None) -> PeftModel | None:
+    def add_adapters(self, lora: LoRA | None) -> PeftModel | None:
         """Puts the adapter into the network; peft's view of it."""
-        return lora.adapt(self.network, self.task) if lora else None
+        return lora.apply_to(self.network, self.task_type) if lora else None
 
-    @classmethod
-    def configure(cls, config: PretrainedConfig) -> PretrainedConfig:
-        """The configuration without dropout and with what the head asks for."""
-        for name, value in config.to_dict().items():
-            if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
-                setattr(config, name, 0.0)
-        for name, value in cls.overrides.items():
-            setattr(config, name, value)
-        return config
+    @property
+    def adapters(self) -> AdapterSwitching:
+        """The adapters of the network, to activate, disable or load them."""
+        return AdapterSwitching(self)
 
     def forward(
         self, compute: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
@@ -167,11 +211,12 @@ class Backbone(Wearer):
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, from first to last."""
+        # the classes that `device_map` may not split (transformers 5.23)
         names = set(self.network._no_split_modules or ())
         return [module for module in self.modules() if type(module).__name__ in names]
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """V, token ids that the input embedding knows."""
         size: int = self.network.get_input_embeddings().weight.shape[0]
         return size
@@ -182,7 +227,7 @@ class Backbone(Wearer):
         sums = [w.detach().double().sum() for w in self.parameters() if not w.requires_grad]
         return sum(float(s.full_tensor() if isinstance(s, DTensor) else s) for s in sums)
 
-    def verify(self) -> None:
+    def verify_weights(self) -> None:
         """Refuses weights that this kind of network could not serve with; all do by default."""
 
     @property
@@ -192,65 +237,66 @@ class Backbone(Wearer):
         stops = generation.eos_token_id
         return [stops] if isinstance(stops, int) else list(stops or [])
 
-    def hidden(self, batch: Experience | Tokens) -> Tensor:
+    def hidden_states(self, batch: Experience | TextBatch) -> Tensor:
         """[N, T, H]: the trunk's last hidden state; at padding, the one of the nearest token.
 
         Positions count from the first real token of each text.
         """
-        if not self.packs or not is_trimmed(batch):
-            return self.masked_hidden(batch)
-        row, back = self.packed_hidden(batch)
-        return row.index_select(0, back).view(*batch.tokens.shape, -1)
+        if not self.uses_packing or not is_trimmed(batch):
+            return padded_hidden_states(self.network, batch)
+        row, unpack_index = packed_hidden_states(self.network, batch)
+        return row.index_select(0, unpack_index).view(*batch.tokens.shape, -1)
 
-    def hidden_at(self, batch: Experience | Tokens, places: Tensor) -> Tensor:
+    def hidden_states_at(self, batch: Experience | TextBatch, index: Tensor) -> Tensor:
         """[n, H]: those at [n] places in [N * T]."""
-        if not self.packs or not is_trimmed(batch):
-            return self.masked_hidden(batch).flatten(0, 1).index_select(0, places)
-        row, back = self.packed_hidden(batch)
-        return row.index_select(0, back.index_select(0, places))
+        if not self.uses_packing or not is_trimmed(batch):
+            return padded_hidden_states(self.network, batch).flatten(0, 1).index_select(0, index)
+        row, unpack_index = packed_hidden_states(self.network, batch)
+        return row.index_select(0, unpack_index.index_select(0, index))
 
-    def packed_hidden(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
-        """[t, H] of all texts without padding, and [N * T] places in it of the batch's tokens."""
-        read = reading(batch)
-        hidden = self.trunk(
-            input_ids=read.tokens,
-            position_ids=read.positions,
-            attention_mask=read.packed.as_mask,
-            packed=read.packed,
-        )
-        return hidden.squeeze(0), read.back
+    def shard(self, mesh: DeviceMesh, config: ShardingConfig) -> None:
+        """Split the weights over the ranks of a mesh, and load those that are still in their files.
 
-    def masked_hidden(self, batch: Experience | Tokens) -> Tensor:
-        """[N, T, H]: the same with padding wherever it is and a mask of it."""
-        mask = batch.token_mask
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return self.trunk(
-            input_ids=batch.tokens, attention_mask=mask.long(), position_ids=positions
-        )
+        Args:
+            mesh: Lightning's mesh with a tensor-parallel size of 1, or a mesh of replicas x shards.
+            config: Settings of the split.
+        """
+        files = self.shard_state.weight_files
+        if config.activation_checkpointing:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            if self.is_compiled:
+                compile_blocks(self.blocks, uses_checkpointing=True)
+        self.shard_state = shard(self, self.blocks, mesh, config)
+        if files is not None:
+            kind = (
+                "cpu" if config.cpu_offload else mesh.device_type
+            )  # its current one, as in fully_shard
+            load_shards(self.network, files, torch.device(kind))
 
-    def trunk(self, **inputs: Any) -> Tensor:
-        """[n, t, H]: the last hidden state of token ids [n, t]."""
-        hidden: Tensor = self.network.base_model(use_cache=False, **inputs).last_hidden_state
-        return hidden
+    @contextmanager
+    def gather_weights(self) -> Iterator[Self]:
+        """Generate in eval mode, from the unsharded weights if they fit in memory."""
+        with gather_weights(self, self.shard_state.decide_gather(self, self.name)):
+            yield self
 
     @property
-    def saved_whole(self) -> bool:
+    def saves_full_model(self) -> bool:
         """Whether its folder holds a whole model, and not an adapter that needs its base."""
-        return self.adapted is None or is_merged_when_saved(self.network)
+        return self.adapted is None or has_sparse_adapter(self.network)
 
-    def save(self, folder: Path, main: bool = True) -> None:
+    def save(self, folder: Path, is_main_process: bool = True) -> None:
         """Writes what transformers (or, for an adapter, peft) loads by itself.
 
         Args:
             folder: Where; created if it is not there.
-            main: Whether this process writes; sharded weights are gathered on all of them.
+            is_main_process: Whether this process writes; all of them gather sharded weights.
         """
-        adapter = None if self.saved_whole else self.adapted
+        adapter = None if self.saves_full_model else self.adapted
         model = adapter or self.network
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
-        if main:
-            weights = with_update_merged(model, with_dense_weights(model, state))
-            own = {"selected_adapters": self.trained_adapters} if adapter else {}
-            with quiet_transformers():
-                model.save_pretrained(folder, state_dict=weights, **own)
+        if is_main_process:
+            weights = merge_sparse_update(model, densify_state_dict(model, state))
+            extra = {"selected_adapters": self.trained_adapters} if adapter else {}
+            with silence_transformers():
+                model.save_pretrained(folder, state_dict=weights, **extra)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lit_align.batches import Experience, Tokens
-from lit_align.models.adapters.lora import LoRA, with_float_heads
+from lit_align.batches import Experience, TextBatch
+from lit_align.errors import UserError
+from lit_align.models.adapters.lora import LoRA, upcast_modules_to_save
 from lit_align.models.generation.decode import Responses
-from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
 from lit_align.models.roles import Role
-from lit_align.models.scalar_head import at_last_token, before_each_token
+from lit_align.models.scalar_head import values_at_last_token, values_before_tokens
 
 ACTOR, CRITIC = "actor", "critic"
 
 
-class Hydra(TwoHeaded):
+class Hydra(PolicyWithRewardHead):
     """A frozen two-headed base; adapters make it the actor and the critic (arXiv:2309.00754).
 
     Both off, the language head is the reference and the score head the reward model. The value
@@ -32,31 +31,37 @@ class Hydra(TwoHeaded):
     """
 
     new_weights: ClassVar[tuple[str, ...]] = ()  # the reward head must have been trained
-    adapts: ClassVar[bool] = True
-    joint: ClassVar[bool] = False  # actor and critic share one adapter
-    critic: ClassVar[str] = CRITIC  # the adapter that the value head belongs to
+    always_adapted: ClassVar[bool] = True
+    is_joint: ClassVar[bool] = False  # actor and critic share one adapter
+    critic_adapter: ClassVar[str] = CRITIC  # the adapter that the value head belongs to
 
-    def adapt(self, lora: LoRA | None) -> PeftModel:
+    def add_adapters(self, lora: LoRA | None) -> PeftModel:
         """Puts two adapters into the network, and a value head beside the reward head."""
-        lora, heads = lora or LoRA(rank=128, alpha=128), ["score"]
-        if lora.train_fully:
-            raise ValueError(
-                f"Hydra's base serves four roles and stays as it is: leave out lora.train_fully "
-                f"{lora.train_fully}."
+        lora, heads = lora or LoRA(r=128, lora_alpha=128), ["score"]
+        if lora.modules_to_save:
+            raise UserError(
+                f"Hydra's base serves four roles and stays as it is: "
+                f"leave out lora.modules_to_save "
+                f"{lora.modules_to_save}."
             )
-        actor = lora.settings(self.task, heads if self.joint else None, exclude=heads)
+        actor = lora.peft_config(
+            self.task_type, heads if self.is_joint else None, exclude_modules=heads
+        )
         adapted = get_peft_model(self.network, actor, adapter_name=ACTOR)
-        if not self.joint:
-            adapted.add_adapter(CRITIC, lora.settings("SEQ_CLS", heads, exclude=heads))
-        self.trained_adapters = list(adapted.peft_config)
+        if not self.is_joint:
+            adapted.add_adapter(CRITIC, lora.peft_config("SEQ_CLS", heads, exclude_modules=heads))
         for adapter, settings in adapted.peft_config.items():
             adapted.set_requires_grad(adapter, True)
             settings.exclude_modules = None  # peft has listed the layers: where it loads is no head
-        return with_float_heads(adapted)
+        return upcast_modules_to_save(adapted)
 
     def adapter_weights(self, adapter: str) -> list[nn.Parameter]:
         """What trains with an adapter: its low-rank factors, and its copy of the head."""
-        return [weight for name, weight in self.network.named_parameters() if part(name) == adapter]
+        return [
+            weight
+            for name, weight in self.network.named_parameters()
+            if parameter_part(name) == adapter
+        ]
 
     def role(self, name: str, adapter: str, head: str) -> Role:
         """A role on this network.
@@ -68,48 +73,43 @@ class Hydra(TwoHeaded):
         """
         parts = {"trunk", adapter, head}
         named = self.network.named_parameters()
-        return Role(name, self, adapter, head, [p for n, p in named if part(n) in parts])
+        return Role(name, self, adapter, head, [p for n, p in named if parameter_part(n) in parts])
 
-    def respond(self, *args: Any, **kwargs: Any) -> Responses:
+    def generate(self, *args: Any, **kwargs: Any) -> Responses:
         """The actor's answers."""
-        self.wear(ACTOR)
-        return super().respond(*args, **kwargs)
+        self.adapters.set_adapter(ACTOR)
+        return super().generate(*args, **kwargs)
 
-    def score(self, batch: Experience | Tokens) -> tuple[Tensor, Tensor]:
+    def logprobs_and_entropy(self, batch: Experience | TextBatch) -> tuple[Tensor, Tensor]:
         """([N, R], [N, R]) nats: log-probs and entropy of the actor, or of the base."""
-        self.wear(ACTOR)
-        return super().score(batch)
+        self.adapters.set_adapter(ACTOR)
+        return super().logprobs_and_entropy(batch)
 
     def state_values(self, batch: Experience) -> Tensor:
         """[N, R] the critic's number before each token is chosen; 0 off the mask."""
-        self.wear(self.critic)
-        return before_each_token(self(lambda: self.numbers(self.hidden(batch))), batch)
+        self.adapters.set_adapter(self.critic_adapter)
+        return values_before_tokens(
+            self(lambda: self.token_scores(self.hidden_states(batch))), batch
+        )
 
-    def act_and_value(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+    def logprobs_entropy_and_values(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, entropy (nats) and state values, each [N, R], from one pass of one adapter."""
-        self.wear(ACTOR)
-        logprobs, entropy, values = self(self._both, batch)
-        return logprobs, entropy, before_each_token(values, batch)
+        self.adapters.set_adapter(ACTOR)
+        logprobs, entropy, values = self(self._logprobs_entropy_and_values, batch)
+        return logprobs, entropy, values_before_tokens(values, batch)
 
-    def base_scores(self, batch: Experience) -> tuple[Tensor, Tensor]:
+    def scores_and_ref_logprobs(self, batch: Experience) -> tuple[Tensor, Tensor]:
         """([N], [N, R]): scores and the reference's log-probs (nats), from one pass."""
-        with self.adapters_off():
-            logprobs, _, values = self(self._both, batch)
-        return at_last_token(values, batch), logprobs
+        with self.adapters.disabled():
+            logprobs, _, values = self(self._logprobs_entropy_and_values, batch)
+        return values_at_last_token(values, batch), logprobs
 
-    def _both(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = self.hidden(batch)
-        return *self.chosen_in(hidden, batch), self.numbers(hidden)
-
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """The base alone: reference and reward model."""
-        self.wear(ACTOR)  # so that nothing switches while all are off
-        with super().adapters_off():
-            yield
+    def _logprobs_entropy_and_values(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.hidden_states(batch)
+        return *self.logprobs_from_hidden(hidden, batch), self.token_scores(hidden)
 
 
-def part(name: str) -> str:
+def parameter_part(name: str) -> str:
     """Which part of a Hydra a parameter belongs to: an adapter, the score head or the trunk."""
     for adapter in (ACTOR, CRITIC):
         if f".{adapter}." in name:
@@ -120,5 +120,5 @@ def part(name: str) -> str:
 class JointHydra(Hydra):
     """One adapter for actor and critic: one pass for both, and they disturb each other."""
 
-    joint = True
-    critic = ACTOR
+    is_joint = True
+    critic_adapter = ACTOR

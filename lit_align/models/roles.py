@@ -28,7 +28,7 @@ class Role(NamedTuple):
     weights: list[nn.Parameter]
 
 
-def whole(name: str, network: Backbone, adapter: str = "default") -> Role:
+def single_head_role(name: str, network: Backbone, adapter: str = "default") -> Role:
     """A role that reads its network's one head.
 
     Args:
@@ -36,31 +36,31 @@ def whole(name: str, network: Backbone, adapter: str = "default") -> Role:
         network: What it runs on.
         adapter: Which adapter is on, if the network has any; `off` for none.
     """
-    worn = adapter if network.adapted is not None else "-"
+    active_adapter = adapter if network.adapted is not None else "-"
     kinds = (".lora_", ".modules_to_save.")
     weights = [
         weight
         for key, weight in network.network.named_parameters()
-        if f".{worn}." in key or not any(kind in key for kind in kinds)
+        if f".{active_adapter}." in key or not any(kind in key for kind in kinds)
     ]
-    return Role(name, network, worn, network.reads, weights)
+    return Role(name, network, active_adapter, network.head_name, weights)
 
 
-def table(roles: Iterable[Role]) -> list[str]:
+def role_table(roles: Iterable[Role]) -> list[str]:
     """Lines of a table; weights are counted where they appear first, over all ranks."""
     rows = [("role", "backbone", "adapter", "head", "trained weights", "bytes")]
     seen: set[int] = set()
     for role in roles:
-        own = [weight for weight in role.weights if id(weight) not in seen]
-        seen.update(map(id, own))
-        trained = sum(weight.numel() for weight in own if weight.requires_grad)
-        size = sum(weight.numel() * weight.element_size() for weight in own)
+        unseen = [weight for weight in role.weights if id(weight) not in seen]
+        seen.update(map(id, unseen))
+        trained = sum(weight.numel() for weight in unseen if weight.requires_grad)
+        size = sum(weight.numel() * weight.element_size() for weight in unseen)
         name = role.network.name
         rows.append((role.name, name, role.adapter, role.head, f"{trained:,}", f"{size:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        words = [word.ljust(width) for word, width in zip(row[:4], widths[:4], strict=True)]
-        numbers = [word.rjust(width) for word, width in zip(row[4:], widths[4:], strict=True)]
-        lines.append("  ".join([*words, *numbers]))
+        cells = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
+        lines.append("  ".join([*cells, *numbers]))
     return lines

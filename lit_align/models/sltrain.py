@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+from lit_align.errors import UserError
 from lit_align.functional.sparse_low_rank import (
-    assembled,
+    dense_weight,
     draw_support,
     num_sparse,
     sparse_low_rank,
 )
 
-PARTS = ("lora_A", "lora_B", "sparse_value", "sparse_index")  # of a weight, in the state dict
+STATE_DICT_PARTS = ("lora_A", "lora_B", "sparse_value", "sparse_index")
 
 
 class SparseLowRankLinear(nn.Module):
@@ -46,16 +47,16 @@ class SparseLowRankLinear(nn.Module):
     ):
         super().__init__()
         if rank < 1 or not 0 <= density <= 1:
-            raise ValueError(
+            raise UserError(
                 f"A sparse plus low-rank layer needs a rank of at least 1 and a density from 0 to "
                 f"1, found {rank} and {density}."
             )
         self.in_features, self.out_features, self.scale = in_features, out_features, alpha / rank
-        near = in_features**-0.5
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features).uniform_(-near, near))
+        bound = in_features**-0.5
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features).uniform_(-bound, bound))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
         number = num_sparse(out_features, in_features, density)
-        self.sparse_value = nn.Parameter(torch.empty(number).uniform_(-near, near))
+        self.sparse_value = nn.Parameter(torch.empty(number).uniform_(-bound, bound))
         support = draw_support(self.sparse_value.detach(), out_features * in_features, seed)
         self.register_buffer("sparse_index", support)
         shift = torch.empty(out_features).uniform_(-(out_features**-0.5), out_features**-0.5)
@@ -70,7 +71,9 @@ class SparseLowRankLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """[out, in] the weight; gradients flow to its parts."""
-        return assembled(self.lora_A, self.lora_B, self.sparse_value, self.sparse_index, self.scale)
+        return dense_weight(
+            self.lora_A, self.lora_B, self.sparse_value, self.sparse_index, self.scale
+        )
 
 
 class SLTrain:
@@ -95,38 +98,38 @@ class SLTrain:
     ):
         self.rank, self.alpha, self.density, self.targets = rank, alpha, density, tuple(targets)
 
-    def refuse(self, path: str | None) -> None:
+    def check_compatible(self, path: str | None) -> None:
         """Refuses a network that has learnt already.
 
         Args:
             path: Of its weights.
         """
         if path is not None:
-            raise ValueError(
+            raise UserError(
                 f"SLTrain trains from random weights and would throw those of {path} away: give a "
                 f"config and `path: null`, or adapt them with lora."
             )
 
-    def replace(self, blocks: Sequence[nn.Module]) -> None:
+    def replace_linears(self, blocks: Sequence[nn.Module]) -> None:
         """Replaces the linear layers of the blocks, in place; every rank must call it.
 
         Args:
             blocks: Transformer blocks with random weights, which are lost.
         """
         if not all(weight.requires_grad for block in blocks for weight in block.parameters()):
-            raise ValueError("SLTrain trains all weights of a block, and an adapter freezes them.")
-        seed, replaced, dense = common_seed(), 0, []
+            raise UserError("SLTrain trains all weights of a block, and an adapter freezes them.")
+        seed, replaced, dense = rank_zero_seed(), 0, []
         for number, block in enumerate(blocks):
             for name, layer in list(block.named_modules()):
-                if not isinstance(layer, nn.Linear) or not self.targeted(name):
+                if not isinstance(layer, nn.Linear) or not self.is_targeted(name):
                     continue
-                if not saves(layer.in_features, layer.out_features, self.rank, self.density):
+                if not saves_memory(layer.in_features, layer.out_features, self.rank, self.density):
                     dense.append(name)
                     continue
-                block.set_submodule(name, self.factorised(layer, f"{seed} {number} {name}"))
+                block.set_submodule(name, self.factorize(layer, f"{seed} {number} {name}"))
                 replaced += 1
         if not replaced:
-            raise ValueError(self.in_vain(dense))
+            raise UserError(self.nothing_replaced_message(dense))
         if dense:
             warnings.warn(
                 f"SLTrain leaves {len(dense)} of {len(dense) + replaced} layers dense, such as "
@@ -134,11 +137,11 @@ class SLTrain:
                 stacklevel=2,
             )
 
-    def targeted(self, name: str) -> bool:
+    def is_targeted(self, name: str) -> bool:
         """Whether a layer of that name is replaced."""
         return any(target in name for target in self.targets)
 
-    def factorised(self, layer: nn.Linear, support: str) -> SparseLowRankLinear:
+    def factorize(self, layer: nn.Linear, support: str) -> SparseLowRankLinear:
         """A new layer in the place of another.
 
         Args:
@@ -156,7 +159,7 @@ class SLTrain:
         )
         return new.to(layer.weight.device, layer.weight.dtype)
 
-    def in_vain(self, dense: Sequence[str]) -> str:
+    def nothing_replaced_message(self, dense: Sequence[str]) -> str:
         """Why nothing was replaced."""
         if dense:
             return (
@@ -166,14 +169,14 @@ class SLTrain:
         return f"The blocks have no linear layer whose name holds one of {', '.join(self.targets)}."
 
 
-def saves(in_features: int, out_features: int, rank: int, density: float) -> bool:
+def saves_memory(in_features: int, out_features: int, rank: int, density: float) -> bool:
     """Whether the factors of a weight hold fewer numbers than the weight itself."""
     low_rank = (out_features + in_features) * rank
     sparse = num_sparse(out_features, in_features, density)
     return low_rank + sparse < out_features * in_features
 
 
-def with_dense_weights(network: nn.Module, state: Mapping[str, object]) -> dict[str, Tensor]:
+def densify_state_dict(network: nn.Module, state: Mapping[str, object]) -> dict[str, Tensor]:
     """The state dict with each layer's parts put together to the plain weight they stand for.
 
     Args:
@@ -183,14 +186,16 @@ def with_dense_weights(network: nn.Module, state: Mapping[str, object]) -> dict[
     dense = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     for name, layer in network.named_modules():
         if isinstance(layer, SparseLowRankLinear):
-            lora_a, lora_b, value, index = (dense.pop(f"{name}.{part}") for part in PARTS)
+            lora_a, lora_b, value, index = (
+                dense.pop(f"{name}.{part}") for part in STATE_DICT_PARTS
+            )
             exact = torch.promote_types(value.dtype, torch.float32)  # halves would round twice
-            weight = assembled(lora_a.to(exact), lora_b.to(exact), value, index, layer.scale)
+            weight = dense_weight(lora_a.to(exact), lora_b.to(exact), value, index, layer.scale)
             dense[f"{name}.weight"] = weight.to(value.dtype)
     return dense
 
 
-def common_seed() -> int:
+def rank_zero_seed() -> int:
     """torch's seed on the first rank: ranks with other supports would be other models."""
     seeds = [torch.initial_seed()]
     if distributed.is_available() and distributed.is_initialized():

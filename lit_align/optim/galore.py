@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lit_align.optim.in_backward import InBackward
+from lit_align.optim.in_backward import OptimizerInBackward
 
-Group = dict[str, Any]
+ParamGroup = dict[str, Any]
 
 
-def num_state(rows: int, columns: int, rank: int) -> int:
+def num_state_values(rows: int, columns: int, rank: int) -> int:
     """Numbers kept of a matrix: projector [min, rank] and two moments [max, rank].
 
     AdamW's two moments [rows, columns] where that is no less: the projection then saves nothing.
@@ -27,7 +27,7 @@ def num_state(rows: int, columns: int, rank: int) -> int:
     return min(rank * (small + 2 * large), 2 * rows * columns)
 
 
-def subspace(gradient: Tensor, rank: int, right: bool) -> Tensor:
+def leading_singular_vectors(gradient: Tensor, rank: int, right: bool) -> Tensor:
     """[k, rank]: the leading singular vectors of the gradient, by size, first largest.
 
     They are the eigenvectors of the Gram matrix of that side, which are found faster. Squaring
@@ -57,23 +57,25 @@ def project(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
 
     Sharded like the gradient.
     """
-    low = gradient @ whole(basis) if right else basis.mT @ gradient
-    return shared_like(gradient, low)
+    projected = gradient @ replicate(basis) if right else basis.mT @ gradient
+    return reshard_like(gradient, projected)
 
 
-def project_back(low: Tensor, basis: Tensor, right: bool) -> Tensor:
+def project_back(projected: Tensor, basis: Tensor, right: bool) -> Tensor:
     """[out, in]: what `project` made, in full space: R P^T from the right, P R from the left."""
-    return shared_like(low, low @ whole(basis).mT if right else basis @ whole(low))
+    return reshard_like(
+        projected, projected @ replicate(basis).mT if right else basis @ replicate(projected)
+    )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def replicate(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on each rank."""
     if isinstance(tensor, DTensor):
         return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
     return tensor
 
 
-def shared_like(other: Tensor, tensor: Tensor) -> Tensor:
+def reshard_like(other: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, of which each rank keeps the share that it has of `other`."""
     if isinstance(tensor, DTensor) and isinstance(other, DTensor):
         return tensor.redistribute(placements=other.placements)
@@ -107,7 +109,7 @@ class GaLoreAdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Adds parameters; a group with `rank` is projected."""
         if "rank" in param_group:
             for name, value in (("update_gap", 200), ("scale", 0.25)):
@@ -116,12 +118,12 @@ class GaLoreAdamW(Optimizer):
                 raise ValueError("GaLore needs a rank and an update_gap of at least 1.")
         super().add_param_group(param_group)
 
-    def projects(self, param: Tensor, group: Group) -> bool:
+    def is_projected(self, param: Tensor, group: ParamGroup) -> bool:
         """Whether a parameter's moments live in the subspace: a matrix, where that saves memory."""
         if param.ndim != 2 or "rank" not in group:
             return False
         rows, columns = param.shape
-        return num_state(rows, columns, group["rank"]) < 2 * rows * columns
+        return num_state_values(rows, columns, group["rank"]) < 2 * rows * columns
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -139,11 +141,11 @@ class GaLoreAdamW(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self.update(param, param.grad, group)
+                    self.update_param(param, param.grad, group)
         return loss
 
     @torch.no_grad()
-    def update(self, param: Tensor, gradient: Tensor, group: Group) -> None:
+    def update_param(self, param: Tensor, gradient: Tensor, group: ParamGroup) -> None:
         """One step of one parameter.
 
         Args:
@@ -151,41 +153,46 @@ class GaLoreAdamW(Optimizer):
             gradient: Of the same shape, accumulated and clipped.
             group: The settings.
         """
-        state, projected = self.state[param], self.projects(param, group)
+        state, projected = self.state[param], self.is_projected(param, group)
         right = param.ndim == 2 and param.shape[0] >= param.shape[1]
         if not state:
             state["step"] = torch.tensor(0)  # on the CPU, so that reading it waits for no GPU
-        low, size = gradient, 1.0
+        moment_grad, scale = gradient, 1.0
         if projected:
             if int(state["step"]) % group["update_gap"] == 0:
-                state["projector"] = subspace(gradient, group["rank"], right)
-            low, size = project(gradient, state["projector"], right), group["scale"]
+                state["projector"] = leading_singular_vectors(gradient, group["rank"], right)
+            moment_grad, scale = project(gradient, state["projector"], right), group["scale"]
         if "exp_avg" not in state:
-            self.start(low, state)
+            self.init_moments(moment_grad, state)
         state["step"] += 1
-        change = self.normalise(low, state, group)
+        change = self.adam_direction(moment_grad, state, group)
         if projected:
             change = project_back(change, state["projector"], right)
         step, (first, second) = int(state["step"]), group["betas"]
         rate = group["lr"] * (1 - second**step) ** 0.5 / (1 - first**step)
-        param.add_(change, alpha=-rate * size)
+        param.add_(change, alpha=-rate * scale)
         if group["weight_decay"] > 0:
             param.add_(param, alpha=-group["lr"] * group["weight_decay"])
 
-    def start(self, low: Tensor, state: dict[str, Tensor]) -> None:
+    def init_moments(self, moment_grad: Tensor, state: dict[str, Tensor]) -> None:
         """Adds the moments, zeros, to the state of a parameter.
 
         Args:
-            low: What moments are taken of, the gradient or its projection.
+            moment_grad: What moments are taken of, the gradient or its projection.
             state: Of the parameter.
         """
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
+        state["exp_avg"], state["exp_avg_sq"] = (
+            torch.zeros_like(moment_grad),
+            torch.zeros_like(moment_grad),
+        )
 
-    def normalise(self, low: Tensor, state: dict[str, Tensor], group: Group) -> Tensor:
-        """Adam's direction M / (sqrt(V) + eps), after both moments have taken in `low`."""
+    def adam_direction(
+        self, moment_grad: Tensor, state: dict[str, Tensor], group: ParamGroup
+    ) -> Tensor:
+        """Adam's direction M / (sqrt(V) + eps), after both moments have taken in `moment_grad`."""
         (first, second), mean, square = group["betas"], state["exp_avg"], state["exp_avg_sq"]
-        mean.mul_(first).add_(low, alpha=1 - first)
-        square.mul_(second).addcmul_(low, low, value=1 - second)
+        mean.mul_(first).add_(moment_grad, alpha=1 - first)
+        square.mul_(second).addcmul_(moment_grad, moment_grad, value=1 - second)
         return mean / square.sqrt().add_(group["eps"])
 
 
@@ -220,20 +227,20 @@ class GaLore(GaLoreAdamW):
         **kwargs: Any,
     ):
         own = {"rank": rank, "update_gap": update_gap, "scale": scale}
-        self.projection = own if rank is not None else {}
+        self.projection_settings = own if rank is not None else {}
         self.targets, self.per_layer = re.compile(targets), per_layer
-        self.chosen: set[Tensor] = set()
-        self.in_backward = InBackward(self.update_in_backward)
+        self.projected_params: set[Tensor] = set()
+        self.in_backward = OptimizerInBackward(self.update_in_backward)
         super().__init__(params, lr, **kwargs)
-        self.register_step_post_hook(self.in_backward.finish)
+        self.register_step_post_hook(self.in_backward.reset)
         groups = [(param, group) for group in self.param_groups for param in group["params"]]
-        if rank is not None and not any(self.projects(*pair) for pair in groups):
+        if rank is not None and not any(self.is_projected(*pair) for pair in groups):
             raise ValueError(
                 f"GaLore would project none of {len(groups)} parameters: take a smaller rank than "
                 f"{rank}, or targets that are in their names."
             )
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Adds named parameters, and chooses which are projected.
 
         Args:
@@ -245,23 +252,23 @@ class GaLore(GaLoreAdamW):
                 "per_layer leaves no gradient to clip: set max_grad_norm to .inf, or leave "
                 "per_layer out."
             )
-        super().add_param_group({**self.projection, **param_group})
+        super().add_param_group({**self.projection_settings, **param_group})
         added = self.param_groups[-1]
-        if self.projection and "param_names" not in added:
+        if self.projection_settings and "param_names" not in added:
             raise ValueError(
                 "GaLore chooses by name what it projects: give it (name, tensor) pairs, such as "
                 "model.named_parameters()."
             )
         for name, param in zip(added.get("param_names", ()), added["params"], strict=False):
             if self.targets.search(name):
-                self.chosen.add(param)
+                self.projected_params.add(param)
         if self.per_layer:
-            self.in_backward.watch(added["params"], len(self.param_groups) - 1)
+            self.in_backward.register_hooks(added["params"], len(self.param_groups) - 1)
 
-    def projects(self, param: Tensor, group: Group) -> bool:
+    def is_projected(self, param: Tensor, group: ParamGroup) -> bool:
         """Whether a parameter is a chosen matrix on which projection saves memory."""
-        return param in self.chosen and super().projects(param, group)
+        return param in self.projected_params and super().is_projected(param, group)
 
     def update_in_backward(self, number: int, param: Tensor, gradient: Tensor) -> None:
         """One step of one parameter of the group with that number."""
-        self.update(param, gradient, self.param_groups[number])
+        self.update_param(param, gradient, self.param_groups[number])

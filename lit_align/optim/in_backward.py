@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 
-class InBackward:
+class OptimizerInBackward:
     """Updates each watched parameter as soon as its gradient is complete, and frees the gradient.
 
     A second gradient before the optimizer's `step` is refused: k micro-batches would make k steps
@@ -24,9 +24,9 @@ class InBackward:
 
     def __init__(self, update: Callable[[int, Tensor, Tensor], None]):
         self.update = weakref.WeakMethod(update)
-        self.done: set[Tensor] = set()
+        self.updated: set[Tensor] = set()
 
-    def watch(self, params: Iterable[Tensor], number: int) -> None:
+    def register_hooks(self, params: Iterable[Tensor], number: int) -> None:
         """Updates parameters in backward from now on.
 
         Args:
@@ -34,30 +34,30 @@ class InBackward:
             number: The group's; the group itself is another object after a resume.
         """
         for param in params:
-            param.register_post_accumulate_grad_hook(partial(self.step, number))
+            param.register_post_accumulate_grad_hook(partial(self.update_param, number))
 
-    def step(self, number: int, param: Tensor) -> None:
+    def update_param(self, number: int, param: Tensor) -> None:
         """Updates one parameter, whose gradient has just become complete."""
         update = self.update()
         if update is None:
             return
-        many = distributed.is_initialized() and distributed.get_world_size() > 1
-        if many and not isinstance(param, DTensor):
+        is_distributed = distributed.is_initialized() and distributed.get_world_size() > 1
+        if is_distributed and not isinstance(param, DTensor):
             raise ValueError(
                 "per_layer under DDP would step on the gradient of one rank: shard with FSDP2, or "
                 "leave per_layer out."
             )
-        if param in self.done:
+        if param in self.updated:
             raise ValueError(
                 "per_layer steps during backward, and a step may have one backward only: raise "
                 "microbatch_tokens until a batch is one micro-batch, or leave per_layer out."
             )
         if param.grad is None:
             raise ValueError("per_layer: another optimizer has taken this parameter's gradient.")
-        self.done.add(param)
+        self.updated.add(param)
         update(number, param, param.grad)
         param.grad = None
 
-    def finish(self, *call: Any) -> None:
+    def reset(self, *call: Any) -> None:
         """Allows the next backward; to be called after the optimizer's `step`."""
-        self.done.clear()
+        self.updated.clear()

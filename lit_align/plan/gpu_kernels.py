@@ -12,12 +12,12 @@ from torch.nn.attention import varlen
 from lit_align.functional import sparse_low_rank
 
 aten = torch.ops.aten
-HALVES = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 MIB = 2**20  # bytes
-KEPT = 32 * MIB  # cuBLAS's workspace per thread on Hopper; older cards have 8
+CUBLAS_WORKSPACE = 32 * MIB  # cuBLAS's workspace per thread on Hopper; older cards have 8
 
 
-def attention(
+def gpu_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -42,28 +42,28 @@ def attention(
         scale: As in torch.
         enable_gqa: Whether heads share keys and values.
     """
-    query, key, value = (autocast(x) for x in (query, key, value))
-    given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
-    kernel, more = aten._scaled_dot_product_attention_math, {"enable_gqa": enable_gqa}
-    if query.dtype in HALVES and attn_mask is None and query.shape[-1] <= 256:
-        kernel, more = aten._scaled_dot_product_flash_attention, {}
-        given = (query, key, value, dropout_p, is_causal, False)
+    query, key, value = (cast_for_autocast(x) for x in (query, key, value))
+    arguments: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
+    kernel, options = aten._scaled_dot_product_attention_math, {"enable_gqa": enable_gqa}
+    if query.dtype in HALF_DTYPES and attn_mask is None and query.shape[-1] <= 256:
+        kernel, options = aten._scaled_dot_product_flash_attention, {}
+        arguments = (query, key, value, dropout_p, is_causal, False)
     elif query.shape[1] == key.shape[1]:
-        kernel, more = aten._scaled_dot_product_efficient_attention, {}
-        bias = None if attn_mask is None else added(attn_mask, query, key)
+        kernel, options = aten._scaled_dot_product_efficient_attention, {}
+        bias = None if attn_mask is None else additive_mask(attn_mask, query, key)
         trains = torch.is_grad_enabled() and query.requires_grad
-        given = (query, key, value, bias, trains, dropout_p, is_causal)
-    attended: Tensor = kernel(*given, scale=scale, **more)[0]
-    return attended
+        arguments = (query, key, value, bias, trains, dropout_p, is_causal)
+    output: Tensor = kernel(*arguments, scale=scale, **options)[0]
+    return output
 
 
-def autocast(tensor: Tensor) -> Tensor:
+def cast_for_autocast(tensor: Tensor) -> Tensor:
     """In the type of autocast, where that is on."""
-    on = torch.is_autocast_enabled("cpu")
-    return tensor.to(torch.get_autocast_dtype("cpu")) if on else tensor
+    is_enabled = torch.is_autocast_enabled("cpu")
+    return tensor.to(torch.get_autocast_dtype("cpu")) if is_enabled else tensor
 
 
-def added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def additive_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """[N, heads, t, s] what a mask adds to the products.
 
     Args:
@@ -76,7 +76,7 @@ def added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-def norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
+def gpu_rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
     """`rms_norm` by the one kernel that a GPU has for it.
 
     Args:
@@ -85,11 +85,11 @@ def norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float) -
         weight: [H].
         eps: As in torch.
     """
-    normed: Tensor = _Norm.apply(x, weight)
+    normed: Tensor = _FusedRMSNorm.apply(x, weight)
     return normed
 
 
-class _Norm(torch.autograd.Function):
+class _FusedRMSNorm(torch.autograd.Function):
     """Keeps its input, its weight and one fp32 number of each row."""
 
     @staticmethod
@@ -99,12 +99,14 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        wanted = zip(ctx.saved_tensors[:2], ctx.needs_input_grad, strict=True)
-        of_x, of_weight = (torch.empty_like(each) if asks else None for each, asks in wanted)
+        requested = zip(ctx.saved_tensors[:2], ctx.needs_input_grad, strict=True)
+        of_x, of_weight = (
+            torch.empty_like(each) if is_requested else None for each, is_requested in requested
+        )
         return of_x, of_weight
 
 
-def flash_on_cpu(query: Tensor, key: Tensor, *others: object) -> int:
+def cpu_flash_scratch(query: Tensor, key: Tensor, *others: object) -> int:
     """Bytes that the CPU's flash attention takes inside, forward, per thread."""
     rows, columns = query.shape[-2], key.shape[-2]
     split = 256 if rows >= 768 else 64 if rows >= 192 else 32
@@ -112,13 +114,13 @@ def flash_on_cpu(query: Tensor, key: Tensor, *others: object) -> int:
     return torch.get_num_threads() * 4 * split * (across + 2 + query.shape[-1])
 
 
-def drawn_on_cpu(values: Tensor, size: int, seed: int) -> int:
+def draw_support_scratch(values: Tensor, size: int, seed: int) -> int:
     """Bytes that `draw_support` takes beside its result: sorting keeps five copies of a draw."""
-    few = min(len(values), size - len(values))
-    return size + 8 * len(values) if few < len(values) else 36 * few
+    num_drawn = min(len(values), size - len(values))
+    return size + 8 * len(values) if num_drawn < len(values) else 36 * num_drawn
 
 
-def flash_backward(grad: Tensor, query: Tensor, key: Tensor, *others: Tensor) -> int:
+def flash_backward_scratch(grad: Tensor, query: Tensor, key: Tensor, *others: Tensor) -> int:
     """Bytes inside the backward of packed flash attention: sums in fp32, keys of all heads.
 
     Args:
@@ -133,22 +135,22 @@ def flash_backward(grad: Tensor, query: Tensor, key: Tensor, *others: Tensor) ->
     return sums + (4 * tokens * heads * width if key.shape[1] < heads else 0)
 
 
-def counted_on_card(size: int) -> int:
+def round_to_cuda_block(size: int) -> int:
     """What a GPU's allocator counts for a block of so many bytes.
 
     A multiple of 512. From 10 MiB on, memory comes in multiples of 2 MiB, of which a rest of at
     most 1 MiB serves nobody else.
     """
-    whole = -(-size // (2 * MIB)) * 2 * MIB
-    if size >= 10 * MIB and whole - size <= MIB:
-        return whole
+    rounded = -(-size // (2 * MIB)) * 2 * MIB
+    if size >= 10 * MIB and rounded - size <= MIB:
+        return rounded
     return -(-size // 512) * 512
 
 
-SCRATCH: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: flash_on_cpu,
-    sparse_low_rank.draw_support._opoverload: drawn_on_cpu,
+CPU_SCRATCH: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: cpu_flash_scratch,
+    sparse_low_rank.draw_support._opoverload: draw_support_scratch,
 }
-SCRATCH_ON_CARD: dict[Any, Callable[..., int]] = {
-    varlen._varlen_attn_backward._opoverload: flash_backward,
+GPU_SCRATCH: dict[Any, Callable[..., int]] = {
+    varlen._varlen_attn_backward._opoverload: flash_backward_scratch,
 }

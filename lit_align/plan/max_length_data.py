@@ -10,45 +10,48 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_align.batches import Answer, AnyBatch, Experience, Pairs, Tokens
-from lit_align.data.base import TextData
+from lit_align.batches import AnyBatch, Experience, OfflineResponse, PreferenceBatch, TextBatch
+from lit_align.data.base import TextDataModule
 from lit_align.data.instructions import InstructionData
 from lit_align.data.preferences import PreferenceData
 from lit_align.data.prompts import PromptData
 from lit_align.data.rated_pairs import RatedPairs
+from lit_align.errors import UserError
 
-BATCHES = 2  # the first makes the optimizer's state, the second has it from the beginning
-FIRST = 4  # token ids from here on are words, in every vocabulary that a test may have
+NUM_BATCHES = 2  # the first makes the optimizer's state, the second has it from the beginning
+FIRST_TOKEN_ID = 4  # token ids from here on are words, in every vocabulary that a test may have
 
 
-class Longest(LightningDataModule):
+class MaxLengthData(LightningDataModule):
     """Batches whose every row is as long as the data section allows.
 
     Args:
         data: The data section; its rows are never read.
         prompt_tokens: Of each prompt; by default the most that data allow.
-        answer_tokens: Of each answer that comes with the data.
-        num_stored: Such answers per prompt.
+        response_tokens: Of each answer that comes with the data.
+        num_offline_samples: Such answers per prompt.
         vocabulary: Token ids are below.
     """
 
     def __init__(
         self,
-        data: TextData,
+        data: TextDataModule,
         prompt_tokens: int | None = None,
-        answer_tokens: int = 0,
-        num_stored: int = 0,
+        response_tokens: int = 0,
+        num_offline_samples: int = 0,
         vocabulary: int = 5,
     ):
         super().__init__()
-        self.kind, self.batch_size, self.vocabulary = type(data), data.batch_size, vocabulary
-        most = data.max_prompt_tokens if isinstance(data, PromptData) else longest_text(data)
-        self.width = prompt_tokens or most
-        if self.width > most:
-            raise ValueError(
-                f"--prompt_tokens {self.width} is more than the {most} that the data allow."
+        self.data_class, self.batch_size, self.vocabulary = type(data), data.batch_size, vocabulary
+        max_tokens = (
+            data.max_prompt_tokens if isinstance(data, PromptData) else max_text_tokens(data)
+        )
+        self.width = prompt_tokens or max_tokens
+        if self.width > max_tokens:
+            raise UserError(
+                f"--prompt_tokens {self.width} is more than the {max_tokens} that the data allow."
             )
-        self.answer_tokens, self.num_stored = answer_tokens, num_stored
+        self.response_tokens, self.num_offline_samples = response_tokens, num_offline_samples
         self.tokenizer = SimpleNamespace(pad_token_id=0)
         self.stop_ids: list[int] = []  # no answer ends early
 
@@ -58,63 +61,73 @@ class Longest(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[int]:
         """Two batches."""
-        numbers: Any = range(BATCHES)
-        return DataLoader(numbers, batch_size=1, collate_fn=self.batch)
+        indices: Any = range(NUM_BATCHES)
+        return DataLoader(indices, batch_size=1, collate_fn=self.batch)
 
-    def batch(self, numbers: list[int]) -> AnyBatch:
+    def batch(self, indices: list[int]) -> AnyBatch:
         """One batch, whatever its number."""
-        if issubclass(self.kind, PromptData):
-            return self.prompts()
-        return self.texts() if issubclass(self.kind, InstructionData) else self.pairs()
+        if issubclass(self.data_class, PromptData):
+            return self.prompt_batch()
+        return (
+            self.text_batch() if issubclass(self.data_class, InstructionData) else self.pair_batch()
+        )
 
-    def ids(self) -> tuple[Tensor, list[int]]:
+    def random_ids(self) -> tuple[Tensor, list[int]]:
         """[B, T] token ids, and the rows' lengths: each other one is a token shorter.
 
         Rows of one length would need no mask and no moving, which no data set spares.
         """
         lengths = [max(self.width - row % 2, 1) for row in range(self.batch_size)]
-        return torch.randint(FIRST, self.vocabulary, (self.batch_size, self.width)), lengths
+        return torch.randint(
+            FIRST_TOKEN_ID, self.vocabulary, (self.batch_size, self.width)
+        ), lengths
 
-    def prompts(self) -> Experience:
+    def prompt_batch(self) -> Experience:
         """Prompts, left-padded, and what the data answer."""
-        (tokens, lengths), rows = self.ids(), self.batch_size
-        spare = self.width - torch.tensor(lengths).unsqueeze(1)
-        answer = Answer([FIRST] * self.answer_tokens, None, None)
-        stored = {"answers": [[answer] * self.num_stored] * rows} if self.num_stored else {}
+        (tokens, lengths), rows = self.random_ids(), self.batch_size
+        num_padding = self.width - torch.tensor(lengths).unsqueeze(1)
+        answer = OfflineResponse([FIRST_TOKEN_ID] * self.response_tokens, None, None)
+        offline = (
+            {"offline_responses": [[answer] * self.num_offline_samples] * rows}
+            if self.num_offline_samples
+            else {}
+        )
         return Experience(
             {"prompt": [""] * rows},
             prompts=tokens,
-            prompt_mask=torch.arange(self.width) >= spare,
+            prompt_mask=torch.arange(self.width) >= num_padding,
             prompt_lengths=lengths,
-            **stored,
+            **offline,
         )
 
-    def texts(self) -> Tokens:
+    def text_batch(self) -> TextBatch:
         """Texts that are learnt from the second token on."""
-        tokens, lengths = self.ids()
-        real = torch.arange(self.width) < torch.tensor(lengths).unsqueeze(1)
-        learnt = real & (torch.arange(self.width) > 0)
-        return Tokens(tokens=tokens, token_mask=real, loss_mask=learnt, lengths=lengths)
+        tokens, lengths = self.random_ids()
+        token_mask = torch.arange(self.width) < torch.tensor(lengths).unsqueeze(1)
+        loss_mask = token_mask & (torch.arange(self.width) > 0)
+        return TextBatch(
+            tokens=tokens, token_mask=token_mask, target_mask=loss_mask, lengths=lengths
+        )
 
-    def pairs(self) -> Pairs:
+    def pair_batch(self) -> PreferenceBatch:
         """Pairs of two such texts."""
         sides: dict[str, Any] = {}
         for side in ("chosen", "rejected"):
-            text = self.texts()
+            text = self.text_batch()
             sides |= {
                 side: text.tokens,
                 f"{side}_mask": text.token_mask,
-                f"{side}_loss_mask": text.loss_mask,
+                f"{side}_target_mask": text.target_mask,
                 f"{side}_lengths": text.lengths,
             }
         margin = torch.zeros(self.batch_size)
-        return Pairs(**sides, margin=margin, fingerprints=[0] * self.batch_size)
+        return PreferenceBatch(**sides, margin=margin, fingerprints=[0] * self.batch_size)
 
 
-def longest_text(data: TextData) -> int:
+def max_text_tokens(data: TextDataModule) -> int:
     """Most tokens of a text that a data module lets through."""
     if not isinstance(data, PreferenceData | RatedPairs | InstructionData):
-        raise ValueError(
+        raise UserError(
             f"plan knows how long the texts of PromptData, InstructionData, PreferenceData and "
             f"RatedPairs may be, and of {type(data).__name__} it does not: take one of these."
         )

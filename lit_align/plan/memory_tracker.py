@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed._tools.common_utils import get_untyped_storages
 
 
-class Kind(StrEnum):
+class MemoryKind(StrEnum):
     """What bytes are for."""
 
     PARAMETERS = "parameters"
@@ -26,66 +26,77 @@ class Kind(StrEnum):
     GATHERED = "gathered"  # other ranks' shares of weights, and buffers of collectives
 
 
-class Place(StrEnum):
+class MemoryLocation(StrEnum):
     """Where bytes are."""
 
     DEVICE = "device"
     HOST = "host"
 
 
-class Height(NamedTuple):
+class EstimatedPeak(NamedTuple):
     """The most bytes of a phase in one place.
 
     Args:
         total: Bytes.
         by_kind: The same, by what they are for.
-        moment: What was computed then.
+        operation: What was computed then.
     """
 
     total: int
-    by_kind: dict[Kind, int]
-    moment: str
+    by_kind: dict[MemoryKind, int]
+    operation: str
 
 
-Moment = tuple[Any, bool, bool]  # what was computed, in a backward or not, with gradients or not
-Moments = dict[Moment, Height]  # the most of the device at each
+OpContext = tuple[Any, bool, bool]  # what was computed, in a backward or not, with gradients or not
+PeaksByContext = dict[OpContext, EstimatedPeak]  # the most of the device at each
 
 
-class Block:
+class TrackedStorage:
     """A storage that is there.
 
     Args:
         size: Bytes.
         kind: What for.
-        place: Where.
-        weak: Tells when the storage is gone.
+        location: Where.
+        storage_ref: Tells when the storage is gone.
     """
 
-    __slots__ = ("kind", "place", "size", "weak")
+    __slots__ = ("kind", "location", "size", "storage_ref")
 
     def __init__(
-        self, size: int, kind: Kind, place: Place, weak: weakref.ref[torch.UntypedStorage]
+        self,
+        size: int,
+        kind: MemoryKind,
+        location: MemoryLocation,
+        storage_ref: weakref.ref[torch.UntypedStorage],
     ):
-        self.size, self.kind, self.place, self.weak = size, kind, place, weak
+        self.size, self.kind, self.location, self.storage_ref = size, kind, location, storage_ref
 
 
-class Ledger:
+class MemoryTracker:
     """Counts storages while they live; a watcher of an algorithm's phases.
 
     Args:
-        rounded: Bytes that an allocator counts for a block of so many.
+        round_size: Bytes that an allocator counts for a block of so many.
     """
 
-    def __init__(self, rounded: Callable[[int], int] = int):
-        self.rounded = rounded
-        self.blocks: dict[int, Block] = {}  # by the storage's identity
-        self.held: dict[Place, Counter[Kind]] = {place: Counter() for place in Place}
-        self.total: dict[Place, int] = dict.fromkeys(Place, 0)
-        self.blind = False  # whether what is made now takes no bytes
-        self.new: tuple[Place, Kind | None] = (Place.DEVICE, None)  # what is made now
-        self.heights: dict[str, dict[Place, Height]] = {}
-        self.moments: dict[str, Moments] = {}  # by phase, the most at each of its moments
-        self.most: dict[Place, Height] = {}
+    def __init__(self, round_size: Callable[[int], int] = int):
+        self.round_size = round_size
+        self.blocks: dict[int, TrackedStorage] = {}  # by the storage's identity
+        self.bytes_by_kind: dict[MemoryLocation, Counter[MemoryKind]] = {
+            location: Counter() for location in MemoryLocation
+        }
+        self.total: dict[MemoryLocation, int] = dict.fromkeys(MemoryLocation, 0)
+        self.is_ignoring = False  # whether what is made now takes no bytes
+        self.target: tuple[MemoryLocation, MemoryKind | None] = (
+            MemoryLocation.DEVICE,
+            None,
+        )  # what is made now
+        self.peaks: dict[str, dict[MemoryLocation, EstimatedPeak]] = {}
+        self.peaks_by_context: dict[
+            str, PeaksByContext
+        ] = {}  # by phase, the most at each of its moments
+        self.phase_peaks: dict[MemoryLocation, EstimatedPeak] = {}
         self.begin("load")
 
     # Phases --------------------------------------------------------------------------------------
@@ -93,46 +104,55 @@ class Ledger:
     def begin(self, phase: str) -> None:
         """A phase starts: the highest so far is what is there."""
         self.phase = phase
-        self.most = {place: self.height(place) for place in Place}
-        self.most_at: Moments = {("", False, False): self.most[Place.DEVICE]}
+        self.phase_peaks = {location: self.current_peak(location) for location in MemoryLocation}
+        self.phase_peaks_by_context: PeaksByContext = {
+            ("", False, False): self.phase_peaks[MemoryLocation.DEVICE]
+        }
 
     def end(self, phase: str) -> None:
-        """Keeps the phase's heights, where they are the largest."""
-        known = self.heights.setdefault(phase, dict(self.most))
-        for place, height in self.most.items():
-            if height.total > known[place].total:
-                known[place] = height
-        moments = self.moments.setdefault(self.phase, {})
-        for moment, height in self.most_at.items():
-            if moment not in moments or height.total > moments[moment].total:
-                moments[moment] = height
+        """Keeps the phase's peaks, where they are the largest."""
+        known = self.peaks.setdefault(phase, dict(self.phase_peaks))
+        for location, peak in self.phase_peaks.items():
+            if peak.total > known[location].total:
+                known[location] = peak
+        peaks = self.peaks_by_context.setdefault(self.phase, {})
+        for context, peak in self.phase_peaks_by_context.items():
+            if context not in peaks or peak.total > peaks[context].total:
+                peaks[context] = peak
 
-    def height(self, place: Place, function: Any = "", inside: int = 0) -> Height:
+    def current_peak(
+        self, location: MemoryLocation, function: Any = "", scratch_bytes: int = 0
+    ) -> EstimatedPeak:
         """What is there now; `note` explains the arguments."""
-        by_kind = dict(self.held[place])
-        by_kind[Kind.TEMPORARIES] = by_kind.get(Kind.TEMPORARIES, 0) + inside
+        by_kind = dict(self.bytes_by_kind[location])
+        by_kind[MemoryKind.TEMPORARIES] = by_kind.get(MemoryKind.TEMPORARIES, 0) + scratch_bytes
         backward = torch._C._current_graph_task_id() != -1
-        way = "backward" if backward else "forward" if torch.is_grad_enabled() else "no gradients"
-        return Height(self.total[place] + inside, by_kind, f"{function}, {way}" if function else "")
+        mode = "backward" if backward else "forward" if torch.is_grad_enabled() else "no gradients"
+        return EstimatedPeak(
+            self.total[location] + scratch_bytes, by_kind, f"{function}, {mode}" if function else ""
+        )
 
-    def note(self, function: Any, inside: int = 0) -> None:
+    def update_peaks(self, function: Any, scratch_bytes: int = 0) -> None:
         """Notes what is there now, if it is the most of the phase.
 
         Args:
             function: What has just been computed.
-            inside: Bytes that it has taken and given back.
+            scratch_bytes: Bytes that it has taken and given back.
         """
-        for place, most in self.most.items():
-            if self.total[place] + inside > most.total:
-                self.most[place] = self.height(place, function, inside)
+        for location, peak in self.phase_peaks.items():
+            if self.total[location] + scratch_bytes > peak.total:
+                self.phase_peaks[location] = self.current_peak(location, function, scratch_bytes)
         backward = torch._C._current_graph_task_id() != -1
-        moment, known = (function, backward, torch.is_grad_enabled()), self.most_at
-        if moment not in known or self.total[Place.DEVICE] + inside > known[moment].total:
-            known[moment] = self.height(Place.DEVICE, function, inside)
+        context, known = (function, backward, torch.is_grad_enabled()), self.phase_peaks_by_context
+        if (
+            context not in known
+            or self.total[MemoryLocation.DEVICE] + scratch_bytes > known[context].total
+        ):
+            known[context] = self.current_peak(MemoryLocation.DEVICE, function, scratch_bytes)
 
     # Storages ------------------------------------------------------------------------------------
 
-    def see(self, storage: torch.UntypedStorage, kind: Kind) -> bool:
+    def track(self, storage: torch.UntypedStorage, kind: MemoryKind) -> bool:
         """Counts a storage from now on; whether it is a new one.
 
         Args:
@@ -142,63 +162,65 @@ class Ledger:
         key = id(storage)
         if key in self.blocks:
             return False
-        weak = weakref.ref(storage, lambda _: self.gone(key))
-        place, told = self.new
-        self.blocks[key] = block = Block(0, told or kind, place, weak)
-        self.resize(block, 0 if self.blind else storage.nbytes())
+        storage_ref = weakref.ref(storage, lambda _: self.forget(key))
+        location, target_kind = self.target
+        self.blocks[key] = block = TrackedStorage(0, target_kind or kind, location, storage_ref)
+        self.resize(block, 0 if self.is_ignoring else storage.nbytes())
         return True
 
     @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """What is made inside takes no bytes."""
-        self.blind = True
+    def ignore_allocations(self) -> Iterator[None]:
+        """What is made scratch_bytes takes no bytes."""
+        self.is_ignoring = True
         try:
             yield
         finally:
-            self.blind = False
+            self.is_ignoring = False
 
-    def gone(self, key: int) -> None:
+    def forget(self, key: int) -> None:
         """A storage is no more."""
         self.resize(self.blocks.pop(key), 0)
 
-    def resize(self, block: Block, size: int) -> None:
+    def resize(self, block: TrackedStorage, size: int) -> None:
         """A storage has so many bytes from now on."""
-        rounded = self.rounded(size)
-        self.held[block.place][block.kind] += rounded - block.size
-        self.total[block.place] += rounded - block.size
-        block.size = rounded
+        num_bytes = self.round_size(size)
+        self.bytes_by_kind[block.location][block.kind] += num_bytes - block.size
+        self.total[block.location] += num_bytes - block.size
+        block.size = num_bytes
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
+    def update_size(self, storage: torch.UntypedStorage) -> None:
         """A storage has been emptied or filled."""
         block = self.blocks.get(id(storage))
         if block is not None:
             self.resize(block, storage.nbytes())
-            self.note("resize")
+            self.update_peaks("resize")
 
-    def tell(self, tensor: Tensor, kind: Kind | None = None, place: Place | None = None) -> None:
+    def label(
+        self, tensor: Tensor, kind: MemoryKind | None = None, location: MemoryLocation | None = None
+    ) -> None:
         """Says what a tensor is for, or where it is now.
 
         Args:
             tensor: A plain one, or a subclass that consists of some.
             kind: If it is another than so far.
-            place: If it is another than so far.
+            location: If it is another than so far.
         """
         for storage in get_untyped_storages(tensor):
-            self.see(storage, kind or Kind.TEMPORARIES)
+            self.track(storage, kind or MemoryKind.TEMPORARIES)
             block = self.blocks[id(storage)]
             size = block.size
             self.resize(block, 0)
-            block.kind, block.place = kind or block.kind, place or block.place
+            block.kind, block.location = kind or block.kind, location or block.location
             self.resize(block, size)
 
-    def empty(self, tensor: Tensor) -> None:
+    def release(self, tensor: Tensor) -> None:
         """A tensor's memory is given back while the tensor stays: it sleeps elsewhere."""
         for storage in get_untyped_storages(tensor):
-            self.see(storage, Kind.PARAMETERS)
+            self.track(storage, MemoryKind.PARAMETERS)
             self.resize(self.blocks[id(storage)], 0)
 
-    def fill(self, tensor: Tensor) -> None:
+    def restore(self, tensor: Tensor) -> None:
         """It is there again."""
         for storage in get_untyped_storages(tensor):
             self.resize(self.blocks[id(storage)], storage.nbytes())
-        self.note("wake")
+        self.update_peaks("wake")

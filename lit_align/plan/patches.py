@@ -21,28 +21,28 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import DynamicCache, PreTrainedModel, masking_utils
 
+from lit_align.errors import UserError
 from lit_align.functional import logprobs
 from lit_align.models import backbone, policy
-from lit_align.models.backbone import Backbone
 from lit_align.models.generation import prefill
-from lit_align.models.generation.static_cache import FixedContext
+from lit_align.models.generation.static_cache import StaticDecodeState
 from lit_align.models.kernels import rms_norm as norms
-from lit_align.models.kernels import varlen_attention as packing
+from lit_align.models.kernels import varlen_attention
 from lit_align.models.parallel import sharding
-from lit_align.models.parallel.offload import Sleeper, stays
+from lit_align.models.parallel.offload import OffloadedTensors, is_pinned_to_device
 from lit_align.models.policy import Policy
-from lit_align.plan.architectures import empty_weights
-from lit_align.plan.decode_steps import last_tokens, read_ends
-from lit_align.plan.dispatch_mode import making
-from lit_align.plan.gpu_kernels import attention, norm
-from lit_align.plan.memory_tracker import Kind, Ledger, Place
+from lit_align.plan.architectures import build_without_weights
+from lit_align.plan.decode_steps import decode_first_and_last, prefill_first_and_last
+from lit_align.plan.dispatch_mode import attribute_to
+from lit_align.plan.gpu_kernels import gpu_attention, gpu_rms_norm
+from lit_align.plan.memory_tracker import MemoryKind, MemoryLocation, MemoryTracker
 from lit_align.rewards import reward_model as learned
 
-compare_norms = norms.says_the_same  # as it is outside of a plan
+compare_norms = norms.outputs_match  # as it is outside of a plan
 
 
-class OneOfMany(ClusterEnvironment):
-    """The first of N ranks, of which nobody starts the others.
+class FakeCluster(ClusterEnvironment):
+    """The first of N ranks, of which nobody starts the replacements.
 
     Args:
         ranks: N.
@@ -85,7 +85,7 @@ class OneOfMany(ClusterEnvironment):
 
 
 @contextmanager
-def group_of(ranks: int) -> Iterator[None]:
+def fake_process_group(ranks: int) -> Iterator[None]:
     """A process group of so many ranks in which nobody answers."""
     distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
@@ -96,11 +96,11 @@ def group_of(ranks: int) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(owner: Any, **others: Any) -> Iterator[None]:
+def patch(owner: Any, **replacements: Any) -> Iterator[None]:
     """Other attributes for a while."""
-    before = {name: getattr(owner, name) for name in others}
-    for name, other in others.items():
-        setattr(owner, name, other)
+    before = {name: getattr(owner, name) for name in replacements}
+    for name, new in replacements.items():
+        setattr(owner, name, new)
     try:
         yield
     finally:
@@ -109,73 +109,82 @@ def replaced(owner: Any, **others: Any) -> Iterator[None]:
 
 
 @contextmanager
-def told(ledger: Ledger) -> Iterator[None]:
-    """Caches, collectives and storages that change their size say so to the ledger."""
+def track_patched_calls(tracker: MemoryTracker) -> Iterator[None]:
+    """Caches, collective_patches and storages that change their size say so to the tracker."""
     resize = torch.UntypedStorage.resize_
     shape_of = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         resize(storage, size)
-        ledger.resized(storage)
+        tracker.update_size(storage)
         return storage
 
-    def unseen(*args: Any) -> Any:  # tensors of whole shapes without memory
-        with ledger.unseen():
+    def infer_shape_untracked(*args: Any) -> Any:  # tensors of whole shapes without memory
+        with tracker.ignore_allocations():
             return shape_of(*args)
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(ShardingPropagator, _propagate_tensor_meta_non_cached=unseen))
-        stack.enter_context(replaced(torch.UntypedStorage, resize_=resized))
-        stack.enter_context(replaced(FSDPParamGroup, **collectives(ledger)))
-        cached = of_kind(ledger, Kind.CACHE, DynamicCache, "update", "batch_select_indices")
-        stack.enter_context(replaced(DynamicCache, **cached))
-        stack.enter_context(replaced(prefill, **of_kind(ledger, Kind.CACHE, prefill, "joined")))
-        fixed = of_kind(ledger, Kind.CACHE, FixedContext, "fix")
-        stack.enter_context(replaced(FixedContext, **fixed))
+        stack.enter_context(
+            patch(ShardingPropagator, _propagate_tensor_meta_non_cached=infer_shape_untracked)
+        )
+        stack.enter_context(patch(torch.UntypedStorage, resize_=resized))
+        stack.enter_context(patch(FSDPParamGroup, **collective_patches(tracker)))
+        cached = attribute_methods(
+            tracker, MemoryKind.CACHE, DynamicCache, "update", "batch_select_indices"
+        )
+        stack.enter_context(patch(DynamicCache, **cached))
+        stack.enter_context(
+            patch(prefill, **attribute_methods(tracker, MemoryKind.CACHE, prefill, "concat_caches"))
+        )
+        fixed = attribute_methods(tracker, MemoryKind.CACHE, StaticDecodeState, "allocate_static")
+        stack.enter_context(patch(StaticDecodeState, **fixed))
         yield
 
 
-def of_kind(ledger: Ledger, kind: Kind, owner: Any, *names: str) -> dict[str, Callable[..., Any]]:
+def attribute_methods(
+    tracker: MemoryTracker, kind: MemoryKind, owner: Any, *names: str
+) -> dict[str, Callable[..., Any]]:
     """Methods of a class or functions of a module, by name, that fill one category."""
 
-    def marked(method: Callable[..., Any]) -> Callable[..., Any]:
+    def with_attribution(method: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with making(ledger, kind, Place.DEVICE):
+            with attribute_to(tracker, kind, MemoryLocation.DEVICE):
                 return method(*args, **kwargs)
 
         return inside
 
-    return {name: marked(getattr(owner, name)) for name in names}
+    return {name: with_attribution(getattr(owner, name)) for name in names}
 
 
-def collectives(ledger: Ledger) -> dict[str, Callable[..., Any]]:
+def collective_patches(tracker: MemoryTracker) -> dict[str, Callable[..., Any]]:
     """FSDP2's, by name: what they gather, and the gradients that they leave."""
     names = ("unshard", "wait_for_unshard", "post_backward")
-    marked = of_kind(ledger, Kind.GATHERED, FSDPParamGroup, *names)
+    marked = attribute_methods(tracker, MemoryKind.GATHERED, FSDPParamGroup, *names)
     reduce = marked["post_backward"]
 
     def post_backward(group: FSDPParamGroup, *unused: Any) -> None:
         reduce(group, *unused)
         for param in group.fsdp_params:
-            whole = getattr(param, "unsharded_accumulated_grad", None)
-            for gradient in (param.sharded_param.grad, whole):
+            accumulated = getattr(param, "unsharded_accumulated_grad", None)
+            for gradient in (param.sharded_param.grad, accumulated):
                 if gradient is not None:
-                    ledger.tell(gradient, Kind.GRADIENTS)
+                    tracker.label(gradient, MemoryKind.GRADIENTS)
 
     return {**marked, "post_backward": post_backward}
 
 
 @contextmanager
-def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
+def fake_tensor_patches(tracker: MemoryTracker, memory: int) -> Iterator[None]:
     """Weights are not compared, answers run to their end, and `memory` bytes are to be had."""
 
-    def fits(model: Backbone) -> bool:
-        return sharding.room_for(model, memory - ledger.total[Place.DEVICE]) >= 0
+    def fits(model: nn.Module, unsharded_size: int) -> bool:
+        free = memory - tracker.total[MemoryLocation.DEVICE]
+        return sharding.memory_headroom(model, unsharded_size, free) >= 0
 
     def load(*args: Any) -> tuple[PreTrainedModel, list[str], None]:
         # where ranks share weights, each reads its own rows alone, once it knows which
-        with ledger.unseen() if args[-1] else nullcontext():
-            return empty_weights(*args)
+        with tracker.ignore_allocations() if args[-1] else nullcontext():
+            return build_without_weights(*args)
 
     search = masking_utils.find_packed_sequence_indices
 
@@ -183,41 +192,41 @@ def without_values(ledger: Ledger, memory: int) -> Iterator[None]:
         search(positions)
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(FakeTensor, __deepcopy__=copied))
-        stack.enter_context(replaced(nn.Module, _apply=applied))
-        stack.enter_context(replaced(masking_utils, find_packed_sequence_indices=no_packed_rows))
-        stack.enter_context(replaced(backbone, load_network=load))
-        stack.enter_context(replaced(learned, load_tokenizer=lambda *given: None))
-        stack.enter_context(replaced(policy, decode=last_tokens, largest=int))
-        stack.enter_context(replaced(prefill, read_parts=read_ends))
-        stack.enter_context(replaced(Policy, verify=verify))
-        stack.enter_context(replaced(norms, says_the_same=says_the_same))
-        stack.enter_context(replaced(sharding, fits=fits))
+        stack.enter_context(patch(FakeTensor, __deepcopy__=deepcopy_fake_tensor))
+        stack.enter_context(patch(nn.Module, _apply=apply_to_fake_weights))
+        stack.enter_context(patch(masking_utils, find_packed_sequence_indices=no_packed_rows))
+        stack.enter_context(patch(backbone, load_network=load))
+        stack.enter_context(patch(learned, load_tokenizer=lambda *given: None))
+        stack.enter_context(patch(policy, decode=decode_first_and_last, all_reduce_max=int))
+        stack.enter_context(patch(prefill, prefill_chunks=prefill_first_and_last))
+        stack.enter_context(patch(Policy, verify_weights=verify_from_config))
+        stack.enter_context(patch(norms, outputs_match=outputs_match_outside_plan))
+        stack.enter_context(patch(sharding, unsharded_weights_fit=fits))
         for module in (torch_optimizer, _foreach_utils):  # fake weights are steps' lists, too
             kinds = [*module._foreach_supported_types, FakeTensor]
-            stack.enter_context(replaced(module, _foreach_supported_types=kinds))
+            stack.enter_context(patch(module, _foreach_supported_types=kinds))
         yield
 
 
 @torch.no_grad()
-def verify(network: Policy) -> None:
-    """`Policy.verify` by what the configuration says."""
+def verify_from_config(network: Policy) -> None:
+    """`Policy.verify_weights` by what the configuration says."""
     if getattr(network.network.config, "final_logit_softcapping", None):
-        raise ValueError(
+        raise UserError(
             f"{network.name} changes its logits after the output head: soft-capped or scaled "
             f"logits are not supported."
         )
-    if not network.later:
-        network(network._faithful)
+    if not network.defers_loading:
+        network(network._head_difference)
 
 
-def says_the_same(norm: nn.Module, other: nn.Module, eps: float) -> bool:
-    """`norms.says_the_same` of real numbers and by the real function, where a plan has neither."""
-    with _disable_current_modes(), replaced(norms, rms_norm=rms_norm):
+def outputs_match_outside_plan(norm: nn.Module, other: nn.Module, eps: float) -> bool:
+    """`norms.outputs_match` of real numbers and by the real function, where a plan has neither."""
+    with _disable_current_modes(), patch(norms, rms_norm=rms_norm):
         return compare_norms(norm, other, eps)
 
 
-def applied(
+def apply_to_fake_weights(
     module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> nn.Module:
     """`Module._apply` for fake weights, which torch's own would swap; most changes are none."""
@@ -235,7 +244,7 @@ def applied(
     return module
 
 
-def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+def deepcopy_fake_tensor(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """`deepcopy` of a fake tensor; torch's own would copy the mode that it belongs to."""
     if id(tensor) not in memo:
         copy = tensor.detach().clone()
@@ -246,39 +255,41 @@ def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 @contextmanager
-def as_on_a_card(ledger: Ledger) -> Iterator[None]:
+def gpu_patches(tracker: MemoryTracker) -> Iterator[None]:
     """Kernels, optimizers and parking as on a GPU, of tensors that are on the CPU."""
-    places: dict[Sleeper, dict[Tensor, Tensor]] = {}
+    host_copies: dict[OffloadedTensors, dict[Tensor, Tensor]] = {}
 
-    def park(sleeper: Sleeper) -> None:
-        own = places.setdefault(sleeper, {})
+    def offload(sleeper: OffloadedTensors) -> None:
+        copies = host_copies.setdefault(sleeper, {})
         for tensor in sleeper.tensors():
-            if isinstance(tensor, DTensor) or stays(tensor):
+            if isinstance(tensor, DTensor) or is_pinned_to_device(tensor):
                 continue
-            if tensor not in own:
-                with making(ledger, Kind.PARAMETERS, Place.HOST):
-                    own[tensor] = torch.empty_like(tensor)
-            ledger.empty(tensor)
+            if tensor not in copies:
+                with attribute_to(tracker, MemoryKind.PARAMETERS, MemoryLocation.HOST):
+                    copies[tensor] = torch.empty_like(tensor)
+            tracker.release(tensor)
 
-    def wake(sleeper: Sleeper) -> None:
-        for tensor in places.get(sleeper, {}):
-            ledger.fill(tensor)
+    def reload(sleeper: OffloadedTensors) -> None:
+        for tensor in host_copies.get(sleeper, {}):
+            tracker.restore(tensor)
 
-    def lists() -> list[str]:
+    def supported_devices() -> list[str]:
         return ["cpu"]
 
-    stay = Policy.stays
+    original = Policy.uses_static_cache
 
-    def recorded(policy: Policy, device: torch.device) -> bool:
-        return stay(policy, torch.device("cuda"))
+    def uses_static_cache_on_gpu(policy: Policy, device: torch.device) -> bool:
+        return original(policy, torch.device("cuda"))
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(Sleeper, park=park, wake=wake))
-        stack.enter_context(replaced(torch.nn.functional, scaled_dot_product_attention=attention))
-        stack.enter_context(replaced(norms, rms_norm=norm))
-        stack.enter_context(replaced(Policy, stays=recorded))
-        stack.enter_context(replaced(packing, has_kernel=lambda kind: True))
-        stack.enter_context(replaced(logprobs, _sums_halves=lambda device: True))
+        stack.enter_context(patch(OffloadedTensors, offload=offload, reload=reload))
+        stack.enter_context(patch(torch.nn.functional, scaled_dot_product_attention=gpu_attention))
+        stack.enter_context(patch(norms, rms_norm=gpu_rms_norm))
+        stack.enter_context(patch(Policy, uses_static_cache=uses_static_cache_on_gpu))
+        stack.enter_context(patch(varlen_attention, has_varlen_kernel=lambda kind: True))
+        stack.enter_context(patch(logprobs, _has_fp32_accumulation=lambda device: True))
         for module in (torch_optimizer, _foreach_utils):
-            stack.enter_context(replaced(module, _get_foreach_kernels_supported_devices=lists))
+            stack.enter_context(
+                patch(module, _get_foreach_kernels_supported_devices=supported_devices)
+            )
         yield

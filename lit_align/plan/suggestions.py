@@ -7,29 +7,29 @@ from typing import NamedTuple
 
 from jsonargparse import Namespace
 
-from lit_align.plan.table import Plan
+from lit_align.plan.table import MemoryPlan
 
-Words = tuple[str, ...]  # of a command line
+Argv = tuple[str, ...]  # of a command line
 
 
-class Change(NamedTuple):
+class Suggestion(NamedTuple):
     """What a run would take.
 
     Args:
-        words: To be added to the command line.
+        argv: To be added to the command line.
         plan: Of the run with them, or why it is refused.
     """
 
-    words: Words
-    plan: Plan | str
+    argv: Argv
+    plan: MemoryPlan | str
 
     @property
     def fits(self) -> bool:
         """Whether it would run."""
-        return isinstance(self.plan, Plan) and self.plan.fits
+        return isinstance(self.plan, MemoryPlan) and self.plan.fits
 
 
-def candidates(config: Namespace, ranks: int) -> Iterator[Words]:
+def candidate_arguments(config: Namespace, ranks: int) -> Iterator[Argv]:
     """What might be changed in a run: first what changes seconds, then what changes the training.
 
     Args:
@@ -41,11 +41,11 @@ def candidates(config: Namespace, ranks: int) -> Iterator[Words]:
     network = model[role].get("init_args", model[role])
     if model.microbatch_tokens > 1024:
         yield "--model.microbatch_tokens", str(max(model.microbatch_tokens // 4, 1024))
-    if not network.checkpointing:
-        yield f"--model.{role}.checkpointing", "true"
-    yield from of_shards(trainer.strategy)
-    words = ("--trainer.devices", str(2 * ranks // trainer.num_nodes))
-    yield words if ranks > 1 else (*words, "--trainer.strategy", "fsdp2")
+    if not network.activation_checkpointing:
+        yield f"--model.{role}.activation_checkpointing", "true"
+    yield from fsdp2_candidates(trainer.strategy)
+    argv = ("--trainer.devices", str(2 * ranks // trainer.num_nodes))
+    yield argv if ranks > 1 else (*argv, "--trainer.strategy", "fsdp2")
     if data.batch_size > 1:
         yield "--data.batch_size", str(data.batch_size // 2)
     if "galore" not in str(model.optimizer.class_path).lower():
@@ -54,53 +54,55 @@ def candidates(config: Namespace, ranks: int) -> Iterator[Words]:
         yield "--config", "lora"
 
 
-def of_shards(strategy: Namespace | str) -> Iterator[Words]:
+def fsdp2_candidates(strategy: Namespace | str) -> Iterator[Argv]:
     """What FSDP2 may be told to keep less of.
 
     Args:
         strategy: A word or a class, of any kind.
     """
     if isinstance(strategy, Namespace) and strategy.class_path.endswith(".FSDP2"):
-        if strategy.init_args.sum_once:
-            yield "--trainer.strategy.sum_once", "false"
+        if not strategy.init_args.sync_every_microbatch:
+            yield "--trainer.strategy.sync_every_microbatch", "true"
         if not strategy.init_args.cpu_offload:
             yield "--trainer.strategy.cpu_offload", "true"
     elif strategy in ("fsdp", "fsdp2"):
         as_class = ("--trainer.strategy", "lit_align.models.parallel.fsdp2.FSDP2")
-        yield *as_class, "--trainer.strategy.sum_once", "false"
+        yield *as_class, "--trainer.strategy.sync_every_microbatch", "true"
         yield *as_class, "--trainer.strategy.cpu_offload", "true"
 
 
-def changes(words: list[Words], planned: Callable[[Words], Plan]) -> Iterator[Change]:
+def try_suggestions(
+    candidates: list[Argv], plan_with: Callable[[Argv], MemoryPlan]
+) -> Iterator[Suggestion]:
     """Each change by itself; and if none of them makes the run fit, more and more of them.
 
     Args:
-        words: Of each.
-        planned: From words that are added to what the run takes then.
+        candidates: Of each.
+        plan_with: From words that are added to what the run takes then.
     """
-    alone = []
-    for change in words:
-        alone.append(tried(change, planned))
-        yield alone[-1]
-    usable = [change for change in alone if isinstance(change.plan, Plan)]
-    fits = any(change.fits for change in alone)
-    together: Words = ()
-    for number, change in enumerate(usable):
-        together += change.words
+    single = []
+    for candidate in candidates:
+        single.append(try_suggestion(candidate, plan_with))
+        yield single[-1]
+    usable = [each for each in single if isinstance(each.plan, MemoryPlan)]
+    fits = any(each.fits for each in single)
+    combined: Argv = ()
+    for number, each in enumerate(usable):
+        combined += each.argv
         if number and not fits:
-            more = tried(together, planned)
-            fits = more.fits
-            yield more
+            suggestion = try_suggestion(combined, plan_with)
+            fits = suggestion.fits
+            yield suggestion
 
 
-def tried(words: Words, planned: Callable[[Words], Plan]) -> Change:
-    """A change that may be none for this run: its refusal is told to the user.
+def try_suggestion(argv: Argv, plan_with: Callable[[Argv], MemoryPlan]) -> Suggestion:
+    """A change that may be none for this run: its error is told to the user.
 
     Args:
-        words: To be added.
-        planned: As in `changes`.
+        argv: To be added.
+        plan_with: As in `try_suggestions`.
     """
     try:
-        return Change(words, planned(words))
-    except ValueError as refusal:
-        return Change(words, str(refusal))
+        return Suggestion(argv, plan_with(argv))
+    except ValueError as error:
+        return Suggestion(argv, str(error))

@@ -7,34 +7,34 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
-from lit_align.plan.memory_tracker import Height, Kind, Place
-from lit_align.plan.simulate import Heights
+from lit_align.plan.memory_tracker import EstimatedPeak, MemoryKind, MemoryLocation
+from lit_align.plan.simulate import EstimatedPeaks
 
-ORDER = ("load", "rollout", "score", "prepare", "update")
+PHASE_ORDER = ("load", "rollout", "score", "prepare", "update")
 GIB = 2**30  # bytes
 
 
-class Plan(NamedTuple):
+class MemoryPlan(NamedTuple):
     """What a run takes.
 
     Args:
-        heights: The most of each phase.
+        peaks: The most of each phase.
         memory: Bytes of a device.
     """
 
-    heights: Heights
+    peaks: EstimatedPeaks
     memory: int
 
     @property
-    def peak(self) -> tuple[str, Height]:
+    def peak(self) -> tuple[str, EstimatedPeak]:
         """The phase with the most bytes on the device, and what is there then."""
-        phase = max(self.heights, key=lambda name: self.heights[name][Place.DEVICE].total)
-        return phase, self.heights[phase][Place.DEVICE]
+        phase = max(self.peaks, key=lambda name: self.peaks[name][MemoryLocation.DEVICE].total)
+        return phase, self.peaks[phase][MemoryLocation.DEVICE]
 
     @property
     def host(self) -> int:
         """The most bytes of a rank on the host."""
-        return max(heights[Place.HOST].total for heights in self.heights.values())
+        return max(peaks[MemoryLocation.HOST].total for peaks in self.peaks.values())
 
     @property
     def fits(self) -> bool:
@@ -42,54 +42,54 @@ class Plan(NamedTuple):
         return self.peak[1].total <= self.memory
 
 
-def table(plan: Plan) -> Table:
+def plan_table(plan: MemoryPlan) -> Table:
     """Phase by kind, in GiB of one device, and what is on the host."""
-    title = "GiB of a device at the height of each phase, and of its rank on the host"
-    shown = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1))
-    for name in ("phase", *Kind, "peak", "host"):
-        shown.add_column(name, justify="left" if name == "phase" else "right")
-    for phase, places in sorted(plan.heights.items(), key=lambda item: ORDER.index(item[0])):
-        device, host = places[Place.DEVICE], places[Place.HOST]
-        kinds = [gib(device.by_kind.get(kind, 0)) for kind in Kind]
-        shown.add_row(phase, *kinds, gib(device.total), gib(host.total))
-    return shown
+    title = "GiB of a device at the peak of each phase, and of its rank on the host"
+    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1))
+    for name in ("phase", *MemoryKind, "peak", "host"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, locations in sorted(plan.peaks.items(), key=lambda item: PHASE_ORDER.index(item[0])):
+        device, host = locations[MemoryLocation.DEVICE], locations[MemoryLocation.HOST]
+        kinds = [format_gib(device.by_kind.get(kind, 0)) for kind in MemoryKind]
+        table.add_row(phase, *kinds, format_gib(device.total), format_gib(host.total))
+    return table
 
 
-def verdict(plan: Plan) -> str:
+def verdict(plan: MemoryPlan) -> str:
     """The peak, where it is, and whether it fits."""
-    phase, height = plan.peak
-    word = "fits" if plan.fits else "does not fit"
+    phase, peak = plan.peak
+    outcome = "fits" if plan.fits else "does not fit"
     return (
-        f"peak {gib(height.total)} GiB in phase {phase} ({height.moment}): {word} into "
-        f"{gib(plan.memory)} GiB"
+        f"peak {format_gib(peak.total)} GiB in phase {phase} ({peak.operation}): {outcome} into "
+        f"{format_gib(plan.memory)} GiB"
     )
 
 
-def gib(size: int) -> str:
+def format_gib(size: int) -> str:
     """Bytes as GiB, with three digits where it is little."""
     value = size / GIB
     return "-" if not size else f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: MemoryPlan) -> dict[str, Any]:
     """All bytes, for machines."""
-    phase, height = plan.peak
+    phase, peak = plan.peak
     return {
         "fits": plan.fits,
         "memory": plan.memory,
-        "peak": height.total,
+        "peak": peak.total,
         "phase": phase,
-        "moment": height.moment,
+        "moment": peak.operation,
         "host": plan.host,
         "phases": {
             name: {
-                str(place): {
-                    "peak": heights[place].total,
-                    "by": {str(k): size for k, size in heights[place].by_kind.items()},
-                    "moment": heights[place].moment,
+                str(location): {
+                    "peak": peaks[location].total,
+                    "by": {str(k): size for k, size in peaks[location].by_kind.items()},
+                    "moment": peaks[location].operation,
                 }
-                for place in Place
+                for location in MemoryLocation
             }
-            for name, heights in plan.heights.items()
+            for name, peaks in plan.peaks.items()
         },
     }

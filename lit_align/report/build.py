@@ -8,18 +8,19 @@ from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
 
-from lit_align.report.completions import Kept
-from lit_align.report.downsample import Thin, edges, thinned
+from lit_align.errors import UserError
+from lit_align.report.completions import SampledResponses
+from lit_align.report.downsample import DownsampledCurve, bucket_edges, downsample
 from lit_align.runs.run_folder import RunFolder
 from lit_align.version import __version__
 
-Facts = dict[str, object]
+ReportData = dict[str, object]
 
-PANELS = [  # title, what it is, metrics of which the first that was logged is drawn
+PANELS = [  # title, what it is, metrics of which the first that was logged is plotted
     ("Reward", "mean of a rollout's answers", ("reward",)),
     ("Reward, held-out prompts", "greedy answers", ("val/reward",)),
-    ("KL to the reference", "nats per response", ("objective/kl",)),
-    ("Entropy", "nats per token", ("entropy", "objective/entropy")),
+    ("KL to the reference", "nats per response", ("kl/per_response_k1",)),
+    ("Entropy", "nats per token", ("entropy",)),
     ("Length", "tokens per response", ("completions/mean_length",)),
     (
         "Clip fraction",
@@ -33,10 +34,10 @@ PANELS = [  # title, what it is, metrics of which the first that was logged is d
     ("Gradient norm", "before clipping", ("grad_norm",)),
     ("Speed", "tokens per second", ("tokens_per_second",)),
 ]
-OF_A_RUN = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path")
-NUM_POINTS = 600  # of a curve, at most
-NUM_NUMBERS = 400_000  # of all curves together
-NUM_BYTES = 4_000_000  # of all completions together
+PER_RUN_SETTINGS = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path")
+MAX_POINTS = 600  # of a curve, at most
+MAX_VALUES = 400_000  # of all curves together
+MAX_COMPLETION_BYTES = 4_000_000  # of all completions together
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -50,41 +51,41 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
         The file.
     """
     if not runs:
-        raise ValueError("report needs at least one run folder.")
-    page = html(facts([RunFolder(run) for run in runs]))
+        raise UserError("report needs at least one run folder.")
+    page = render_html(report_data([RunFolder(run) for run in runs]))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(page.encode("utf-8", "replace"))  # a model may say half a surrogate pair
     return out
 
 
-def facts(runs: list[RunFolder]) -> Facts:
+def report_data(runs: list[RunFolder]) -> ReportData:
     """All that the page shows, as JSON has it."""
-    names, arms = distinct_names(runs), grouped(runs)
-    kept = Kept(NUM_BYTES, len(runs))
-    for place, run in enumerate(runs):
-        kept.add(run, place)
-    curves = all_curves(runs, [*arms.values()])
+    names, arms = distinct_names(runs), group_by_config(runs)
+    completions = SampledResponses(MAX_COMPLETION_BYTES, len(runs))
+    for index, run in enumerate(runs):
+        completions.add(run, index)
+    curves = downsampled_curves(runs, [*arms.values()])
     logged = {name for each in curves for name in each}
     panels = [(title, unit, [m for m in names if m in logged][:1]) for title, unit, names in PANELS]
-    drawn = [(title, unit, found[0]) for title, unit, found in panels if found]
-    rest = sorted(logged - {metric for _, _, metric in drawn})
+    plotted = [(title, unit, found[0]) for title, unit, found in panels if found]
+    rest = sorted(logged - {metric for _, _, metric in plotted})
     return {
         "version": __version__,
         "axis": " / ".join(dict.fromkeys(run.axis for run in runs)),
-        "runs": [described(run, name) for run, name in zip(runs, names, strict=True)],
+        "runs": [run_facts(run, name) for run, name in zip(runs, names, strict=True)],
         "curves": curves,
         "arms": [{"name": arm_name(names, arm), "runs": arm} for arm in arms.values()],
-        "panels": [{"title": t, "unit": u, "metric": m} for t, u, m in drawn],
+        "panels": [{"title": t, "unit": u, "metric": m} for t, u, m in plotted],
         "rest": [{"title": metric, "unit": "", "metric": metric} for metric in rest],
-        "config": differences(runs),
-        "prompts": list(kept.prompts),
-        "answers": kept.rows,
-        "notes": [*odd_values(runs), *kept.notes],
+        "config": config_differences(runs),
+        "prompts": list(completions.prompts),
+        "answers": completions.rows,
+        "notes": [*non_finite_notes(runs), *completions.notes],
     }
 
 
-def described(run: RunFolder, name: str) -> Facts:
+def run_facts(run: RunFolder, name: str) -> ReportData:
     """A run's own facts."""
     return {
         "name": name,
@@ -93,16 +94,16 @@ def described(run: RunFolder, name: str) -> Facts:
         "seed": run.config.get("seed_everything", ""),
         "memory": run.memory,
         "seconds": run.seconds,
-        "last": max((place for curve in run.curves.values() for place, _ in curve), default=0),
+        "last": max((x for curve in run.curves.values() for x, _ in curve), default=0),
     }
 
 
-def odd_values(runs: list[RunFolder]) -> list[str]:
+def non_finite_notes(runs: list[RunFolder]) -> list[str]:
     """What had to be left out of the curves."""
     return [
-        f"{run.path.name}: {run.num_odd_values:,} logged values are not finite and in no curve."
+        f"{run.path.name}: {run.num_non_finite:,} logged values are not finite and in no curve."
         for run in runs
-        if run.num_odd_values
+        if run.num_non_finite
     ]
 
 
@@ -113,23 +114,23 @@ def distinct_names(runs: list[RunFolder]) -> list[str]:
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return [f"{path.name} ({place})" for place, path in enumerate(paths, 1)]
+    return [f"{path.name} ({index})" for index, path in enumerate(paths, 1)]
 
 
-def grouped(runs: list[RunFolder]) -> dict[str, list[int]]:
+def group_by_config(runs: list[RunFolder]) -> dict[str, list[int]]:
     """Runs whose configs differ in the seed alone, by what they have in common."""
     arms: dict[str, list[int]] = {}
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         given = {key: value for key, value in run.config.items() if value != "null"}
-        shared = {key: value for key, value in given.items() if key not in OF_A_RUN}
-        key = json.dumps(shared, sort_keys=True) if shared else f"run {place}"
-        arms.setdefault(key, []).append(place)
+        shared = {key: value for key, value in given.items() if key not in PER_RUN_SETTINGS}
+        key = json.dumps(shared, sort_keys=True) if shared else f"run {index}"
+        arms.setdefault(key, []).append(index)
     return arms
 
 
 def arm_name(names: list[str], arm: list[int]) -> str:
     """What seeds of one config are called together."""
-    mine = [names[place] for place in arm]
+    mine = [names[index] for index in arm]
     if len(mine) == 1:
         return mine[0]
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(min(mine), max(mine), strict=False))
@@ -137,32 +138,36 @@ def arm_name(names: list[str], arm: list[int]) -> str:
     return f"{shared or mine[0]}, {len(mine)} seeds"
 
 
-def all_curves(runs: list[RunFolder], arms: list[list[int]]) -> list[dict[str, Thin]]:
+def downsampled_curves(
+    runs: list[RunFolder], arms: list[list[int]]
+) -> list[dict[str, DownsampledCurve]]:
     """The thinned curves of each run; seeds of one config have their points at the same places."""
     total = sum(len(run.curves) for run in runs)
-    most = max(20, min(NUM_POINTS, NUM_NUMBERS // (4 * max(total, 1))))
-    found: list[dict[str, Thin]] = [{} for _ in runs]
+    max_points = max(20, min(MAX_POINTS, MAX_VALUES // (4 * max(total, 1))))
+    found: list[dict[str, DownsampledCurve]] = [{} for _ in runs]
     for arm in arms:
-        for name in sorted({name for place in arm for name in runs[place].curves}):
-            having = [place for place in arm if name in runs[place].curves]
-            where = edges([runs[place].curves[name] for place in having], most)
-            for place in having:
-                found[place][name] = thinned(runs[place].curves[name], *where)
+        for name in sorted({name for index in arm for name in runs[index].curves}):
+            logging_runs = [index for index in arm if name in runs[index].curves]
+            bounds = bucket_edges([runs[index].curves[name] for index in logging_runs], max_points)
+            for index in logging_runs:
+                found[index][name] = downsample(runs[index].curves[name], *bounds)
     return found
 
 
-def differences(runs: list[RunFolder]) -> list[Facts]:
+def config_differences(runs: list[RunFolder]) -> list[ReportData]:
     """Every setting of the runs, and whether they differ in it."""
     names = sorted({name for run in runs for name in run.config})
-    found: list[Facts] = []
+    found: list[ReportData] = []
     for name in names:
         values = [run.config.get(name, "") for run in runs]
-        meant = {value or "null" for value in values}  # an older version may lack what is off
-        found.append({"name": name, "values": values, "differs": len(meant) > 1})
+        distinct_values = {
+            value or "null" for value in values
+        }  # an older version may lack what is off
+        found.append({"name": name, "values": values, "differs": len(distinct_values) > 1})
     return found
 
 
-def html(shown: Facts) -> str:
+def render_html(report: ReportData) -> str:
     """The page: text of models and configs is data in it, never markup.
 
     Its policy lets the browser run the one script whose hash it names, and fetch nothing.
@@ -172,7 +177,7 @@ def html(shown: Facts) -> str:
         for kind in ("html", "css", "js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     parts = {"HASH": digest, "STYLE": style, "SCRIPT": script, "DATA": data.replace("<", "\\u003c")}
     before, *pieces = page.split("{{")
     for piece in pieces:

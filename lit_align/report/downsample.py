@@ -4,24 +4,24 @@ import math
 
 from lit_align.runs.run_folder import Points
 
-Thin = dict[str, list[float]]  # x and y; lo and hi where a point stands for several
+DownsampledCurve = dict[str, list[float]]  # x and y; lo and hi where a point stands for several
 
 
-def edges(curves: list[Points], most: int) -> tuple[float, float]:
+def bucket_edges(curves: list[Points], max_points: int) -> tuple[float, float]:
     """Where the first bucket begins and how wide each is, for curves that are to be compared.
 
     Args:
         curves: Of one metric, such as of several seeds.
-        most: Points that may be left of a curve.
+        max_points: Points that may be left of a curve.
     """
-    places = sorted({x for curve in curves for x, _ in curve})
-    if len(places) <= most:
-        return places[0] if places else 0.0, 0.0
-    span = places[-1] - places[0]
-    return places[0], math.nextafter(span / most, math.inf) if span else 0.0
+    xs = sorted({x for curve in curves for x, _ in curve})
+    if len(xs) <= max_points:
+        return xs[0] if xs else 0.0, 0.0
+    span = xs[-1] - xs[0]
+    return xs[0], math.nextafter(span / max_points, math.inf) if span else 0.0
 
 
-def thinned(points: Points, start: float, width: float) -> Thin:
+def downsample(points: Points, start: float, width: float) -> DownsampledCurve:
     """Means over buckets, with the least and the largest value in each.
 
     Args:
@@ -30,20 +30,23 @@ def thinned(points: Points, start: float, width: float) -> Thin:
         width: Of a bucket; 0 leaves every point as it is.
     """
     if width == 0:
-        return {"x": [rounded(x) for x, _ in points], "y": [rounded(y) for _, y in points]}
+        return {
+            "x": [round_to_five_digits(x) for x, _ in points],
+            "y": [round_to_five_digits(y) for _, y in points],
+        }
     buckets: dict[int, Points] = {}
     for x, y in points:
         buckets.setdefault(int((x - start) // width), []).append((x, y))
     values = [[y for _, y in bucket] for bucket in buckets.values()]
     return {
-        "x": [rounded(start + (place + 0.5) * width) for place in buckets],
-        "y": [rounded(math.fsum(each) / len(each)) for each in values],
-        "lo": [rounded(min(each)) for each in values],
-        "hi": [rounded(max(each)) for each in values],
+        "x": [round_to_five_digits(start + (bucket + 0.5) * width) for bucket in buckets],
+        "y": [round_to_five_digits(math.fsum(each) / len(each)) for each in values],
+        "lo": [round_to_five_digits(min(each)) for each in values],
+        "hi": [round_to_five_digits(max(each)) for each in values],
     }
 
 
-def rounded(value: float) -> float:
+def round_to_five_digits(value: float) -> float:
     """Five digits, as many as a picture shows."""
     short = float(f"{value:.5g}")
     return short if math.isfinite(short) else value  # rounding up may leave the range

@@ -12,13 +12,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.models.roles import Role
 
 Scores = Tensor | Sequence[float | None]
 
 
-class RewardError(RuntimeError):
-    """A reward source could not score: says which source, on what, and what happened."""
+class RewardError(UserError):
+    """A reward function could not score: says which function, on what, and what happened."""
 
 
 class RewardFunction(ABC):
@@ -35,7 +36,7 @@ class RewardFunction(ABC):
 
     @property
     def is_async(self) -> bool:
-        """Whether a call returns something to await, while the other sources run."""
+        """Whether a call returns something to await, while the other functions run."""
         return inspect.iscoroutinefunction(self.__call__)
 
     def setup(self, algorithm: LightningModule) -> None:  # noqa: B027
@@ -45,13 +46,13 @@ class RewardFunction(ABC):
             algorithm: What is trained; its networks exist by the first call, not yet here.
         """
 
-    def cast(self) -> list[Role]:
+    def all_roles(self) -> list[Role]:
         """The networks that judge, for the table at the start of a run; none by default."""
         return []
 
     @abstractmethod
     def __call__(self, batch: Experience) -> Scores | Awaitable[Scores]:
-        """[N] scores, higher is better; None where this source does not apply to a row."""
+        """[N] scores, higher is better; None where this function does not apply to a row."""
 
 
 def last_turn(turns: str | list[dict[str, str]]) -> str:
@@ -59,12 +60,12 @@ def last_turn(turns: str | list[dict[str, str]]) -> str:
     return turns if isinstance(turns, str) else turns[-1]["content"]
 
 
-def completions(batch: Experience) -> list[str]:
+def completion_texts(batch: Experience) -> list[str]:
     """[N] what the policy said, without the stop."""
     return [last_turn(completion) for completion in batch.columns["completion"]]
 
 
-def column(batch: Experience, name: str) -> list[Any]:
+def dataset_column(batch: Experience, name: str) -> list[Any]:
     """[N] a column of the data set.
 
     Args:

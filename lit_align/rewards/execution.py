@@ -1,4 +1,4 @@
-"""Calls reward sources so that a row that breaks one, or hangs it, ends in one clear error."""
+"""Calls reward functions so that a row that breaks one, or hangs it, ends in one clear error."""
 
 from __future__ import annotations
 
@@ -19,161 +19,166 @@ import torch
 from torch import Tensor
 
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.rewards.base import RewardError, RewardFunction, last_turn
 
 
 @dataclass(frozen=True)
-class Failure:
+class RowFailure:
     """Stands where a row's score should be.
 
     Args:
-        what: Happened, as the rest of a sentence that starts with the source.
+        message: Happened, as the rest of a sentence that starts with the function.
         cause: The exception, if there was one.
     """
 
-    what: str
+    message: str
     cause: BaseException | None = None
 
 
-Outcome = float | None | Failure
+Outcome = float | None | RowFailure
 
 
-class Caller:
-    """Calls sources, the async ones while the others run, and finds the row that breaks one.
+class RewardExecutor:
+    """Calls functions, the async ones while the others run, and finds the row that breaks one.
 
     Args:
-        time_limit: Seconds that a call may take; None for no limit.
-        skip_failures: Whether a failed row is handed back, instead of ending the run.
+        timeout: Seconds that a call may take; None for no limit.
+        skip_failed_prompts: Whether a failed row is handed back, instead of ending the run.
     """
 
-    def __init__(self, time_limit: float | None = None, skip_failures: bool = False):
-        if time_limit is not None and time_limit <= 0:
-            raise ValueError(f"time_limit must be above 0 seconds, not {time_limit:g}")
-        self.time_limit, self.skip_failures = time_limit, skip_failures
+    def __init__(self, timeout: float | None = None, skip_failed_prompts: bool = False):
+        if timeout is not None and timeout <= 0:
+            raise UserError(f"timeout must be above 0 seconds, not {timeout:g}")
+        self.timeout, self.skip_failed_prompts = timeout, skip_failed_prompts
 
     def __call__(
-        self, sources: dict[str, RewardFunction], batch: Experience
+        self, functions: dict[str, RewardFunction], batch: Experience
     ) -> dict[str, list[Outcome]]:
-        """By source, what each of the N rows got."""
-        answers = {name: self.begin(source, batch) for name, source in sources.items()}
+        """By function, what each of the N rows got."""
+        pending = {name: self.start_call(function, batch) for name, function in functions.items()}
         return {
-            name: list(self.outcomes(name, source, batch, answers[name]))
-            for name, source in sources.items()
+            name: list(self.outcomes(name, function, batch, pending[name]))
+            for name, function in functions.items()
         }
 
     def outcomes(
-        self, name: str, source: RewardFunction, batch: Experience, answer: Callable[[], Any]
+        self, name: str, function: RewardFunction, batch: Experience, get_scores: Callable[[], Any]
     ) -> Iterator[Outcome]:
         """One per row; the first failure ends the run or, if they are skipped, is warned of."""
-        whole = self.attempt(name, answer, len(batch))
+        batch_result = self.run_call(name, get_scores, len(batch))
         outcomes: Iterable[Outcome] = (
-            self.row_by_row(name, source, batch, whole) if isinstance(whole, Failure) else whole
+            self.score_rows_separately(name, function, batch, batch_result)
+            if isinstance(batch_result, RowFailure)
+            else batch_result
         )
         warned = False
         for row, outcome in enumerate(outcomes):
-            if isinstance(outcome, Failure) and not warned:
-                message = f"reward '{name}' {outcome.what}\n{shown(batch, row)}"
-                if not self.skip_failures:
+            if isinstance(outcome, RowFailure) and not warned:
+                message = f"reward '{name}' {outcome.message}\n{format_row(batch, row)}"
+                if not self.skip_failed_prompts:
                     raise RewardError(message) from outcome.cause
                 warnings.warn(message, stacklevel=2)
                 warned = True
             yield outcome
 
-    def row_by_row(
-        self, name: str, source: RewardFunction, batch: Experience, whole: Failure
+    def score_rows_separately(
+        self, name: str, function: RewardFunction, batch: Experience, batch_result: RowFailure
     ) -> Iterator[Outcome]:
         """Asks again for each row alone, for at most twice the time limit in all."""
-        start, tried = time.monotonic(), 0
-        while tried < len(batch) and not self.is_up(start):
-            answer = self.begin(source, batch.rows([tried]))
-            alone = self.attempt(name, answer, 1)
-            tried += 1
-            yield alone if isinstance(alone, Failure) else alone[0]
-        if not self.skip_failures:  # else the first failure has ended the run
-            rows = "1 row" if tried == 1 else f"{tried} rows"
-            text = f"reward '{name}' {whole.what}, though not for {rows} asked alone"
-            raise RewardError(text) from whole.cause
-        yield from [whole] * (len(batch) - tried)
+        start, num_tried = time.monotonic(), 0
+        while num_tried < len(batch) and not self.is_timed_out(start):
+            get_scores = self.start_call(function, batch.rows([num_tried]))
+            row_result = self.run_call(name, get_scores, 1)
+            num_tried += 1
+            yield row_result if isinstance(row_result, RowFailure) else row_result[0]
+        if not self.skip_failed_prompts:  # else the first failure has ended the run
+            rows = "1 row" if num_tried == 1 else f"{num_tried} rows"
+            text = f"reward '{name}' {batch_result.message}, though not for {rows} asked alone"
+            raise RewardError(text) from batch_result.cause
+        yield from [batch_result] * (len(batch) - num_tried)
 
-    def is_up(self, start: float) -> bool:
+    def is_timed_out(self, start: float) -> bool:
         """Whether the time limit has passed since `start`, in seconds of the monotonic clock."""
-        return self.time_limit is not None and time.monotonic() - start > self.time_limit
+        return self.timeout is not None and time.monotonic() - start > self.timeout
 
-    def attempt(self, name: str, answer: Callable[[], Any], rows: int) -> list[Outcome] | Failure:
+    def run_call(
+        self, name: str, get_scores: Callable[[], Any], rows: int
+    ) -> list[Outcome] | RowFailure:
         """What a call came to; a result that is not one number per row ends the run."""
         try:
-            return checked(answer(), rows)
+            return check_scores(get_scores(), rows)
         except RewardError as error:
             raise RewardError(f"reward '{name}' {error}") from error.__cause__
         except torch.OutOfMemoryError:
             raise  # the phase says what to change; row by row there would be no more room
         except TimeoutError as error:
-            if self.time_limit is None or str(error):
-                return Failure(raised(error), error)
-            many = "1 row" if rows == 1 else f"{rows} rows"
-            return Failure(f"gave no answer for {many} within {self.time_limit:g} s", error)
+            if self.timeout is None or str(error):
+                return RowFailure(describe_exception(error), error)
+            row_count = "1 row" if rows == 1 else f"{rows} rows"
+            return RowFailure(f"gave no answer for {row_count} within {self.timeout:g} s", error)
         except Exception as error:
-            return Failure(raised(error), error)
+            return RowFailure(describe_exception(error), error)
 
-    def begin(self, source: RewardFunction, batch: Experience) -> Callable[[], Any]:
-        """Starts an async source; what is returned waits for it, or runs any other source."""
-        limit, call = self.time_limit, partial(source, batch)
-        if source.is_async:
-            future = asyncio.run_coroutine_threadsafe(awaited(call, limit), self.loop)
+    def start_call(self, function: RewardFunction, batch: Experience) -> Callable[[], Any]:
+        """Starts an async function; what is returned waits for it, or runs any other function."""
+        limit, call = self.timeout, partial(function, batch)
+        if function.is_async:
+            future = asyncio.run_coroutine_threadsafe(await_with_timeout(call, limit), self.loop)
             return partial(future.result, limit)
         if limit is None:
             return call
-        return partial(in_thread, as_here(call, batch.responses.device), limit)
+        return partial(run_in_thread, bind_thread_state(call, batch.responses.device), limit)
 
     @cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
         """One event loop for the whole run, as clients with open connections expect."""
         loop = asyncio.new_event_loop()
-        Thread(target=run_forever, args=(loop,), daemon=True).start()
+        Thread(target=run_event_loop, args=(loop,), daemon=True).start()
         return loop
 
 
-def run_forever(loop: asyncio.AbstractEventLoop) -> None:
+def run_event_loop(loop: asyncio.AbstractEventLoop) -> None:
     """The life of the event loop's thread."""
     torch.set_grad_enabled(False)  # the mode is each thread's own
     loop.run_forever()
 
 
-async def awaited(call: Callable[[], Any], seconds: float | None) -> Any:
-    """What an async source answers in time."""
+async def await_with_timeout(call: Callable[[], Any], seconds: float | None) -> Any:
+    """What an async function answers in time."""
     return await asyncio.wait_for(call(), seconds)
 
 
-def as_here(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+def bind_thread_state(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The function as it would run in this thread: another has its own device and modes."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
-    def there() -> Any:
+    def run_with_state() -> Any:
         if device.index is not None:
             torch.accelerator.set_device_index(device.index)
         with torch.no_grad(), torch.autocast(kind, dtype, enabled):
             return function()
 
-    return there
+    return run_with_state
 
 
-def in_thread(function: Callable[[], Any], seconds: float) -> Any:
+def run_in_thread(function: Callable[[], Any], seconds: float) -> Any:
     """The function's result in time; a thread that hangs is left behind when the process ends."""
     future: Future[Any] = Future()
 
-    def work() -> None:
+    def call_function() -> None:
         try:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=work, daemon=True).start()
+    Thread(target=call_function, daemon=True).start()
     return future.result(seconds)
 
 
-def checked(scores: Any, rows: int) -> list[Outcome]:
-    """One outcome per row of what a source returned."""
+def check_scores(scores: Any, rows: int) -> list[Outcome]:
+    """One outcome per row of what a function returned."""
     if isinstance(scores, Tensor | np.ndarray):
         if scores.shape != (rows,):
             raise RewardError(f"returned shape {list(scores.shape)} instead of [{rows}]")
@@ -182,34 +187,34 @@ def checked(scores: Any, rows: int) -> list[Outcome]:
         raise RewardError(f"returned {type(scores).__name__} instead of a list of numbers")
     if len(scores) != rows:
         raise RewardError(f"returned {len(scores)} scores instead of {rows}")
-    return [None if score is None else finite(score) for score in scores]
+    return [None if score is None else finite_or_failure(score) for score in scores]
 
 
-def finite(score: Any) -> float | Failure:
+def finite_or_failure(score: Any) -> float | RowFailure:
     """A number that one can train on."""
     try:
         number = math.nan if isinstance(score, str) else float(score)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
-    return number if math.isfinite(number) else Failure(f"returned {shortened(repr(score))}")
+    return number if math.isfinite(number) else RowFailure(f"returned {shorten(repr(score))}")
 
 
-def raised(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """What happened and where, in one line."""
-    kind, text = type(error).__name__, shortened(str(error), 300)
+    kind, text = type(error).__name__, shorten(str(error), 300)
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"raised {kind}: {text}{place}" if text else f"raised {kind}{place}"
+    location = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"raised {kind}: {text}{location}" if text else f"raised {kind}{location}"
 
 
-def shown(batch: Experience, row: int) -> str:
+def format_row(batch: Experience, row: int) -> str:
     """Two lines for the user: a row's prompt and completion, shortened."""
     prompt, completion = (batch.columns[name][row] for name in ("prompt", "completion"))
-    prompt, completion = shortened(last_turn(prompt)), shortened(last_turn(completion))
+    prompt, completion = shorten(last_turn(prompt)), shorten(last_turn(completion))
     return f"  prompt: {prompt}\n  completion: {completion}"
 
 
-def shortened(text: str, most: int = 120) -> str:
-    """A text on one line of at most `most` characters."""
+def shorten(text: str, max_length: int = 120) -> str:
+    """A text on one line of at most `max_length` characters."""
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    return line if len(line) <= max_length else f"{line[: max_length - 3]}..."

@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import Any
 
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.rewards.base import RewardError, RewardFunction, Scores
 
 
-class PythonReward(RewardFunction):
+class FunctionReward(RewardFunction):
     """A function `f(prompts, completions, completion_ids, **columns) -> list[float | None]`.
 
     `def` or `async def`, one score per row, None where it does not apply. It gets those keyword
@@ -28,14 +29,18 @@ class PythonReward(RewardFunction):
     """
 
     def __init__(self, function: str):
-        self.function = load(function)
+        self.function = load_function(function)
         parameters = inspect.signature(self.function).parameters.values()
-        self.takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters)
+        self.accepts_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
         named = [
-            each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+            parameter
+            for parameter in parameters
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         ]
-        self.takes = {each.name for each in named}
-        self.needs = {each.name for each in named if each.default is each.empty}
+        self.accepted_arguments = {parameter.name for parameter in named}
+        self.required_arguments = {
+            parameter.name for parameter in named if parameter.default is parameter.empty
+        }
 
     @property
     def name(self) -> str:
@@ -46,67 +51,67 @@ class PythonReward(RewardFunction):
     def is_async(self) -> bool:
         """Whether it is an `async def`."""
         call = getattr(self.function, "__call__", None)  # noqa: B004
-        return any(inspect.iscoroutinefunction(each) for each in (self.function, call))
+        return any(inspect.iscoroutinefunction(candidate) for candidate in (self.function, call))
 
     def __call__(self, batch: Experience) -> Scores | Awaitable[Scores]:
         """[N] scores, or something to await that gives them."""
-        answer: Scores | Awaitable[Scores] = self.function(**self.arguments(batch))
-        return answer
+        scores: Scores | Awaitable[Scores] = self.function(**self.call_arguments(batch))
+        return scores
 
-    def arguments(self, batch: Experience) -> dict[str, Any]:
+    def call_arguments(self, batch: Experience) -> dict[str, Any]:
         """What the function is called with."""
         ids = zip(batch.responses.tolist(), batch.response_lengths, strict=True)
-        offered = {
+        available = {
             **batch.columns,
             "prompts": batch.columns["prompt"],
             "completions": batch.columns["completion"],
             "completion_ids": [row[:length] for row, length in ids],
         }
-        del offered["prompt"], offered["completion"]
-        missing = sorted(self.needs - set(offered))
+        del available["prompt"], available["completion"]
+        missing = sorted(self.required_arguments - set(available))
         if missing:
-            known = ", ".join(offered)
+            known = ", ".join(available)
             raise RewardError(f"needs the argument '{missing[0]}', but there are only: {known}")
-        if self.takes_all:
-            return offered
-        return {name: value for name, value in offered.items() if name in self.takes}
+        if self.accepts_all:
+            return available
+        return {name: value for name, value in available.items() if name in self.accepted_arguments}
 
 
-def load(path: str) -> Callable[..., Any]:
+def load_function(path: str) -> Callable[..., Any]:
     """The function at an import path, or one sentence about why it cannot be had."""
     file, colon, name = path.rpartition(":")
     if not colon:
         file, _, name = path.rpartition(".")
     if not file or not name:
-        raise ValueError(f"reward function '{path}': write `module.name` or `file.py:name`")
+        raise UserError(f"reward function '{path}': write `module.name` or `file.py:name`")
     try:
-        module = from_file(file) if file.endswith(".py") else from_path(file)
+        module = import_from_file(file) if file.endswith(".py") else import_by_name(file)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"reward function '{path}': cannot import {file}: {reason}") from error
+        raise UserError(f"reward function '{path}': cannot import {file}: {reason}") from error
     function: Any = getattr(module, name, None)
     if function is None:
-        raise ValueError(f"reward function '{path}': {file} has no '{name}'")
+        raise UserError(f"reward function '{path}': {file} has no '{name}'")
     if not callable(function):
         kind = type(function).__name__
-        raise ValueError(f"reward function '{path}': '{name}' is a {kind}, not a function")
-    found: Callable[..., Any] = function
-    return found
+        raise UserError(f"reward function '{path}': '{name}' is a {kind}, not a function")
+    loaded: Callable[..., Any] = function
+    return loaded
 
 
-def from_path(name: str) -> ModuleType:
+def import_by_name(name: str) -> ModuleType:
     """A module by its dotted name; the current folder counts, as with `python -m`."""
-    look_in(Path.cwd())
+    add_to_sys_path(Path.cwd())
     return importlib.import_module(name)
 
 
-def from_file(file: str) -> ModuleType:
+def import_from_file(file: str) -> ModuleType:
     """A module from a file, which may import its neighbours."""
-    where = Path(file).expanduser().resolve()
-    if not where.is_file():
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
         raise FileNotFoundError("no such file")
-    look_in(where.parent)
-    spec = importlib.util.spec_from_file_location(str(where), where)
+    add_to_sys_path(path.parent)
+    spec = importlib.util.spec_from_file_location(str(path), path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -115,7 +120,7 @@ def from_file(file: str) -> ModuleType:
     return module
 
 
-def look_in(folder: Path) -> None:
+def add_to_sys_path(folder: Path) -> None:
     """Lets imports find what is in a folder, now and later."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

@@ -8,21 +8,22 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lit_align.batches import Experience, Tokens, microbatches
-from lit_align.data.text import encode_answer, load_tokenizer
-from lit_align.models.parallel.offload import Sleeper
-from lit_align.models.roles import Role, whole
-from lit_align.models.scalar_head import Scalar
+from lit_align.batches import Experience, TextBatch, microbatch_indices
+from lit_align.data.text import encode_response, load_tokenizer
+from lit_align.errors import UserError
+from lit_align.models.parallel.offload import OffloadedTensors
+from lit_align.models.roles import Role, single_head_role
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.rewards.base import RewardFunction
 
 
-class TrainedScalar(Scalar):
+class RewardNetwork(ScalarHead):
     """A reward model as it was trained: weights without a head are refused."""
 
     new_weights: ClassVar[tuple[str, ...]] = ()
 
 
-class LearnedReward(RewardFunction):
+class ModelReward(RewardFunction):
     """A sequence classifier's number at the end of the text, from its own tokens of that text.
 
     The text is encoded again, so the reward model need not share the policy's tokenizer. A
@@ -37,7 +38,7 @@ class LearnedReward(RewardFunction):
         dtype: Data type of the weights; by default what `trainer.precision` says.
     """
 
-    scalar: TrainedScalar
+    network: RewardNetwork
 
     def __init__(
         self,
@@ -48,49 +49,51 @@ class LearnedReward(RewardFunction):
         dtype: str | None = None,
     ):
         if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+            raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
         self.path, self.chat_template, self.dtype = path, chat_template, dtype
         self.max_tokens, self.tokens_per_pass = max_tokens, tokens_per_pass
 
     def setup(self, algorithm: LightningModule) -> None:
         """Loads tokenizer and weights, once."""
-        if "scalar" in vars(self):  # Lightning says setup before every fit, validate and test
+        if "network" in vars(self):  # Lightning says setup before every fit, validate and test
             return
         self.tokenizer = load_tokenizer(self.path, self.chat_template)
-        self.scalar = TrainedScalar(self.path, dtype=self.dtype).eval().requires_grad_(False)
-        self.sleeper = Sleeper(lambda: self.scalar.parameters(), frozen=True)
+        self.network = RewardNetwork(self.path, dtype=self.dtype).eval().requires_grad_(False)
+        self.offloaded_weights = OffloadedTensors(lambda: self.network.parameters(), is_frozen=True)
 
-    def cast(self) -> list[Role]:
+    def all_roles(self) -> list[Role]:
         """The reward model."""
-        return [whole("reward", self.scalar)]
+        return [single_head_role("reward", self.network)]
 
     def __call__(self, batch: Experience) -> Tensor:
         """[N] scores."""
         texts = self.encode(batch)
         scores = torch.zeros(len(texts), dtype=torch.float32, device=batch.responses.device)
-        self.sleeper.wake()
-        self.scalar.to(scores.device)  # for the first time: it is known only after setup
-        for rows in microbatches([len(text) for text in texts], self.tokens_per_pass):
-            tokens = right_padded([texts[row] for row in rows]).to(scores.device)
-            scores[rows] = self.scalar.scores(tokens).float()
-        self.sleeper.park()
+        self.offloaded_weights.reload()
+        self.network.to(scores.device)  # for the first time: it is known only after setup
+        for rows in microbatch_indices([len(text) for text in texts], self.tokens_per_pass):
+            tokens = right_pad_texts([texts[row] for row in rows]).to(scores.device)
+            scores[rows] = self.network.scores(tokens).float()
+        self.offloaded_weights.offload()
         return scores
 
     def encode(self, batch: Experience) -> list[list[int]]:
         """[N] token ids of prompt and completion as the reward model reads them."""
         prompts, completions = batch.columns["prompt"], batch.columns["completion"]
         texts = []
-        for prompt, completion, cut in zip(prompts, completions, batch.truncated, strict=True):
-            before, after = encode_answer(self.tokenizer, prompt, completion)
-            text = [*before, *after[: len(after) - cut]]
+        for prompt, completion, is_truncated in zip(
+            prompts, completions, batch.truncated, strict=True
+        ):
+            before, after = encode_response(self.tokenizer, prompt, completion)
+            text = [*before, *after[: len(after) - is_truncated]]
             texts.append(text[-self.max_tokens :])
         return texts
 
 
-def right_padded(texts: list[list[int]]) -> Tokens:
+def right_pad_texts(texts: list[list[int]]) -> TextBatch:
     """Texts as one batch, the padding behind them."""
     lengths = [len(text) for text in texts]
     width = max(lengths)
     mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
     tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-    return Tokens(tokens=tokens, token_mask=mask, loss_mask=mask, lengths=lengths)
+    return TextBatch(tokens=tokens, token_mask=mask, target_mask=mask, lengths=lengths)

@@ -11,7 +11,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from lit_align.batches import Experience
-from lit_align.rewards.base import RewardFunction, column, completions, last_turn
+from lit_align.errors import UserError
+from lit_align.rewards.base import RewardFunction, completion_texts, dataset_column, last_turn
 
 NUMBER = re.compile(
     r"(?P<minus>(?<![\w)])[-\u2212])?"  # not the minus of 5-3
@@ -41,10 +42,10 @@ class AnswerRule(RewardFunction):
 
     def __call__(self, batch: Experience) -> list[float | None]:
         """[N] scores."""
-        answers = column(batch, self.column)
+        answers = dataset_column(batch, self.column)
         return [
-            None if answer is None else self.compare(completion, last_turn_or_value(answer))
-            for completion, answer in zip(completions(batch), answers, strict=True)
+            None if answer is None else self.compare(completion, answer_as_text(answer))
+            for completion, answer in zip(completion_texts(batch), answers, strict=True)
         ]
 
 
@@ -59,22 +60,25 @@ class ExactAnswer(AnswerRule):
 
     def __init__(self, column: str = "answer", extract: str | None = None):
         super().__init__(column)
-        self.extract = compiled(extract) if extract is not None else None
+        self.extract = compile_pattern(extract) if extract is not None else None
 
     def compare(self, completion: str, answer: str) -> float:
         """1 if both texts hold the same answer."""
-        said = self.find(completion)
-        true = self.find(answer)
-        return float(said is not None and said == (answer_text(answer) if true is None else true))
+        predicted = self.find(completion)
+        expected = self.find(answer)
+        return float(
+            predicted is not None
+            and predicted == (collapse_whitespace(answer) if expected is None else expected)
+        )
 
     def find(self, text: str) -> str | None:
         """The answer within a text, None if it is not there."""
         if self.extract is None:
-            return answer_text(text)
+            return collapse_whitespace(text)
         matches = list(self.extract.finditer(text))
         if not matches:
             return None
-        return answer_text(matches[-1][min(1, self.extract.groups)] or "")
+        return collapse_whitespace(matches[-1][min(1, self.extract.groups)] or "")
 
 
 class NumericAnswer(AnswerRule):
@@ -89,8 +93,8 @@ class NumericAnswer(AnswerRule):
 
     def compare(self, completion: str, answer: str) -> float | None:
         """1 if both texts hold the same number."""
-        true = final_number(answer)
-        return None if true is None else float(final_number(completion) == true)
+        expected = final_number(answer)
+        return None if expected is None else float(final_number(completion) == expected)
 
 
 class PrefixAnswer(AnswerRule):
@@ -104,7 +108,7 @@ class PrefixAnswer(AnswerRule):
 
     def compare(self, completion: str, answer: str) -> float:
         """The share of the answer that is right."""
-        return right_share(completion, answer)
+        return correct_prefix_fraction(completion, answer)
 
 
 class DigitSequence(RewardFunction):
@@ -116,17 +120,17 @@ class DigitSequence(RewardFunction):
 
     def __call__(self, batch: Experience) -> list[float | None]:
         """[N] scores."""
-        prompts = [last_turn(prompt) for prompt in column(batch, "prompt")]
+        prompts = [last_turn(prompt) for prompt in dataset_column(batch, "prompt")]
         return [
-            right_share(completion, self.answer(prompt))
-            for prompt, completion in zip(prompts, completions(batch), strict=True)
+            correct_prefix_fraction(completion, self.answer(prompt))
+            for prompt, completion in zip(prompts, completion_texts(batch), strict=True)
         ]
 
     def answer(self, prompt: str) -> str:
         """The numbers asked for."""
         parts = re.fullmatch(r"(\d+),(\d+):([1-9]\d*),(\d+)", prompt.strip())
         if parts is None:
-            raise ValueError("the prompt is not of the form a,b:M,N with M above 0")
+            raise UserError("the prompt is not of the form a,b:M,N with M above 0")
         first, second, modulus, number = map(int, parts.groups())
         steps = range(1, number + 1)
         return ",".join(str((second + (second - first) * step) % modulus) for step in steps)
@@ -140,11 +144,11 @@ class RegexMatch(RewardFunction):
     """
 
     def __init__(self, pattern: str):
-        self.pattern = compiled(pattern)
+        self.pattern = compile_pattern(pattern)
 
     def __call__(self, batch: Experience) -> list[float | None]:
         """[N] scores."""
-        return [float(bool(self.pattern.search(text))) for text in completions(batch)]
+        return [float(bool(self.pattern.search(text))) for text in completion_texts(batch)]
 
 
 class Length(RewardFunction):
@@ -156,7 +160,7 @@ class Length(RewardFunction):
 
     def __init__(self, target: int):
         if target < 1:
-            raise ValueError(f"the target length must be at least 1 token, not {target}")
+            raise UserError(f"the target length must be at least 1 token, not {target}")
         self.target = target
 
     def __call__(self, batch: Experience) -> list[float | None]:
@@ -178,7 +182,7 @@ class Lexicon(RewardFunction):
         self.valences: dict[str, float] = {}
         file = Path(path).expanduser()
         if not file.is_file():
-            raise FileNotFoundError(f"{path}: no such lexicon file")
+            raise UserError(f"{path}: no such lexicon file")
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             if not line.strip():
                 continue
@@ -186,11 +190,11 @@ class Lexicon(RewardFunction):
                 word, valence = line.split("\t")[:2]
                 self.valences[word.strip()] = float(valence)
             except ValueError:
-                raise ValueError(f"{path}, line {number}: not `word<TAB>valence`") from None
+                raise UserError(f"{path}, line {number}: not `word<TAB>valence`") from None
 
     def __call__(self, batch: Experience) -> list[float | None]:
         """[N] scores."""
-        return [self.sentiment(text) for text in completions(batch)]
+        return [self.sentiment(text) for text in completion_texts(batch)]
 
     def sentiment(self, text: str) -> float:
         """The score of one text."""
@@ -203,20 +207,20 @@ class Lexicon(RewardFunction):
         return self.valences.get(word, self.valences.get(plain, 0.0))
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
     """A regular expression, or one sentence about what is wrong with it."""
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+        raise UserError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
-def answer_text(text: str) -> str:
+def collapse_whitespace(text: str) -> str:
     """A text without white space around it, and with single spaces within."""
     return " ".join(text.split())
 
 
-def last_turn_or_value(answer: object) -> str:
+def answer_as_text(answer: object) -> str:
     """A true answer as text: numbers are written out, conversations give their last turn."""
     return last_turn(answer) if isinstance(answer, list) else str(answer)
 
@@ -234,7 +238,7 @@ def final_number(text: str) -> Decimal | None:
     return -number if found["minus"] or found["dollars_minus"] else number
 
 
-def right_share(completion: str, answer: str) -> float:
+def correct_prefix_fraction(completion: str, answer: str) -> float:
     """Characters that agree before the first mistake / (length of the answer + 1).
 
     Args:

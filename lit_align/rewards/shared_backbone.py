@@ -8,12 +8,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.models.roles import Role
 from lit_align.rewards.base import RewardError, RewardFunction
 
 
 @runtime_checkable
-class HasBase(Protocol):
+class HasFrozenBase(Protocol):
     """An algorithm one of whose networks is a reward model while its adapters are off."""
 
     def base_scores(self, batch: Experience) -> Tensor:
@@ -23,24 +24,24 @@ class HasBase(Protocol):
         """The role, for the table at the start."""
 
 
-class BaseReward(RewardFunction):
+class SharedBackboneReward(RewardFunction):
     """The score head of Hydra's base, or of the base under PPO's critic: no model of its own.
 
     Reads the policy's tokens, which both share; nothing is encoded again.
     """
 
-    algorithm: HasBase
+    algorithm: HasFrozenBase
 
     def setup(self, algorithm: LightningModule) -> None:
         """Takes the role from the algorithm."""
-        if not isinstance(algorithm, HasBase):
-            raise ValueError(
-                f"BaseReward needs PPO with an adapted critic, or HydraPPO: "
+        if not isinstance(algorithm, HasFrozenBase):
+            raise UserError(
+                f"SharedBackboneReward needs PPO with an adapted critic, or HydraPPO: "
                 f"{type(algorithm).__name__} trains no reward model's base."
             )
         self.algorithm = algorithm
 
-    def cast(self) -> list[Role]:
+    def all_roles(self) -> list[Role]:
         """The base that judges."""
         return [self.algorithm.reward_role()]
 

@@ -23,17 +23,17 @@ class Allocations(ABC):
     def end(self) -> int:
         """The most bytes in use since `begin`."""
 
-    def resume(self) -> None:  # noqa: B027
+    def start(self) -> None:  # noqa: B027
         """Listens again; where listening costs nothing, it never stops."""
 
-    def pause(self) -> None:  # noqa: B027
+    def stop(self) -> None:  # noqa: B027
         """Stops listening."""
 
-    def at_least(self, known: int) -> None:  # noqa: B027
+    def raise_floor(self, known_bytes: int) -> None:  # noqa: B027
         """Corrects the count where memory was given out before anyone listened.
 
         Args:
-            known: Bytes that are in use for sure.
+            known_bytes: Bytes that are in use for sure.
         """
 
 
@@ -66,63 +66,63 @@ class CPUAllocations(Allocations):
     """
 
     def __init__(self) -> None:
-        self.used = 0  # bytes, net of all that was heard
+        self.bytes_in_use = 0  # bytes, net of all that was heard
         self.session: profile | None = None
 
     def begin(self) -> None:
         """Starts counting anew."""
-        self.hear()
+        self.snapshot()
 
     def end(self) -> int:
         """The most bytes in use since `begin`."""
-        return self.hear()
+        return self.snapshot()
 
-    def hear(self) -> int:
+    def snapshot(self) -> int:
         """Ends a session of the profiler and starts the next; the most bytes in use in the old."""
         # a collection between the two would free tensors that nobody hears of
-        collecting = gc.isenabled()
+        was_collecting = gc.isenabled()
         gc.disable()
         old = self.session
         if old is not None:
             old.stop()
-            self.session = started()
-        if collecting:
+            self.session = start_profiler()
+        if was_collecting:
             gc.enable()
-        most = self.used
-        for change in changes(old):
-            self.used += change
-            most = max(most, self.used)
-        return most
+        peak = self.bytes_in_use
+        for change in allocation_changes(old):
+            self.bytes_in_use += change
+            peak = max(peak, self.bytes_in_use)
+        return peak
 
-    def resume(self) -> None:
+    def start(self) -> None:
         """Starts a session, if none is under way; garbage of before is not heard going."""
         if self.session is None:
             gc.collect()
-            self.session = started()
+            self.session = start_profiler()
 
-    def pause(self) -> None:
+    def stop(self) -> None:
         """Ends the session; garbage that holds tensors is collected while it is still heard."""
         if self.session is None:
             return
         gc.collect()
-        self.hear()
+        self.snapshot()
         self.session.stop()
         self.session = None
 
-    def at_least(self, known: int) -> None:
+    def raise_floor(self, known_bytes: int) -> None:
         """Adds what is missing to what is known to be there."""
-        self.hear()
-        self.used = max(self.used, known)
+        self.snapshot()
+        self.bytes_in_use = max(self.bytes_in_use, known_bytes)
 
 
-def started() -> profile:
+def start_profiler() -> profile:
     """A session of the profiler that hears of memory."""
     session = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     session.start()
     return session
 
 
-def changes(session: profile | None) -> Iterator[int]:
+def allocation_changes(session: profile | None) -> Iterator[int]:
     """Bytes that the CPU's allocator gave out (above 0) and took back, in their order."""
     if session is None or session.profiler is None or session.profiler.kineto_results is None:
         return
@@ -131,11 +131,11 @@ def changes(session: profile | None) -> Iterator[int]:
             yield event.nbytes()
 
 
-def bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:
+def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     """Bytes of storage on a device, each storage once however many tensors share it.
 
     Args:
-        tensors: Plain ones, or subclasses that consist of some: shards, quantised states.
+        tensors: Plain ones, or subclasses that consist of some: shards, quantized states.
         device: What lies elsewhere, such as a parked network, is left out.
     """
     storages = {storage for tensor in tensors for storage in get_untyped_storages(tensor)}

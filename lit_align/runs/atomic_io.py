@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
     """Writes a file under another name first; where that fails nothing is left of it.
 
     Args:
@@ -23,23 +23,23 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place`; what is in it at the end goes there, over what has its name.
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`; what is in it at the end goes there, over what has its name.
 
-    Where something fails inside, it is deleted and `place` stays as it was.
+    Where something fails inside, it is deleted and `target` stays as it was.
 
     Args:
-        place: The folder that is meant.
+        target: The folder that is meant.
     """
-    part = place.with_name(f".{place.name}.part")
+    part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
-        place.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         for found in part.iterdir():
             if found.is_dir():
-                shutil.rmtree(place / found.name, ignore_errors=True)
-            found.replace(place / found.name)
+                shutil.rmtree(target / found.name, ignore_errors=True)
+            found.replace(target / found.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -12,37 +12,39 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-FOLDER, SUPERSEDED = "checkpoints", "superseded"
-NAME = re.compile(r"iteration_(\d+)\.ckpt")
-META = "meta.pt"  # Lightning's name of what is no tensor in a sharded checkpoint's folder
-BROKEN = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+from lit_align.errors import UserError
+
+CHECKPOINT_FOLDER, SUPERSEDED = "checkpoints", "superseded"
+CHECKPOINT_NAME = re.compile(r"iteration_(\d+)\.ckpt")
+METADATA_FILE = "meta.pt"  # Lightning's name of what is no tensor in a sharded checkpoint's folder
+READ_ERRORS = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
 
-def folder_of(root: str | Path) -> Path:
+def checkpoint_folder(root: str | Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return Path(root) / FOLDER
+    return Path(root) / CHECKPOINT_FOLDER
 
 
-def name_of(iteration: int) -> str:
+def checkpoint_name(iteration: int) -> str:
     """The file or folder of an iteration."""
     return f"iteration_{iteration:06d}.ckpt"
 
 
-def iteration_of(path: Path) -> int:
+def parse_iteration(path: Path) -> int:
     """The iteration in a checkpoint's name."""
-    found = NAME.fullmatch(path.name)
+    found = CHECKPOINT_NAME.fullmatch(path.name)
     if found is None:
-        raise ValueError(f"{path} is not named after an iteration.")
+        raise UserError(f"{path} is not named after an iteration.")
     return int(found.group(1))
 
 
-def saved(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, from the oldest to the newest."""
-    found = [path for path in folder.glob("*.ckpt") if NAME.fullmatch(path.name)]
-    return sorted(found, key=iteration_of)
+    found = [path for path in folder.glob("*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=parse_iteration)
 
 
-def part_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """The name under which a checkpoint is written until it is whole."""
     return path.with_name(f".{path.name}.part")
 
@@ -55,25 +57,25 @@ def publish(part: Path, path: Path) -> None:
         path: Its name from now on; what was there before gives way.
     """
     for file in [*part.rglob("*"), part]:
-        sync(file)
+        fsync_path(file)
     if path.is_dir():  # a rename replaces a file, not a folder
-        old = part_of(path.with_name(f"{path.name}.old"))
+        old = partial_path(path.with_name(f"{path.name}.old"))
         path.rename(old)
         part.rename(path)
-        remove(old)
+        delete_checkpoint(old)
     else:
         part.replace(path)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Waits until a file or a folder's list of files is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def remove(path: Path) -> None:
+def delete_checkpoint(path: Path) -> None:
     """Deletes a checkpoint, of one file or sharded."""
     if path.is_dir():
         shutil.rmtree(path)
@@ -81,54 +83,54 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def delete_partial_files(folder: Path) -> None:
     """Deletes what a killed save left behind."""
     for part in folder.glob(".*.part"):
-        remove(part)
+        delete_checkpoint(part)
 
 
-def unwritten(error: BaseException) -> bool:
+def is_write_error(error: BaseException) -> bool:
     """Whether a file could not be written; torch says that of its own archives in its own words."""
     if isinstance(error, CheckpointException):  # of sharded checkpoints, by rank
-        return any(unwritten(cause) for cause, _ in error.failures.values())
+        return any(is_write_error(cause) for cause, _ in error.failures.values())
     archive = re.search("inline_container|PytorchStreamWriter", str(error))
     return isinstance(error, OSError) or archive is not None
 
 
-def set_aside(paths: list[Path], folder: Path) -> None:
+def move_to_superseded(paths: list[Path], folder: Path) -> None:
     """Moves checkpoints of another course of the run out of the way of `last`.
 
     Args:
         paths: Of `folder`.
         folder: The run's.
     """
-    place = folder / SUPERSEDED
+    superseded = folder / SUPERSEDED
     for path in paths:
-        place.mkdir(exist_ok=True)
-        remove(place / path.name)
-        path.rename(place / path.name)
+        superseded.mkdir(exist_ok=True)
+        delete_checkpoint(superseded / path.name)
+        path.rename(superseded / path.name)
 
 
 def write_best(folder: Path, path: Path) -> None:
     """Notes which checkpoint is the best, in a file of one line."""
-    note = folder / ".best.part"
-    note.write_text(f"{path.name}\n")
-    publish(note, folder / "best")
+    marker = folder / ".best.part"
+    marker.write_text(f"{path.name}\n")
+    publish(marker, folder / "best")
 
 
 def read_best(folder: Path) -> Path | None:
     """The checkpoint noted as the best, if it is there."""
-    note = folder / "best"
-    path = folder / note.read_text().strip() if note.is_file() else None
+    marker = folder / "best"
+    path = folder / marker.read_text().strip() if marker.is_file() else None
     return path if path is not None and path.exists() else None
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_readable(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be read, and a sentence for each newer one that cannot."""
     complaints = []
-    for path in reversed(saved(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
-            head(path)
+            read_header(path)
         except ValueError as error:
             complaints.append(str(error))
         else:
@@ -136,40 +138,40 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def head(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """What a checkpoint holds beside a sharded one's tensors; those of one file stay on the disk.
 
     Raises:
         ValueError: In a sentence, if it is truncated or none of ours.
     """
     try:
-        found = read(path)
-        lost = list(truncated(path)) if path.is_dir() else []
-    except BROKEN as error:
+        found = read_checkpoint(path)
+        lost = list(truncated_files(path)) if path.is_dir() else []
+    except READ_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read: it was cut short, or it is no checkpoint ({reason[:120]})."
         ) from error
     if lost:
-        raise ValueError(f"{path} cannot be read: {lost[0]} was cut short.")
+        raise UserError(f"{path} cannot be read: {lost[0]} was cut short.")
     if not isinstance(found, dict) or not {"algorithm", "iteration", "loops"} <= found.keys():
-        raise ValueError(f"{path} is not a checkpoint of a lit_align run.")
+        raise UserError(f"{path} is not a checkpoint of a lit_align run.")
     return found
 
 
-def read(path: Path) -> Any:
+def read_checkpoint(path: Path) -> Any:
     """A file's content with its tensors left on the disk; of a sharded checkpoint, the head."""
     if path.is_dir():
-        return torch.load(path / META, map_location="cpu", weights_only=True)
+        return torch.load(path / METADATA_FILE, map_location="cpu", weights_only=True)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def truncated(path: Path) -> Iterator[str]:
+def truncated_files(path: Path) -> Iterator[str]:
     """Names of a sharded checkpoint's files that are shorter than its index says."""
     ends: dict[str, int] = {}
-    for place in FileSystemReader(path).read_metadata().storage_data.values():
-        ends[place.relative_path] = max(
-            ends.get(place.relative_path, 0), place.offset + place.length
+    for entry in FileSystemReader(path).read_metadata().storage_data.values():
+        ends[entry.relative_path] = max(
+            ends.get(entry.relative_path, 0), entry.offset + entry.length
         )
     for name, end in ends.items():
         file = path / name

@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 
-class RunLog(CSVLogger):
+class ResumableCSVLogger(CSVLogger):
     """Lightning's CSV logger, but for the start: rows are kept until `rewind` says from where on.
 
     Args:
@@ -25,11 +25,11 @@ class RunLog(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> "Rows":
+    def experiment(self) -> "CSVFile":
         """What writes the file."""
         if self._experiment is None:
-            self._experiment = Rows(self.log_dir)
-        assert isinstance(self._experiment, Rows)
+            self._experiment = CSVFile(self.log_dir)
+        assert isinstance(self._experiment, CSVFile)
         return self._experiment
 
     @rank_zero_only
@@ -42,7 +42,7 @@ class RunLog(CSVLogger):
         self.experiment.rewind(steps)
 
 
-class Rows(ExperimentWriter):
+class CSVFile(ExperimentWriter):
     """The file: appended to, and replaced as a whole where its header grows.
 
     Args:
@@ -52,12 +52,12 @@ class Rows(ExperimentWriter):
     def __init__(self, folder: str):
         super().__init__(folder)
         self.path = Path(self.metrics_file_path)
-        self.metrics_keys = keys_of(self.read())
+        self.metrics_keys = metric_names(self.read_rows())
 
     def _check_log_dir_exists(self) -> None:
         """Lightning would delete the file here."""
 
-    def read(self) -> list[Row]:
+    def read_rows(self) -> list[MetricsRow]:
         """The rows that are whole: a killed run may have left half a line."""
         if not self.path.is_file():
             return []
@@ -73,22 +73,22 @@ class Rows(ExperimentWriter):
             steps: Lightning batches.
         """
         self.save()
-        self.replace([row for row in self.read() if int(row["step"]) < steps])
+        self.rewrite([row for row in self.read_rows() if int(row["step"]) < steps])
 
     def save(self) -> None:
         """Puts what was logged since the last time into the file."""
         if not self.metrics:
             return
-        if set(keys_of(self.metrics)) <= set(self.metrics_keys):
+        if set(metric_names(self.metrics)) <= set(self.metrics_keys):
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
         else:
-            self.replace([*self.read(), *self.metrics])
+            self.rewrite([*self.read_rows(), *self.metrics])
         self.metrics = []
 
-    def replace(self, rows: list[Row]) -> None:
+    def rewrite(self, rows: list[MetricsRow]) -> None:
         """Writes the file anew; a kill leaves the old one or the new one."""
-        self.metrics_keys = keys_of(rows)
+        self.metrics_keys = metric_names(rows)
         if not rows:
             self.path.unlink(missing_ok=True)
             return
@@ -102,6 +102,6 @@ class Rows(ExperimentWriter):
         part.replace(self.path)
 
 
-def keys_of(rows: list[Row]) -> list[str]:
+def metric_names(rows: list[MetricsRow]) -> list[str]:
     """The columns, in alphabetical order."""
     return sorted({key for row in rows for key in row})

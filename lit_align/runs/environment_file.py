@@ -12,34 +12,35 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
+from lit_align.errors import UserError
 from lit_align.version import __version__
 
-FILE, PATCH = "environment.json", "uncommitted.patch"
-PACKAGES = (
+ENVIRONMENT_FILE, PATCH_FILE = "environment.json", "uncommitted.patch"
+RECORDED_PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "peft", "accelerate"),
     *("datasets", "torchdata", "torchao", "numpy"),
 )
 
-Facts = dict[str, object]
+EnvironmentEntry = dict[str, object]
 
 
-def starts(folder: Path) -> list[Facts]:
+def read_starts(folder: Path) -> list[EnvironmentEntry]:
     """The entries of a run folder, from the first start on; empty if none were kept.
 
     Args:
         folder: Of the run.
     """
-    file = folder / FILE
+    file = folder / ENVIRONMENT_FILE
     if not file.is_file():
         return []
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}. Delete it, or restore it.") from error
+        raise UserError(f"{file} is not JSON: {error}. Delete it, or restore it.") from error
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def described(trainer: Trainer, command: tuple[str, ...]) -> Facts:
+def environment_entry(trainer: Trainer, command: tuple[str, ...]) -> EnvironmentEntry:
     """This start: when, by which command, on what, with which versions."""
     device = trainer.strategy.root_device
     return {
@@ -54,14 +55,14 @@ def described(trainer: Trainer, command: tuple[str, ...]) -> Facts:
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {"lit_align": __version__, **versions()},
+        "versions": {"lit_align": __version__, **package_versions()},
     }
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of what is installed and may change a result."""
     found = {}
-    for name in PACKAGES:
+    for name in RECORDED_PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -69,31 +70,31 @@ def versions() -> dict[str, str]:
     return found
 
 
-def repository(folder: Path) -> tuple[Facts | None, bytes]:
+def git_state(folder: Path) -> tuple[EnvironmentEntry | None, bytes]:
     """The commit that a folder is at, and what it lacks as a patch; None where git knows none.
 
     Args:
         folder: Anywhere in the working tree.
     """
-    commit = said(folder, "rev-parse", "HEAD")
+    commit = run_git(folder, "rev-parse", "HEAD")
     if not commit:
         return None, b""
-    changed = said(folder, "status", "--porcelain", "--untracked-files=no").decode(
+    changed = run_git(folder, "status", "--porcelain", "--untracked-files=no").decode(
         "utf-8", "replace"
     )
-    facts: Facts = {
+    facts: EnvironmentEntry = {
         "commit": commit.decode().strip(),
-        "branch": said(folder, "branch", "--show-current").decode("utf-8", "replace").strip(),
+        "branch": run_git(folder, "branch", "--show-current").decode("utf-8", "replace").strip(),
         "changed": [line[3:] for line in changed.splitlines()],
     }
-    return facts, said(folder, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD")
+    return facts, run_git(folder, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD")
 
 
-def said(folder: Path, *words: str) -> bytes:
+def run_git(folder: Path, *arguments: str) -> bytes:
     """What git prints; nothing where there is no git, no repository or no commit."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), "--no-optional-locks", *words],
+            ["git", "-C", str(folder), "--no-optional-locks", *arguments],
             capture_output=True,
             timeout=60,
         )

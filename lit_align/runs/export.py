@@ -6,11 +6,11 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.data.base import TextData
+from lit_align.data.base import TextDataModule
 from lit_align.models.backbone import Backbone
 
 
-def places(roles: dict[str, Backbone], folder: Path) -> dict[Backbone, Path]:
+def export_folders(roles: dict[str, Backbone], folder: Path) -> dict[Backbone, Path]:
     """The folder of each network: `folder` of a single one, else one for each.
 
     Args:
@@ -24,7 +24,7 @@ def places(roles: dict[str, Backbone], folder: Path) -> dict[Backbone, Path]:
     }
 
 
-def name_ends(network: Backbone, data: TextData) -> PreTrainedTokenizerBase:
+def write_stop_ids(network: Backbone, data: TextDataModule) -> PreTrainedTokenizerBase:
     """Writes into the model's own configuration where texts end; the tokenizer to go with it.
 
     transformers' classifiers read the score at the last token that is not padding: there a stop
@@ -40,12 +40,14 @@ def name_ends(network: Backbone, data: TextData) -> PreTrainedTokenizerBase:
         model.generation_config.eos_token_id = stops
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     elif tokenizer.pad_token_id in stops:
-        tokenizer = padded_apart(tokenizer, stops)
+        tokenizer = copy_with_other_pad_token(tokenizer, stops)
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
-def padded_apart(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> PreTrainedTokenizerBase:
+def copy_with_other_pad_token(
+    tokenizer: PreTrainedTokenizerBase, stops: list[int]
+) -> PreTrainedTokenizerBase:
     """A copy that pads with a special token which is no stop, if it has one.
 
     Args:
@@ -65,19 +67,19 @@ def padded_apart(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> PreTra
     return apart
 
 
-def clear(place: Path, network: Backbone, whole: bool = False) -> None:
+def remove_stale_files(folder: Path, network: Backbone, is_full_model: bool = False) -> None:
     """Removes what an earlier run left there and transformers would load along with the new.
 
     An adapter's folder names its base, unless it holds a whole model's configuration; a whole
     model's folder gets the adapter that lies beside it.
 
     Args:
-        place: The folder to be written.
+        folder: The folder to be written.
         network: What will be saved there.
-        whole: Whether all of its weights will be, with its adapter in them.
+        is_full_model: Whether all of its weights will be, with its adapter in them.
     """
-    if whole or network.saved_whole:
-        for file in place.glob("adapter_*"):
+    if is_full_model or network.saves_full_model:
+        for file in folder.glob("adapter_*"):
             file.unlink()
-    elif Path(network.name).resolve() != place.resolve():
-        (place / "config.json").unlink(missing_ok=True)
+    elif Path(network.name).resolve() != folder.resolve():
+        (folder / "config.json").unlink(missing_ok=True)

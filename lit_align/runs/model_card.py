@@ -7,15 +7,15 @@ from pathlib import Path
 import yaml
 
 from lit_align.models.backbone import Backbone
-from lit_align.runs.environment_file import starts
+from lit_align.runs.environment_file import read_starts
 from lit_align.runs.run_folder import Points, RunFolder
 from lit_align.version import __version__
 
-FIGURES = {  # what is told of a run, where it was logged
+CARD_METRICS = {  # what is told of a run, where it was logged
     "reward": "reward",
     "val/reward": "reward on held-out prompts, greedy answers",
-    "objective/kl": "KL to the reference, nats per response",
-    "val/objective/kl": "KL on held-out prompts, nats per response",
+    "kl/per_response_k1": "KL to the reference, nats per response",
+    "val/kl/per_response_k1": "KL on held-out prompts, nats per response",
     "completions/mean_length": "length, tokens per response",
     "entropy": "entropy, nats per token",
     "loss": "loss",
@@ -24,7 +24,7 @@ FIGURES = {  # what is told of a run, where it was logged
     "val/accuracy": "accuracy on held-out rows",
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-KINDS = {  # pipeline tag, transformers' class, peft's class; by what the head reads
+MODEL_CLASSES = {  # pipeline tag, transformers' class, peft's class; by what the head reads
     "language": ("text-generation", "AutoModelForCausalLM", "AutoPeftModelForCausalLM"),
     "score": (
         "text-classification",
@@ -34,58 +34,60 @@ KINDS = {  # pipeline tag, transformers' class, peft's class; by what the head r
 }
 
 
-def write_card(place: Path, run: Path, network: Backbone, whole: bool | None = None) -> Path:
+def write_card(
+    folder: Path, run: Path, network: Backbone, is_full_model: bool | None = None
+) -> Path:
     """Writes README.md beside a network's weights, and puts the run's curves there.
 
     Args:
-        place: Where the weights are.
+        folder: Where the weights are.
         run: The run folder, with whatever of config.yaml, metrics.csv, curves.png and
             environment.json it has.
         network: Whose weights they are.
-        whole: Whether they are a whole model's and no adapter's; None: as the network saves them.
+        is_full_model: Whether they are a whole model's and no adapter's; None: as it is saved.
 
     Returns:
         The file.
     """
     if (run / "curves.png").is_file():
-        shutil.copyfile(run / "curves.png", place / "curves.png")
-    file = place / "README.md"
-    saved_whole = network.saved_whole if whole is None else whole
-    file.write_text(card(place, run, network, saved_whole), encoding="utf-8")
+        shutil.copyfile(run / "curves.png", folder / "curves.png")
+    file = folder / "README.md"
+    saves_full_model = network.saves_full_model if is_full_model is None else is_full_model
+    file.write_text(render_card(folder, run, network, saves_full_model), encoding="utf-8")
     return file
 
 
-def card(place: Path, run: Path, network: Backbone, whole: bool) -> str:
+def render_card(folder: Path, run: Path, network: Backbone, is_full_model: bool) -> str:
     """The text; arguments as `write_card` has them."""
-    known = RunFolder(run) if (run / "metrics.csv").is_file() else None
-    settings = known.config if known else {}
+    run_folder = RunFolder(run) if (run / "metrics.csv").is_file() else None
+    settings = run_folder.config if run_folder else {}
     algorithm = settings.get("model", "").rpartition(".")[2]
     by = f" by {algorithm}" if algorithm else ""
     parts = [
-        front_matter(network, whole, algorithm, settings.get("data.path", "")),
+        front_matter(network, is_full_model, algorithm, settings.get("data.path", "")),
         f"# {run.resolve().name}",
-        f"A {KINDS[network.reads][0]} model, trained{by} with lit_align {__version__}.",
-        facts(settings, network, whole),
-        figures(known.curves, known.axis) if known else "",
-        "![curves](curves.png)" if (place / "curves.png").is_file() else "",
-        usage(network, whole),
-        command(run),
+        f"A {MODEL_CLASSES[network.head_name][0]} model, trained{by} with lit_align {__version__}.",
+        facts_table(settings, network, is_full_model),
+        metrics_table(run_folder.curves, run_folder.axis) if run_folder else "",
+        "![curves](curves.png)" if (folder / "curves.png").is_file() else "",
+        usage_section(network, is_full_model),
+        reproduction_section(run),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter(network: Backbone, whole: bool, algorithm: str, data: str) -> str:
+def front_matter(network: Backbone, is_full_model: bool, algorithm: str, data: str) -> str:
     """What the hub reads; names that are no hub ids are left out of it.
 
     Args:
         network: Whose card it is.
-        whole: Whether it is no adapter.
+        is_full_model: Whether it is no adapter.
         algorithm: Its class, empty if unknown.
         data: Path of the rows.
     """
     settings = {
-        "library_name": "transformers" if whole else "peft",
-        "pipeline_tag": KINDS[network.reads][0],
+        "library_name": "transformers" if is_full_model else "peft",
+        "pipeline_tag": MODEL_CLASSES[network.head_name][0],
         "tags": ["lit_align", *([algorithm.lower()] if algorithm else [])],
         **({"base_model": network.name} if is_hub_id(network.name) else {}),
         **({"datasets": [data]} if is_hub_id(data) else {}),
@@ -98,35 +100,35 @@ def is_hub_id(path: str) -> bool:
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
-def facts(settings: dict[str, str], network: Backbone, whole: bool) -> str:
+def facts_table(settings: dict[str, str], network: Backbone, is_full_model: bool) -> str:
     """A table of what it was made of.
 
     Args:
         settings: Of the run, by dotted name.
         network: Whose card it is.
-        whole: Whether it is no adapter.
+        is_full_model: Whether it is no adapter.
     """
     rewards = [
-        value.rpartition(".")[2] if name == "reward.sources" else value
+        value.rpartition(".")[2] if name == "reward.functions" else value
         for name, value in settings.items()
-        if name.startswith("reward.sources") and value != "null"
+        if name.startswith("reward.functions") and value != "null"
     ]
     rows = {
         "base model": network.name,
-        "weights": "whole" if whole else "a low-rank adapter",
+        "weights": "whole" if is_full_model else "a low-rank adapter",
         "data": settings.get("data.path", ""),
         "reward": ", ".join(rewards),
         "seed": settings.get("seed_everything", ""),
     }
-    lines = [f"| {name} | {cell(value)} |" for name, value in rows.items() if value]
+    lines = [f"| {name} | {escape_cell(value)} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|-|-|", *lines])
 
 
-def figures(curves: dict[str, Points], axis: str) -> str:
+def metrics_table(curves: dict[str, Points], axis: str) -> str:
     """Means over the first and the last tenth of what was logged."""
     lines = [
-        f"| {text} | {tenth(curves[name], False):.4g} | {tenth(curves[name], True):.4g} |"
-        for name, text in FIGURES.items()
+        f"| {text} | {tenth_mean(curves[name], False):.4g} | {tenth_mean(curves[name], True):.4g} |"
+        for name, text in CARD_METRICS.items()
         if name in curves
     ]
     if not lines:
@@ -136,22 +138,22 @@ def figures(curves: dict[str, Points], axis: str) -> str:
     return "\n".join([*head, *lines])
 
 
-def tenth(points: Points, last: bool) -> float:
+def tenth_mean(points: Points, last: bool) -> float:
     """The mean over the first or the last tenth, at least one value."""
     number = max(1, len(points) // 10)
     values = [y for _, y in (points[-number:] if last else points[:number])]
     return sum(values) / len(values)
 
 
-def cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """A text that stays within its cell of a table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def usage(network: Backbone, whole: bool) -> str:
+def usage_section(network: Backbone, is_full_model: bool) -> str:
     """How it is loaded."""
-    _, of_models, of_adapters = KINDS[network.reads]
-    package, kind = ("transformers", of_models) if whole else ("peft", of_adapters)
+    _, model_class, adapter_class = MODEL_CLASSES[network.head_name]
+    package, kind = ("transformers", model_class) if is_full_model else ("peft", adapter_class)
     lines = [
         f"from {package} import {kind}",
         "from transformers import AutoTokenizer",
@@ -162,13 +164,15 @@ def usage(network: Backbone, whole: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def command(run: Path) -> str:
+def reproduction_section(run: Path) -> str:
     """What makes it again: the commands as they were given, and the settings that they came to."""
-    given = dict.fromkeys(f"    {entry['command']}" for entry in starts(run) if entry["command"])
-    said = ["Made by", "", *given] if given else []
+    given = dict.fromkeys(
+        f"    {entry['command']}" for entry in read_starts(run) if entry["command"]
+    )
+    made_by = ["Made by", "", *given] if given else []
     file = run / "config.yaml"
     if not file.is_file():
-        return "\n".join(said)
+        return "\n".join(made_by)
     text = file.read_text(encoding="utf-8").strip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lines = [
@@ -184,4 +188,4 @@ def command(run: Path) -> str:
         "",
         "</details>",
     ]
-    return "\n".join([*said, *([""] if said else []), *lines])
+    return "\n".join([*made_by, *([""] if made_by else []), *lines])

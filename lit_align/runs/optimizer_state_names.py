@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 
-def with_names(trainer: Trainer, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def add_weight_names(trainer: Trainer, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The states with names where torch has numbers; ranks that hold none keep none.
 
     torch numbers the weights of the groups, one after the other; Lightning, when it gathers sharded
@@ -19,16 +19,16 @@ def with_names(trainer: Trainer, states: list[dict[str, Any]]) -> list[dict[str,
     named = list(trainer.lightning_module.named_parameters())
     if isinstance(trainer.strategy, ModelParallelStrategy):
         names = {number: name for number, (name, _) in enumerate(named)}
-        return [renamed(state, names) for state in states]
+        return [replace_numbers(state, names) for state in states]
     known = {id(weight): name for name, weight in named}
     result = []
     for optimizer, state in zip(trainer.optimizers, states, strict=True):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        result.append(renamed(state, {i: known[id(w)] for i, w in enumerate(weights)}))
+        result.append(replace_numbers(state, {i: known[id(w)] for i, w in enumerate(weights)}))
     return result
 
 
-def renamed(state: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
+def replace_numbers(state: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
     """A state whose numbers are names.
 
     Args:

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import distributed
 
-State = dict[str, Any]  # tensors and numbers, as checkpoints load them
+RNGState = dict[str, Any]  # tensors and numbers, as checkpoints load them
 
 
-def state() -> State:
+def rng_state() -> RNGState:
     """Where python, numpy, torch and this rank's devices are."""
     version, words, spare = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)
@@ -28,7 +28,7 @@ def state() -> State:
     }
 
 
-def restore(found: State) -> None:
+def set_rng_state(found: RNGState) -> None:
     """Goes on where the generators were."""
     python, legacy = found["python"], found["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["spare"]))
@@ -48,11 +48,11 @@ def restore(found: State) -> None:
         torch.cuda.set_rng_state_all(found["devices"])
 
 
-def of_all_ranks() -> list[State]:
-    """`state` of each rank, by rank; every rank must ask."""
-    own = state()
+def gather_rng_states() -> list[RNGState]:
+    """`rng_state` of each rank, by rank; every rank must ask."""
+    own = rng_state()
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
-    states: list[State] = [own] * distributed.get_world_size()
+    states: list[RNGState] = [own] * distributed.get_world_size()
     distributed.all_gather_object(states, own)
     return states

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import yaml
 
-Row = dict[str, object]
-Points = list[tuple[float, float]]  # place on the x axis, value
+from lit_align.errors import UserError
 
-TABLE_FILE = re.compile(r"(rollout|held_out)_(\d+)(?:\.rank\d+)?\.jsonl")
-PHASES = ("rollout", "score", "prepare", "update")  # as they follow each other; others come behind
-PREDICTED = re.compile(r"predictions(?:\.rank\d+)?\.jsonl")
+ResponseRow = dict[str, object]
+Points = list[tuple[float, float]]  # position on the x axis, value
+
+COMPLETIONS_FILE = re.compile(r"(rollout|held_out)_(\d+)(?:\.rank\d+)?\.jsonl")
+ITERATION_PHASES = ("rollout", "score", "prepare", "update")  # in this order; others come behind
+PREDICTIONS_FILE = re.compile(r"predictions(?:\.rank\d+)?\.jsonl")
 
 
 class RunFolder:
@@ -27,10 +29,10 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise FileNotFoundError(f"{path}: no such run folder.")
+            raise UserError(f"{path}: no such run folder.")
         if not (self.path / "metrics.csv").is_file():
             found = ", ".join(sorted(file.name for file in self.path.iterdir())[:8]) or "nothing"
-            raise ValueError(
+            raise UserError(
                 f"{path}: no metrics.csv, so this is no folder that `lit-align fit` wrote. "
                 f"Found: {found}."
             )
@@ -44,8 +46,8 @@ class RunFolder:
         try:
             settings = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-        return flat(settings) if isinstance(settings, dict) else {}
+            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        return flatten_settings(settings) if isinstance(settings, dict) else {}
 
     @cached_property
     def rows(self) -> list[dict[str, str]]:
@@ -55,13 +57,13 @@ class RunFolder:
             rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(lines)]
         rows = [row for row in rows if row.get("step", "").isdigit()]
         if not rows:
-            raise ValueError(f"{file} has no rows yet: wait for the first logged step.")
+            raise UserError(f"{file} has no rows yet: wait for the first logged step.")
         return rows
 
     @property
     def axis(self) -> str:
         """What the curves' x axis counts."""
-        online = any("rollout" in row for row in self.rows)
+        online = any("iteration" in row for row in self.rows)
         return "rollouts" if online else "optimizer steps"
 
     @cached_property
@@ -70,20 +72,22 @@ class RunFolder:
 
         What is logged beside the rollouts stands at the last one before it.
         """
-        online, place = self.axis == "rollouts", 0.0
+        online, position = self.axis == "rollouts", 0.0
         curves: dict[str, Points] = {}
         for row in self.rows:
-            place = float(row.get("rollout", place)) if online else float(row["step"]) + 1
+            position = float(row.get("iteration", position)) if online else float(row["step"]) + 1
             for name, text in row.items():
-                value = number(text)
-                if name not in ("step", "rollout", "epoch") and math.isfinite(value):
-                    curves.setdefault(name, []).append((place, value))
+                value = parse_number(text)
+                if name not in ("step", "iteration", "epoch") and math.isfinite(value):
+                    curves.setdefault(name, []).append((position, value))
         return {name: sorted(curves[name]) for name in sorted(curves)}
 
     @cached_property
-    def num_odd_values(self) -> int:
+    def num_non_finite(self) -> int:
         """How many logged values are no finite numbers; they are in no curve."""
-        return sum(not math.isfinite(number(text)) for row in self.rows for text in row.values())
+        return sum(
+            not math.isfinite(parse_number(text)) for row in self.rows for text in row.values()
+        )
 
     @cached_property
     def memory(self) -> dict[str, dict[str, float]]:
@@ -93,7 +97,9 @@ class RunFolder:
             with file.open(newline="", encoding="utf-8") as lines:
                 for row in csv.DictReader(lines):
                     phase = row.pop("phase", "")
-                    sizes = {k: v for k, size in row.items() if math.isfinite(v := number(size))}
+                    sizes = {
+                        k: v for k, size in row.items() if math.isfinite(v := parse_number(size))
+                    }
                     if sizes.get("peak", 0.0) > phases.get(phase, {}).get("peak", -1.0):
                         phases[phase] = sizes
         return phases
@@ -102,24 +108,27 @@ class RunFolder:
     def seconds(self) -> dict[str, float]:
         """Mean seconds per rollout by phase, from metrics `time/<phase>`; empty if not logged."""
         found = {k.removeprefix("time/"): v for k, v in self.curves.items() if k[:5] == "time/"}
-        order = [*(phase for phase in PHASES if phase in found), *sorted(found.keys() - {*PHASES})]
+        order = [
+            *(phase for phase in ITERATION_PHASES if phase in found),
+            *sorted(found.keys() - {*ITERATION_PHASES}),
+        ]
         return {name: math.fsum(y for _, y in found[name]) / len(found[name]) for name in order}
 
     @cached_property
     def rollouts(self) -> dict[int, list[Path]]:
         """The files of completions by rollout, one per rank."""
-        return self.tables("rollout")
+        return self.completion_files("rollout")
 
     @cached_property
     def held_out(self) -> dict[int, list[Path]]:
         """The files of answers to held-out prompts, by the rollouts before that validation."""
-        return self.tables("held_out")
+        return self.completion_files("held_out")
 
-    def tables(self, kind: str) -> dict[int, list[Path]]:
+    def completion_files(self, kind: str) -> dict[int, list[Path]]:
         """The files of one kind of completions by number."""
         files: dict[int, list[Path]] = {}
         for file in sorted(self.path.glob("completions/*.jsonl")):
-            found = TABLE_FILE.fullmatch(file.name)
+            found = COMPLETIONS_FILE.fullmatch(file.name)
             if found and found[1] == kind:
                 files.setdefault(int(found[2]), []).append(file)
         return dict(sorted(files.items()))
@@ -127,10 +136,12 @@ class RunFolder:
     @property
     def predictions(self) -> list[Path]:
         """The files that a `predict` wrote here."""
-        return [each for each in sorted(self.path.glob("*.jsonl")) if PREDICTED.match(each.name)]
+        return [
+            each for each in sorted(self.path.glob("*.jsonl")) if PREDICTIONS_FILE.match(each.name)
+        ]
 
 
-def number(text: str | None) -> float:
+def parse_number(text: str | None) -> float:
     """A number of a table, NaN for anything else."""
     try:
         return float(text or "nan")
@@ -138,36 +149,36 @@ def number(text: str | None) -> float:
         return math.nan
 
 
-def flat(settings: object, name: str = "") -> dict[str, str]:
+def flatten_settings(settings: object, name: str = "") -> dict[str, str]:
     """Nested settings by dotted name, as text."""
     if isinstance(settings, dict) and settings:
-        parts = (flat(value, f"{name}.{key}") for key, value in settings.items())
+        parts = (flatten_settings(value, f"{name}.{key}") for key, value in settings.items())
         return {key: value for part in parts for key, value in part.items()}
     short = name.removeprefix(".").replace(".init_args.", ".").removesuffix(".class_path")
     text = settings if isinstance(settings, str) else json.dumps(settings, default=str)
     return {short: text}
 
 
-def answers(files: list[Path]) -> list[Row]:
+def read_responses(files: list[Path]) -> list[ResponseRow]:
     """The lines of JSON files: one answer each. Half a line at the end, of a killed run, is no row.
 
     Args:
         files: One per rank.
     """
-    rows: list[Row] = []
+    rows: list[ResponseRow] = []
     for file in files:
         lines = file.read_text(encoding="utf-8").split("\n")
-        for place, line in enumerate(lines, 1):
+        for position, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                if place == len(lines):
+                if position == len(lines):
                     continue
-                raise ValueError(f"line {place} of {file} is not JSON: {error}") from None
+                raise UserError(f"line {position} of {file} is not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"line {place} of {file} is no JSON object.")
+                raise UserError(f"line {position} of {file} is no JSON object.")
             rows.append(row)
     return rows
 

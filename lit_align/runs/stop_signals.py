@@ -11,7 +11,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 
-NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
@@ -23,21 +23,23 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.before: dict[int, Any] = {}  # the handlers that were in place
+        self.previous_handlers: dict[int, Any] = {}  # the handlers that were in place
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """Takes the signals over; from the main thread alone, as Python wants it."""
-        if not self.before and threading.current_thread() is threading.main_thread():
+        if not self.previous_handlers and threading.current_thread() is threading.main_thread():
             self.received = None
-            self.before = {number: signal.signal(number, self.note) for number in NUMBERS}
+            self.previous_handlers = {
+                number: signal.signal(number, self.handle) for number in STOP_SIGNALS
+            }
 
-    def let_go(self) -> None:
+    def restore(self) -> None:
         """Gives the signals back to whom they belonged."""
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.previous_handlers = {}
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Comes whenever a signal arrives."""
         if number == signal.SIGINT and self.received == signal.SIGINT:
             signal.default_int_handler(number, frame)
@@ -51,12 +53,12 @@ class StopSignals:
         strategy = trainer.strategy
         parallel = isinstance(strategy, ParallelStrategy)
         environment = strategy.cluster_environment if parallel else None
-        asked = (
+        should_requeue = (
             isinstance(environment, SLURMEnvironment)
             and environment.auto_requeue
             and self.received == environment.requeue_signal
         )
-        if asked and trainer.is_global_zero:
+        if should_requeue and trainer.is_global_zero:
             job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
             name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
             subprocess.run(["scontrol", "requeue", name], check=False)

@@ -12,17 +12,18 @@ from rich.text import Text
 from lit_align.batches import Experience
 from lit_align.data.padding import pad_left
 from lit_align.data.text import Message, encode_prompt, load_tokenizer, stop_ids
-from lit_align.models.generation.decode import Sampling
+from lit_align.errors import UserError
+from lit_align.models.generation.decode import SamplingParams
 from lit_align.models.policy import Policy
-from lit_align.terminal import harmless
+from lit_align.terminal import strip_control_characters
 
-ALL = Sampling()  # tokens may be chosen
-CHUNK = 8  # tokens between two looks: the context is read again for each
-HELP = "/clear forgets what was said, /temperature T changes it (0: likeliest), /quit ends."
+UNRESTRICTED = SamplingParams()  # tokens may be chosen
+CHUNK_TOKENS = 8  # tokens between two looks: the context is read again for each
+CHAT_HELP = "/clear forgets what was said, /temperature T changes it (0: likeliest), /quit ends."
 Value = TypeVar("Value")
 
 
-class Speaker:
+class ChatModel:
     """A model and what it has been told so far; a model without chat template goes on with a text.
 
     Args:
@@ -39,29 +40,29 @@ class Speaker:
         self,
         path: str,
         max_new_tokens: int = 256,
-        sampling: Sampling = ALL,
+        sampling: SamplingParams = UNRESTRICTED,
         temperature: float = 1.0,
         system: str | None = None,
         seed: int = 0,
         device: str = "cpu",
     ):
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}.")
+            raise UserError(f"max_new_tokens must be at least 1, found {max_new_tokens}.")
         self.name = path
         self.tokenizer = load_tokenizer(path)
         check_device(device)
         self.policy = Policy(path).to(device).eval()
         self.device, self.max_new_tokens, self.sampling = device, max_new_tokens, sampling
         self.stops = sorted({*self.policy.stop_ids, *stop_ids(self.tokenizer)})
-        self.noise = torch.Generator().manual_seed(seed)
-        self.talks = self.tokenizer.chat_template is not None
-        self.start: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.generator = torch.Generator().manual_seed(seed)
+        self.has_chat_template = self.tokenizer.chat_template is not None
+        self.system_turns: list[Message] = [{"role": "system", "content": system}] if system else []
         self.set_temperature(temperature)
         self.clear()
 
     def clear(self) -> None:
         """Forgets the conversation."""
-        self.turns = list(self.start)
+        self.turns = list(self.system_turns)
 
     def set_temperature(self, temperature: float) -> None:
         """From now on.
@@ -70,61 +71,61 @@ class Speaker:
             temperature: 0 takes the likeliest token.
         """
         if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, found {temperature:g}.")
+            raise UserError(f"temperature must be at least 0, found {temperature:g}.")
         self.greedy = temperature == 0
-        self.policy.temperature = temperature or 1.0
+        self.policy.set_temperature(temperature or 1.0)
 
-    def answer(self, words: str) -> Iterator[str]:
+    def stream_response(self, message: str) -> Iterator[str]:
         """What has been said so far, again and again until the answer is complete.
 
         Args:
-            words: Of the user.
+            message: Of the user.
         """
-        turns: list[Message] = [*self.turns, {"role": "user", "content": words}]
-        ids = encode_prompt(self.tokenizer, turns if self.talks else words)
-        self.check_room(len(ids))
-        said: list[int] = []
-        while len(said) < self.max_new_tokens:
-            number = min(CHUNK, self.max_new_tokens - len(said))
-            chunk = self.go_on([*ids, *said], number)
+        turns: list[Message] = [*self.turns, {"role": "user", "content": message}]
+        ids = encode_prompt(self.tokenizer, turns if self.has_chat_template else message)
+        self.check_length(len(ids))
+        response_ids: list[int] = []
+        while len(response_ids) < self.max_new_tokens:
+            num_tokens = min(CHUNK_TOKENS, self.max_new_tokens - len(response_ids))
+            chunk = self.generate_chunk([*ids, *response_ids], num_tokens)
             end = next((i for i, token in enumerate(chunk) if token in self.stops), None)
-            said += chunk[:end]
-            yield self.text(said)
+            response_ids += chunk[:end]
+            yield self.decode(response_ids)
             if end is not None:
                 break
-        if self.talks:
-            self.turns = [*turns, {"role": "assistant", "content": self.text(said)}]
+        if self.has_chat_template:
+            self.turns = [*turns, {"role": "assistant", "content": self.decode(response_ids)}]
 
-    def check_room(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
         """Refuses what would not fit with an answer.
 
         Args:
             length: Tokens of the conversation.
         """
-        room = getattr(self.policy.network.config, "max_position_embeddings", None)
-        if room is not None and length + self.max_new_tokens > room:
-            raise ValueError(
-                f"{self.name} reads {room} tokens, and this takes {length} and "
+        context_length = getattr(self.policy.network.config, "max_position_embeddings", None)
+        if context_length is not None and length + self.max_new_tokens > context_length:
+            raise UserError(
+                f"{self.name} reads {context_length} tokens, and this takes {length} and "
                 f"{self.max_new_tokens} for the answer: /clear, or start with a lower "
                 f"--max_new_tokens."
             )
 
-    def go_on(self, ids: list[int], number: int) -> list[int]:
+    def generate_chunk(self, ids: list[int], num_tokens: int) -> list[int]:
         """At most so many more token ids."""
         tokens, mask, lengths = pad_left([ids], 0)
         prompt = Experience(prompts=tokens, prompt_mask=mask, prompt_lengths=lengths)
-        noise = torch.rand(1, number, generator=self.noise).to(self.device)
+        noise = torch.rand(1, num_tokens, generator=self.generator).to(self.device)
         pad = self.tokenizer.pad_token_id
-        answer = self.policy.respond(
+        response = self.policy.generate(
             prompt.to(torch.device(self.device)), noise, [self.greedy], self.stops, pad,
             self.sampling,
         )  # fmt: skip
-        found: list[int] = answer.tokens[0].tolist()
-        return found
+        new_ids: list[int] = response.tokens[0].tolist()
+        return new_ids
 
-    def text(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         """Of token ids; what could steer a terminal is left out."""
-        return harmless(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        return strip_control_characters(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
 
 def check_device(device: str) -> None:
@@ -133,77 +134,77 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {device} is not available here: {reason}") from error
+        raise UserError(f"--device {device} is not available here: {reason}") from error
 
 
-def chat(speakers: list[Speaker], ask: Callable[[], str | None], console: Console) -> None:
+def chat(models: list[ChatModel], read_message: Callable[[], str | None], console: Console) -> None:
     """Answers until there is nothing more to answer.
 
     Args:
-        speakers: One, or two side by side.
-        ask: What the user says next; None at the end.
+        models: One, or two side by side.
+        read_message: What the user says next; None at the end.
         console: Where answers are shown.
     """
-    console.print(HELP, style="dim")
-    for speaker in speakers:
-        if not speaker.talks:
-            told = f"{speaker.name} has no chat template: it goes on with each text as it is."
-            console.print(told, style="dim", markup=False)
-    while (words := ask()) is not None and words.strip() != "/quit":
+    console.print(CHAT_HELP, style="dim")
+    for model in models:
+        if not model.has_chat_template:
+            notice = f"{model.name} has no chat template: it goes on with each text as it is."
+            console.print(notice, style="dim", markup=False)
+    while (message := read_message()) is not None and message.strip() != "/quit":
         try:
-            if words.strip().startswith("/"):
-                console.print(command(speakers, words.split()), style="dim", markup=False)
-            elif words.strip():
-                show(speakers, words, console)
+            if message.strip().startswith("/"):
+                console.print(run_command(models, message.split()), style="dim", markup=False)
+            elif message.strip():
+                show_responses(models, message, console)
         except ValueError as error:
             console.print(str(error), style="red", markup=False)
 
 
-def command(speakers: list[Speaker], words: list[str]) -> str:
+def run_command(models: list[ChatModel], words: list[str]) -> str:
     """Does what a line with a slash says, and says so."""
     if words == ["/clear"]:
-        for speaker in speakers:
-            speaker.clear()
+        for model in models:
+            model.clear()
         return "forgotten"
     if words[0] == "/temperature" and len(words) == 2:
         try:
             temperature = float(words[1])
         except ValueError:
             return f"/temperature takes a number, found {words[1]}"
-        for speaker in speakers:
-            speaker.set_temperature(temperature)
+        for model in models:
+            model.set_temperature(temperature)
         return f"temperature {temperature:g}"
-    return HELP
+    return CHAT_HELP
 
 
-def show(speakers: list[Speaker], words: str, console: Console) -> None:
+def show_responses(models: list[ChatModel], message: str, console: Console) -> None:
     """The answers as they come: in place on a terminal, as whole texts elsewhere."""
-    answers = together([speaker.answer(words) for speaker in speakers])
-    last = [""] * len(speakers)
+    responses = latest_of_each([model.stream_response(message) for model in models])
+    last = [""] * len(models)
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for last in answers:
-            live.update(beside(speakers, last), refresh=console.is_terminal)
-    console.print(beside(speakers, last))
+        for last in responses:
+            live.update(side_by_side(models, last), refresh=console.is_terminal)
+    console.print(side_by_side(models, last))
 
 
-def together(answers: list[Iterator[Value]]) -> Iterator[list[Value]]:
+def latest_of_each(responses: list[Iterator[Value]]) -> Iterator[list[Value]]:
     """The newest of each iterator, for as long as one goes on."""
-    newest = [next(answer) for answer in answers]
-    over = [False] * len(answers)
-    while not all(over):
+    newest = [next(response) for response in responses]
+    finished = [False] * len(responses)
+    while not all(finished):
         yield list(newest)
-        for place, answer in enumerate(answers):
-            later = next(answer, None)
-            over[place] = later is None
-            newest[place] = newest[place] if later is None else later
+        for index, response in enumerate(responses):
+            update = next(response, None)
+            finished[index] = update is None
+            newest[index] = newest[index] if update is None else update
 
 
-def beside(speakers: list[Speaker], said: list[str]) -> Table | Text:
+def side_by_side(models: list[ChatModel], texts: list[str]) -> Table | Text:
     """One answer as it is, two in columns under the models' names."""
-    if len(speakers) == 1:
-        return Text(said[0])
+    if len(models) == 1:
+        return Text(texts[0])
     table = Table(expand=True)
-    for speaker in speakers:
-        table.add_column(Text(speaker.name), ratio=1, overflow="fold")
-    table.add_row(*map(Text, said))
+    for model in models:
+        table.add_column(Text(model.name), ratio=1, overflow="fold")
+    table.add_row(*map(Text, texts))
     return table

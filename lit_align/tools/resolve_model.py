@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-INSIDE = ("", "policy", "hf", "hf/policy")
+from lit_align.errors import UserError
+
+SUBFOLDERS = ("", "policy", "hf", "hf/policy")
 
 
-def found_model(path: str) -> str:
+def resolve_model(path: str) -> str:
     """The folder that transformers or peft loads, or the hub id as it is.
 
     Args:
@@ -14,12 +16,12 @@ def found_model(path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path
-    for name in INSIDE:
-        place = folder / name
-        if any((place / file).is_file() for file in ("config.json", "adapter_config.json")):
-            return str(place)
-    found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-    raise FileNotFoundError(
+    for name in SUBFOLDERS:
+        candidate = folder / name
+        if any((candidate / file).is_file() for file in ("config.json", "adapter_config.json")):
+            return str(candidate)
+    names = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
         f"{path}: no config.json and no adapter_config.json, there or in hf/, so no model is "
-        f"saved there. Found: {found}."
+        f"saved there. Found: {names}."
     )

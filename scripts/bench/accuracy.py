@@ -31,16 +31,16 @@ from lit_align.data.preferences import PreferenceData
 from lit_align.data.prompts import PromptData
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import Hydra
-from lit_align.models.kernels import varlen_attention as packing
-from lit_align.models.parallel.offload import Sleeper
+from lit_align.models.kernels import varlen_attention
+from lit_align.models.parallel.offload import OffloadedTensors
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.optim.galore import GaLore
-from lit_align.plan.architectures import config_of
-from lit_align.plan.max_length_data import FIRST, Longest
+from lit_align.plan.architectures import architecture_config
+from lit_align.plan.max_length_data import FIRST_TOKEN_ID, MaxLengthData
 from lit_align.rewards.base import RewardFunction
-from lit_align.rewards.reward_model import LearnedReward, TrainedScalar
-from lit_align.rewards.shared_backbone import BaseReward
+from lit_align.rewards.reward_model import ModelReward, RewardNetwork
+from lit_align.rewards.shared_backbone import SharedBackboneReward
 
 TOY: dict[str, Any] = {
     "model_type": "llama",
@@ -60,17 +60,17 @@ class Size(NamedTuple):
     Args:
         config: Of every network.
         prompt: Tokens of a prompt.
-        answer: Tokens of an answer.
+        response: Tokens of a response.
         rows: Texts of a step.
-        passes: Texts of a micro-batch.
+        microbatch_rows: Texts of a micro-batch.
         rank: Of GaLore's matrices and of adapters.
     """
 
     config: dict[str, Any]
     prompt: int
-    answer: int
+    response: int
     rows: int
-    passes: int
+    microbatch_rows: int
     rank: int
 
 
@@ -83,7 +83,7 @@ def size_of(model: str) -> Size:
     endless = {"eos_token_id": None}  # as a plan has it: no answer ends early
     if model == "toy":
         return Size(TOY | endless, 16, 24, 8, 3, 8)
-    config = config_of(f"shape:{model}").to_diff_dict()
+    config = architecture_config(f"shape:{model}").to_diff_dict()
     return Size(config | endless, 384, 128, 16, 6, 64)
 
 
@@ -98,10 +98,10 @@ class Fit(NamedTuple):
 
     trainer: Trainer
     algorithm: Algorithm
-    data: Longest
+    data: MaxLengthData
 
 
-class Judging(LearnedReward):
+class RandomRewardModel(ModelReward):
     """A reward model of random weights, which reads token ids without any text.
 
     Args:
@@ -114,21 +114,21 @@ class Judging(LearnedReward):
 
     def setup(self, algorithm: LightningModule) -> None:
         """Builds the network."""
-        scalar = TrainedScalar(config=dict(self.size.config), dtype=self.dtype)
-        self.scalar = scalar.eval().requires_grad_(False)
-        self.sleeper = Sleeper(self.scalar.parameters, frozen=True)
+        scalar = RewardNetwork(config=dict(self.size.config), dtype=self.dtype)
+        self.network = scalar.eval().requires_grad_(False)
+        self.offloaded_weights = OffloadedTensors(self.network.parameters, is_frozen=True)
 
     def encode(self, batch: Experience) -> list[list[int]]:
         """[N] texts as long as the policy's."""
-        return [[FIRST] * tokens(self.size)] * len(batch)
+        return [[FIRST_TOKEN_ID] * tokens(self.size)] * len(batch)
 
 
-class Counting(RewardFunction):
+class TokenCountReward(RewardFunction):
     """How often a token stands in the response."""
 
     def __call__(self, batch: Experience) -> Tensor:
         """[N] numbers."""
-        return ((batch.responses == FIRST) & batch.response_mask).sum(-1).float()
+        return ((batch.responses == FIRST_TOKEN_ID) & batch.response_mask).sum(-1).float()
 
 
 class Method(NamedTuple):
@@ -137,17 +137,17 @@ class Method(NamedTuple):
     Args:
         kind: The algorithm.
         settings: Its own, from a size.
-        judge: Of answers, from a size.
+        reward: Of answers, from a size.
     """
 
     kind: type[Algorithm]
     settings: Callable[[Size], dict[str, Any]]
-    judge: Callable[[Size], RewardFunction] = lambda size: Counting()
+    reward: Callable[[Size], RewardFunction] = lambda size: TokenCountReward()
 
 
 def tokens(size: Size) -> int:
     """Of a whole text."""
-    return size.prompt + size.answer
+    return size.prompt + size.response
 
 
 def network(kind: type, size: Size, **settings: Any) -> Callable[[], Any]:
@@ -160,48 +160,48 @@ def policy(size: Size) -> dict[str, Any]:
     return {"policy": network(Policy, size)}
 
 
-def acting(size: Size) -> dict[str, Any]:
+def policy_and_critic(size: Size) -> dict[str, Any]:
     """A policy and a critic that train whole."""
-    return {**policy(size), "critic": network(Scalar, size)}
+    return {**policy(size), "critic": network(ScalarHead, size)}
 
 
 def adapters(size: Size) -> dict[str, Any]:
     """A policy and a critic of adapters on frozen bases."""
-    half = {"dtype": "bfloat16", "lora": LoRA(rank=size.rank, alpha=2 * size.rank)}
-    both = (("policy", Policy), ("critic", Scalar))
+    half = {"dtype": "bfloat16", "lora": LoRA(r=size.rank, lora_alpha=2 * size.rank)}
+    both = (("policy", Policy), ("critic", ScalarHead))
     return {role: network(kind, size, **half) for role, kind in both}
 
 
-def by_galore(size: Size) -> dict[str, Any]:
+def galore_policy(size: Size) -> dict[str, Any]:
     """GaLore's optimizer, of its own rank."""
     return {**policy(size), "optimizer": partial(GaLore, rank=size.rank, lr=1e-5)}
 
 
 def hydra(size: Size) -> dict[str, Any]:
     """One frozen base with an actor's and a critic's adapter."""
-    half = {"dtype": "bfloat16", "lora": LoRA(rank=size.rank, alpha=2 * size.rank)}
+    half = {"dtype": "bfloat16", "lora": LoRA(r=size.rank, lora_alpha=2 * size.rank)}
     return {"policy": network(Hydra, size, **half)}
 
 
-def lean(size: Size) -> dict[str, Any]:
+def checkpointed_policy(size: Size) -> dict[str, Any]:
     """A policy that keeps the inputs of blocks alone."""
-    return {"policy": network(Policy, size, checkpointing=True)}
+    return {"policy": network(Policy, size, activation_checkpointing=True)}
 
 
 METHODS: dict[str, Method] = {
     "SFT": Method(SFT, policy),
-    "SFT-checkpointing": Method(SFT, lean),
-    "SFT-GaLore": Method(SFT, by_galore),
+    "SFT-checkpointing": Method(SFT, checkpointed_policy),
+    "SFT-GaLore": Method(SFT, galore_policy),
     "DPO": Method(DPO, policy),
-    "RewardModel": Method(RewardModel, lambda size: {"reward_model": network(Scalar, size)}),
+    "RewardModel": Method(RewardModel, lambda size: {"reward_model": network(ScalarHead, size)}),
     "GRPO": Method(GRPO, lambda size: {**policy(size), "num_samples": 4}),
-    "ReMax": Method(ReMax, policy, Judging),
+    "ReMax": Method(ReMax, policy, RandomRewardModel),
     "SPR": Method(SPR, lambda size: {**policy(size), "num_samples": 4}),
-    "PPO": Method(PPO, acting, Judging),
-    "LoRA-PPO": Method(PPO, adapters, lambda size: BaseReward()),
-    "Hydra-PPO": Method(HydraPPO, hydra, lambda size: BaseReward()),
+    "PPO": Method(PPO, policy_and_critic, RandomRewardModel),
+    "LoRA-PPO": Method(PPO, adapters, lambda size: SharedBackboneReward()),
+    "Hydra-PPO": Method(HydraPPO, hydra, lambda size: SharedBackboneReward()),
 }
-PAIRED = (DPO, RewardModel)
+PAIR_ALGORITHMS = (DPO, RewardModel)
 
 
 def run(name: str, size: Size, folder: str, accelerator: str) -> Fit:
@@ -214,10 +214,10 @@ def run(name: str, size: Size, folder: str, accelerator: str) -> Fit:
         accelerator: Lightning's word.
     """
     method = METHODS[name]
-    paired, online = method.kind in PAIRED, issubclass(method.kind, OnlineAlgorithm)
+    paired, online = method.kind in PAIR_ALGORITHMS, issubclass(method.kind, OnlineAlgorithm)
     settings = {
         "optimizer": partial(AdamW, lr=1e-6, fused=True),
-        "microbatch_tokens": size.passes * tokens(size),
+        "microbatch_tokens": size.microbatch_rows * tokens(size),
         **method.settings(size),
     }
     algorithm = method.kind(**settings)
@@ -225,11 +225,11 @@ def run(name: str, size: Size, folder: str, accelerator: str) -> Fit:
     if isinstance(algorithm, OnlineAlgorithm):
         rows = size.rows // algorithm.num_samples
         module: Any = PromptData("none", max_prompt_tokens=size.prompt, batch_size=rows)
-        stored = algorithm.num_stored
+        num_offline = algorithm.num_offline_samples
     else:
-        rows, stored = size.rows // (2 if paired else 1), 0
+        rows, num_offline = size.rows // (2 if paired else 1), 0
         module = data("none", max_tokens=tokens(size), batch_size=rows)
-    asked = [Rollout(max_new_tokens=size.answer), Reward(method.judge(size))]
+    callbacks = [Rollout(max_new_tokens=size.response), Reward(method.reward(size))]
     trainer = Trainer(
         accelerator=accelerator,
         devices=1,
@@ -242,10 +242,12 @@ def run(name: str, size: Size, folder: str, accelerator: str) -> Fit:
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        callbacks=asked if online else [],
+        callbacks=callbacks if online else [],
     )
     vocabulary = size.config["vocab_size"]
-    return Fit(trainer, algorithm, Longest(module, None, size.answer, stored, vocabulary))
+    return Fit(
+        trainer, algorithm, MaxLengthData(module, None, size.response, num_offline, vocabulary)
+    )
 
 
 def measured(name: str, model: str, folder: str, device: str) -> dict[str, int]:
@@ -257,23 +259,23 @@ def measured(name: str, model: str, folder: str, device: str) -> dict[str, int]:
         folder: For what the run writes.
         device: cpu, or cuda.
     """
-    share_keys()
+    patch_grouped_query_attention()
     torch.manual_seed(0)
-    made = run(name, size_of(model), folder, "cpu" if device == "cpu" else "gpu")
-    callbacks: list[Callback] = vars(made.trainer)["callbacks"]
+    fit = run(name, size_of(model), folder, "cpu" if device == "cpu" else "gpu")
+    callbacks: list[Callback] = vars(fit.trainer)["callbacks"]
     memory = Memory()
     callbacks.insert(0, memory)
-    made.trainer.fit(made.algorithm, made.data)
+    fit.trainer.fit(fit.algorithm, fit.data)
     return {phase: peak.peak for phase, peak in memory.peaks.items()}
 
 
-def share_keys() -> None:
+def patch_grouped_query_attention() -> None:
     """Lets torch before 2.13 attend, whose kernel shares keys among heads without being told."""
-    kernel = packing.varlen_attn
+    kernel = varlen_attention.varlen_attn
     if "enable_gqa" in signature(kernel).parameters:
         return
 
     def attend(*given: Any, enable_gqa: bool, **more: Any) -> Any:
         return kernel(*given, **more)
 
-    vars(packing)["varlen_attn"] = attend
+    vars(varlen_attention)["varlen_attn"] = attend

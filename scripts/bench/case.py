@@ -35,23 +35,23 @@ class Shape(NamedTuple):
         num_rows: Answers, texts or pairs per optimizer step.
         num_samples: Answers to one prompt.
         prompt: Tokens of the longest prompt.
-        answer: Tokens of the longest answer.
-        mean: Tokens of the mean answer, geometric lengths cut at `answer`; 0: all full.
-        part: Rows of full length in one micro-batch.
+        response: Tokens of the longest response.
+        mean_response: Tokens of the mean answer, geometric lengths cut at `answer`; 0: all full.
+        rows_per_microbatch: Rows of full length in one micro-batch.
     """
 
     name: str
     num_rows: int
     num_samples: int
     prompt: int
-    answer: int
-    mean: int
-    part: int
+    response: int
+    mean_response: int
+    rows_per_microbatch: int
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of the longest text."""
-        return self.prompt + self.answer
+        return self.prompt + self.response
 
 
 class Case(NamedTuple):
@@ -70,17 +70,17 @@ class Case(NamedTuple):
     device: str = "cpu"
 
     @property
-    def online(self) -> bool:
+    def is_online(self) -> bool:
         """Whether answers are sampled."""
         return self.algorithm in ONLINE
 
     @property
-    def place(self) -> str:
+    def folder_name(self) -> str:
         """A folder's name: cases of one name read the same model."""
-        return f"{self.model} {self.shape.mean if self.online else 'texts'}"
+        return f"{self.model} {self.shape.mean_response if self.is_online else 'texts'}"
 
     @property
-    def bf16(self) -> bool:
+    def is_bf16(self) -> bool:
         """Whether weights are bfloat16."""
         return self.device != "cpu"
 
@@ -95,8 +95,8 @@ def shapes(algorithm: str, device: str) -> list[Shape]:
         ]
     if algorithm in ONLINE:
         return [Shape("full", 32, 8, 32, 64, 0, 8), Shape("ragged", 32, 8, 32, 128, 32, 8)]
-    part = 8 if algorithm == "sft" else 4  # a pair has two texts
+    rows = 8 if algorithm == "sft" else 4  # a pair has two texts
     return [
-        Shape("full", 4 * part, 1, 32, 96, 0, part),
-        Shape("ragged", 4 * part, 1, 32, 224, 48, part),
+        Shape("full", 4 * rows, 1, 32, 96, 0, rows),
+        Shape("ragged", 4 * rows, 1, 32, 224, 48, rows),
     ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from bench.accuracy import run, size_of
-from lit_align.plan.memory_tracker import Place
-from lit_align.plan.simulate import Machine, Run, simulated
+from lit_align.plan.memory_tracker import MemoryLocation
+from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
 
 
 def planned(name: str, model: str, folder: str, device: str) -> dict[str, int]:
@@ -19,5 +19,5 @@ def planned(name: str, model: str, folder: str, device: str) -> dict[str, int]:
         device: cpu, or cuda: where it is to be.
     """
     build = partial(run, name, size_of(model), folder, "cpu")
-    heights = simulated(lambda: Run(*build()), Machine(is_card=device != "cpu"))
-    return {phase: places[Place.DEVICE].total for phase, places in heights.items()}
+    peaks = simulate_peaks(lambda: SimulatedRun(*build()), Machine(is_gpu=device != "cpu"))
+    return {phase: locations[MemoryLocation.DEVICE].total for phase, locations in peaks.items()}

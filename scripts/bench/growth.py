@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from bench import material, ours
 from bench.case import MODELS, Case, Shape
-from bench.memory import apart, peak
-from bench.turns import steps_of
+from bench.memory import peak, run_in_fork
+from bench.turns import interleave_steps
 
 AXES = {
     "prompts": [2, 4, 8, 16],
@@ -55,7 +55,7 @@ def case(axis: str, size: int) -> Case:
     return Case("grpo", model, Shape("full", prompts * samples, samples, 32, answer, 0, 8))
 
 
-def parameters(case: Case) -> int:
+def num_parameters(case: Case) -> int:
     """Weights of a Llama without biases and with two embeddings."""
     size = MODELS[case.model]
     hidden, layers = size["hidden_size"], size["num_hidden_layers"]
@@ -63,39 +63,41 @@ def parameters(case: Case) -> int:
     return layers * block + 2 * size["vocab_size"] * hidden + hidden
 
 
-def timed(case: Case, folder: Path) -> float:
+def seconds_per_step(case: Case, folder: Path) -> float:
     """Seconds of a step."""
-    (steps,) = steps_of([partial(ours.run, case, folder)], 3)
+    (steps,) = interleave_steps([partial(ours.run, case, folder)], 3)
     return median(step.work for step in steps)
 
 
-def weighed(case: Case, folder: Path) -> int:
+def peak_bytes(case: Case, folder: Path) -> int:
     """Peak bytes of two steps."""
     return peak(lambda: ours.run(case, folder, 2, lambda: None), case.device)
 
 
-def measure() -> list[Point]:
+def measure_points() -> list[Point]:
     """All points."""
     points = []
     for axis, sizes in AXES.items():
         for size in sizes:
             what = case(axis, size)
-            at = parameters(what) if axis == "parameters" else size
+            at = num_parameters(what) if axis == "parameters" else size
             with tempfile.TemporaryDirectory() as path:
-                apart(material.make, what, Path(path), 5)
-                costs = (apart(work, what, Path(path)) for work in (timed, weighed))
+                run_in_fork(material.write_files, what, Path(path), 5)
+                costs = (
+                    run_in_fork(work, what, Path(path)) for work in (seconds_per_step, peak_bytes)
+                )
                 points.append(Point(axis, at, *costs))
             print(*points[-1], sep=",", flush=True)
     return points
 
 
-def slope(points: list[Point], of: str) -> float:
+def doubling_slope(points: list[Point], of: str) -> float:
     """How many times seconds or bytes double when the size does, between the two largest sizes."""
     first, last = points[-2:]
     return math.log(getattr(last, of) / getattr(first, of)) / math.log(last.size / first.size)
 
 
-def save(points: list[Point], picture: Path) -> None:
+def save_picture(points: list[Point], picture: Path) -> None:
     """The picture, and its numbers beside it."""
     with picture.with_suffix(".csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -108,13 +110,13 @@ def save(points: list[Point], picture: Path) -> None:
 
     figure, panels = pyplot.subplots(2, len(AXES), figsize=(14, 6), layout="constrained")
     for column, axis in enumerate(AXES):
-        there = [point for point in points if point.axis == axis]
+        axis_points = [point for point in points if point.axis == axis]
         for panel, of in zip(panels[:, column], ("seconds", "bytes"), strict=True):
-            sizes = [point.size for point in there]
-            panel.loglog(sizes, [getattr(p, of) for p in there], "o-")
+            sizes = [point.size for point in axis_points]
+            panel.loglog(sizes, [getattr(p, of) for p in axis_points], "o-")
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
             panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-            panel.set_title(f"slope {slope(there, of):.2f}")
+            panel.set_title(f"slope {doubling_slope(axis_points, of):.2f}")
             panel.set(xlabel=axis, ylabel=of)
             panel.grid(True, which="both", alpha=0.3)
     figure.savefig(picture, dpi=90)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bench.case import MODELS, Case
 from bench.material import PAD
-from lit_align.batches import Experience, Tokens
-from lit_align.models.generation.decode import Sampling
+from lit_align.batches import Experience, TextBatch
+from lit_align.models.generation.decode import SamplingParams
 from lit_align.models.policy import Policy
 
-BATCH, PROMPT, ANSWER = 64, 128, 256
+BATCH, PROMPT, RESPONSE = 64, 128, 256
 ROUNDS = 2
 
 
@@ -38,16 +38,16 @@ def seconds(works: list[Callable[[], object]], device: str) -> list[float]:
     spent: list[list[float]] = [[] for _ in works]
     for turn in range(ROUNDS + 1):
         for work, times in zip(works, spent, strict=True):
-            synchronise(device)
+            synchronize(device)
             start = time.perf_counter()
             work()
-            synchronise(device)
+            synchronize(device)
             if turn:
                 times.append(time.perf_counter() - start)
     return [median(times) for times in spent]
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     """Waits until the device has done all that it was told."""
     if device != "cpu":
         torch.accelerator.synchronize()
@@ -69,7 +69,7 @@ def policy(case: Case, **settings: bool) -> Policy:
     config = {"model_type": "llama", "max_position_embeddings": 2048, **size}
     torch.manual_seed(0)
     with torch.device(case.device):
-        return Policy(config=config, dtype="bfloat16" if case.bf16 else None, **settings)
+        return Policy(config=config, dtype="bfloat16" if case.is_bf16 else None, **settings)
 
 
 def prompts(case: Case, number: int) -> Experience:
@@ -82,71 +82,74 @@ def prompts(case: Case, number: int) -> Experience:
 
 def respond(network: Policy, batch: Experience, greedy: int) -> None:
     """Answers of full length, the last rows of the batch greedily."""
-    noise = torch.rand(len(batch), ANSWER, device=batch.prompts.device)
+    noise = torch.rand(len(batch), RESPONSE, device=batch.prompts.device)
     choices = [row >= len(batch) - greedy for row in range(len(batch))]
-    network.respond(batch, noise, choices, [], PAD, Sampling())
+    network.generate(batch, noise, choices, [], PAD, SamplingParams())
 
 
-def update(network: Policy, batch: Tokens) -> None:
+def update(network: Policy, batch: TextBatch) -> None:
     """A forward and a backward pass."""
     loss: Tensor = -network.logprobs(batch).mean()
     loss.backward()
     network.zero_grad()
 
 
-def texts(case: Case) -> Tokens:
+def texts(case: Case) -> TextBatch:
     """Texts of 1,024 tokens; fewer and shorter ones on a CPU."""
-    shape = (16, 1024) if case.bf16 else (2, PROMPT + ANSWER)
+    shape = (16, 1024) if case.is_bf16 else (2, PROMPT + RESPONSE)
     ids = torch.randint(3, MODELS[case.model]["vocab_size"], shape)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    batch = Tokens(tokens=ids, token_mask=mask, loss_mask=mask, lengths=[shape[1]] * shape[0])
+    batch = TextBatch(tokens=ids, token_mask=mask, target_mask=mask, lengths=[shape[1]] * shape[0])
     return batch.to(torch.device(case.device))
 
 
-def moved(network: Policy) -> int:
+def min_bytes(network: Policy) -> int:
     """Bytes that answers of BATCH rows read at least: weights, keys and values for each token."""
     config, weight = network.network.config, network.head.weight
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    cache = 2 * config.num_hidden_layers * heads * config.head_dim * BATCH * (PROMPT + ANSWER / 2)
-    return round(ANSWER * (inner(network) + cache) * weight.element_size())
+    cache = 2 * config.num_hidden_layers * heads * config.head_dim * BATCH * (PROMPT + RESPONSE / 2)
+    return round(RESPONSE * (num_matmul_weights(network) + cache) * weight.element_size())
 
 
-def inner(network: Policy) -> int:
+def num_matmul_weights(network: Policy) -> int:
     """Numbers of all weights that products read: those but the input embedding's."""
     weights = sum(weight.numel() for weight in network.parameters())
     return weights - network.network.get_input_embeddings().weight.numel()
 
 
-def operations(network: Policy, batch: Tokens) -> int:
+def num_operations(network: Policy, batch: TextBatch) -> int:
     """Floating point operations of a forward and a backward pass over full texts."""
     config, tokens = network.network.config, batch.tokens.numel()
     width = config.num_attention_heads * config.head_dim
     attention = 6 * config.num_hidden_layers * width * tokens * batch.tokens.shape[1]
-    return 6 * inner(network) * tokens + attention  # half of the attention's, as it is causal
+    return (
+        6 * num_matmul_weights(network) * tokens + attention
+    )  # half of the attention's, as it is causal
 
 
 def report(case: Case) -> None:
     """Prints shares of the limits for one size, of each way to decode and to update."""
-    most = limits(case.device, torch.bfloat16 if case.bf16 else torch.float32)
+    limit = limits(case.device, torch.bfloat16 if case.is_bf16 else torch.float32)
     print(
-        f"{case.model}: {most.rate / 1e12:.3f} Tflop/s, {most.bandwidth / 1e9:.0f} GB/s", flush=True
+        f"{case.model}: {limit.rate / 1e12:.3f} Tflop/s, {limit.bandwidth / 1e9:.0f} GB/s",
+        flush=True,
     )
-    alone, learnt = prompts(case, BATCH), texts(case)
-    both = alone.repeat(2)
-    ways = {"plain": {"fixed_cache": False}, "recorded": {"fixed_cache": True}}
-    ways["compiled"] = {"fixed_cache": True, "compile": True}
+    prompt_batch, text_batch = prompts(case, BATCH), texts(case)
+    both = prompt_batch.repeat_interleave(2)
+    ways = {"plain": {"static_kv_cache": False}, "recorded": {"static_kv_cache": True}}
+    ways["compiled"] = {"static_kv_cache": True, "compile": True}
     for name, settings in ways.items():
         network = policy(case, **settings)
         works = [
-            partial(respond, network, alone, 0),
+            partial(respond, network, prompt_batch, 0),
             partial(respond, network, both, BATCH),
-            partial(update, network, learnt),
+            partial(update, network, text_batch),
         ]
-        answered, greedy, passed = seconds(works, case.device)
+        decode, greedy, updated = seconds(works, case.device)
         print(
-            f"{case.model} {name:<9} {BATCH} rows {answered / ANSWER * 1e3:.2f} ms a token, "
-            f"{moved(network) / most.bandwidth / answered:.0%} of the bandwidth; as many greedy "
-            f"rows more {greedy / answered - 1:.0%} more time; update {passed * 1e3:.0f} ms, "
-            f"{operations(network, learnt) / most.rate / passed:.0%} of the rate",
+            f"{case.model} {name:<9} {BATCH} rows {decode / RESPONSE * 1e3:.2f} ms a token, "
+            f"{min_bytes(network) / limit.bandwidth / decode:.0%} of the bandwidth; as many greedy "
+            f"rows more {greedy / decode - 1:.0%} more time; update {updated * 1e3:.0f} ms, "
+            f"{num_operations(network, text_batch) / limit.rate / updated:.0%} of the rate",
             flush=True,
         )

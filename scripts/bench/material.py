@@ -23,13 +23,13 @@ def reward(completions: list[str], **columns: object) -> list[float]:
     return [float(sum(map(ord, text[:8])) % 7) for text in completions]
 
 
-def make(case: Case, folder: Path, steps: int) -> None:
+def write_files(case: Case, folder: Path, steps: int) -> None:
     """Writes `rows.jsonl` for so many optimizer steps, and `model`, if there is none."""
     if not (folder / "model").exists():
         save_tokenizer(MODELS[case.model]["vocab_size"], folder / "model")
         save_model(case, folder / "model")
     source = random.Random(0)
-    rows = steps * case.shape.num_rows // (case.shape.num_samples if case.online else 1)
+    rows = steps * case.shape.num_rows // (case.shape.num_samples if case.is_online else 1)
     with (folder / "rows.jsonl").open("w") as file:
         for _ in range(rows):
             file.write(json.dumps(row(case, source)) + "\n")
@@ -53,7 +53,7 @@ def save_model(case: Case, folder: Path) -> None:
     size, shape = {"num_attention_heads": 4, **MODELS[case.model]}, case.shape
     config = LlamaConfig(
         **size,
-        max_position_embeddings=max(512, shape.longest),
+        max_position_embeddings=max(512, shape.max_tokens),
         pad_token_id=PAD,
         eos_token_id=EOS,
         bos_token_id=None,
@@ -62,34 +62,36 @@ def save_model(case: Case, folder: Path) -> None:
     with torch.device(case.device):
         model = LlamaForCausalLM(config)
     with torch.no_grad():
-        if case.online and not shape.mean:
+        if case.is_online and not shape.mean_response:
             model.model.embed_tokens.weight[:, 0] = 8.0
             model.lm_head.weight[EOS] = 0.0
             model.lm_head.weight[EOS, 0] = -40 / config.hidden_size**0.5  # nats of the stop
     stops = [EOS]
-    if shape.mean and case.online:
-        stops += range(FIRST_WORD, FIRST_WORD + round(config.vocab_size / shape.mean))
+    if shape.mean_response and case.is_online:
+        stops += range(FIRST_WORD, FIRST_WORD + round(config.vocab_size / shape.mean_response))
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=PAD)
-    model.to(torch.bfloat16 if case.bf16 else torch.float32).save_pretrained(folder)
+    model.to(torch.bfloat16 if case.is_bf16 else torch.float32).save_pretrained(folder)
 
 
 def row(case: Case, source: random.Random) -> dict[str, str]:
     """A prompt, and one or two answers."""
     shape, vocabulary = case.shape, MODELS[case.model]["vocab_size"]
-    stops = round(vocabulary / shape.mean) if shape.mean else 0
+    stops = round(vocabulary / shape.mean_response) if shape.mean_response else 0
 
     def words(number: int) -> str:
         ids = [source.randrange(FIRST_WORD + stops, vocabulary) for _ in range(number)]
         return " ".join(f"w{i}" for i in ids)
 
     def answer() -> str:
-        length = shape.answer - 1  # and the stop
-        if shape.mean:
-            length = min(length, 1 + int(source.expovariate(1 / (shape.mean - 1))))
+        length = shape.response - 1  # and the stop
+        if shape.mean_response:
+            length = min(length, 1 + int(source.expovariate(1 / (shape.mean_response - 1))))
         return " " + words(length)
 
-    prompt = words(source.randint(shape.prompt // 4, shape.prompt) if shape.mean else shape.prompt)
-    if case.online:
+    prompt = words(
+        source.randint(shape.prompt // 4, shape.prompt) if shape.mean_response else shape.prompt
+    )
+    if case.is_online:
         return {"prompt": prompt}
     if case.algorithm == "sft":
         return {"prompt": prompt, "completion": answer()}

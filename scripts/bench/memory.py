@@ -13,20 +13,20 @@ import torch
 Result = TypeVar("Result")
 
 
-def apart(work: Callable[..., Result], *args: Any) -> Result:
+def run_in_fork(work: Callable[..., Result], *args: Any) -> Result:
     """What `work` says in a fork of this process, whose imports it finds done."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
 
-    def live() -> None:
+    def run_and_send() -> None:
         torch.set_num_threads(1)
-        there.send(work(*args))
+        sender.send(work(*args))
 
-    child = context.Process(target=live)
+    child = context.Process(target=run_and_send)
     child.start()
-    there.close()
+    sender.close()
     try:
-        result: Result = here.recv()
+        result: Result = receiver.recv()
     except EOFError:
         raise RuntimeError(f"{work.__name__} of {args} died") from None
     child.join()

@@ -17,48 +17,52 @@ from lit_align.algorithms.rloo import RLOO
 from lit_align.algorithms.sft import SFT
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.data.base import TextData
+from lit_align.data.base import TextDataModule
 from lit_align.data.instructions import InstructionData
 from lit_align.data.preferences import PreferenceData
 from lit_align.data.prompts import PromptData
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
-from lit_align.rewards.function import PythonReward
+from lit_align.models.scalar_head import ScalarHead
+from lit_align.rewards.function import FunctionReward
 
 
-class Pause(Callback):
+class StepCallback(Callback):
     """Says when a step is over.
 
     Args:
-        stepped: Is called then.
+        after_step: Is called then.
     """
 
-    def __init__(self, stepped: Callable[[], None]):
-        self.stepped = stepped
+    def __init__(self, after_step: Callable[[], None]):
+        self.after_step = after_step
 
     def on_train_batch_end(self, *args: object) -> None:
         """A step is over."""
-        self.stepped()
+        self.after_step()
 
 
 def algorithm(case: Case, folder: Path) -> Algorithm:
     """The algorithm with the settings of the case."""
     shape, model = case.shape, str(folder / "model")
-    tokens = shape.part * shape.longest * (1 if case.algorithm in ("sft", "grpo", "rloo") else 2)
+    tokens = (
+        shape.rows_per_microbatch
+        * shape.max_tokens
+        * (1 if case.algorithm in ("sft", "grpo", "rloo") else 2)
+    )
     parts = {"microbatch_tokens": tokens}
     if case.algorithm == "reward_model":
-        return RewardModel(reward_model=partial(Scalar, model), **parts)
+        return RewardModel(reward_model=partial(ScalarHead, model), **parts)
     policy = partial(Policy, model)
-    if case.online:
+    if case.is_online:
         kind = {"grpo": GRPO, "rloo": RLOO}[case.algorithm]
         return kind(policy=policy, num_samples=shape.num_samples, **parts)
     return {"sft": SFT, "dpo": DPO}[case.algorithm](policy=policy, **parts)
 
 
-def data(case: Case, folder: Path) -> TextData:
+def data(case: Case, folder: Path) -> TextDataModule:
     """The rows, in batches of one optimizer step."""
     shape, files = case.shape, {"path": f"{folder}/rows.jsonl", "tokenizer": f"{folder}/model"}
-    if case.online:
+    if case.is_online:
         return PromptData(**files, batch_size=shape.num_rows // shape.num_samples)
     kind = InstructionData if case.algorithm == "sft" else PreferenceData
     return kind(**files, batch_size=shape.num_rows)
@@ -66,35 +70,35 @@ def data(case: Case, folder: Path) -> TextData:
 
 def callbacks(case: Case) -> list[Callback]:
     """What answers and scores the prompts, where there are any."""
-    if not case.online:
+    if not case.is_online:
         return []
     return [
-        Rollout(max_new_tokens=case.shape.answer),
-        Reward(PythonReward("bench.material.reward")),
+        Rollout(max_new_tokens=case.shape.response),
+        Reward(FunctionReward("bench.material.reward")),
     ]
 
 
-def run(case: Case, folder: Path, steps: int, stepped: Callable[[], None]) -> None:
-    """So many optimizer steps; `stepped` is called after each."""
-    fit(case, folder, steps, stepped, algorithm(case, folder), callbacks(case))
+def run(case: Case, folder: Path, steps: int, after_step: Callable[[], None]) -> None:
+    """So many optimizer steps; `after_step` is called after each."""
+    fit(case, folder, steps, after_step, algorithm(case, folder), callbacks(case))
 
 
 def fit(
     case: Case,
     folder: Path,
     steps: int,
-    stepped: Callable[[], None],
+    after_step: Callable[[], None],
     algorithm: Algorithm,
     callbacks: list[Callback],
 ) -> None:
     """So many optimizer steps of an algorithm on the rows of a case."""
     trainer = Trainer(
-        accelerator="gpu" if case.bf16 else "cpu",
+        accelerator="gpu" if case.is_bf16 else "cpu",
         devices=1,
-        precision="bf16-true" if case.bf16 else "32-true",
+        precision="bf16-true" if case.is_bf16 else "32-true",
         max_epochs=1,
         limit_train_batches=steps,
-        callbacks=[*callbacks, Pause(stepped)],
+        callbacks=[*callbacks, StepCallback(after_step)],
         logger=False,
         use_distributed_sampler=False,
         enable_checkpointing=False,

@@ -18,11 +18,11 @@ from lit_align.callbacks.rollout import Rollout
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import Hydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.rewards.base import RewardFunction
-from lit_align.rewards.reward_model import LearnedReward
-from lit_align.rewards.shared_backbone import BaseReward
+from lit_align.rewards.reward_model import ModelReward
+from lit_align.rewards.shared_backbone import SharedBackboneReward
 
 CLAIMS = [("remax", "ppo"), ("hydra_ppo", "lora_ppo")]
 
@@ -32,8 +32,8 @@ def prepare(folder: Path) -> None:
     if (folder / "two_headed").exists():
         return
     model = str(folder / "model")
-    Scalar(model).save(folder / "reward")
-    TwoHeaded(model).save(folder / "two_headed")
+    ScalarHead(model).save(folder / "reward")
+    PolicyWithRewardHead(model).save(folder / "two_headed")
     for name in ("reward", "two_headed"):
         for file in (folder / "model").glob("tokenizer*"):
             (folder / name / file.name).write_bytes(file.read_bytes())
@@ -41,40 +41,44 @@ def prepare(folder: Path) -> None:
 
 def algorithm(name: str, case: Case, folder: Path) -> tuple[Algorithm, RewardFunction]:
     """The algorithm, and what judges its answers: a reward model of the policy's size."""
-    model, judge = str(folder / "model"), str(folder / "reward")
-    settings: dict[str, Any] = {"microbatch_tokens": case.shape.part * case.shape.longest}
-    small = LoRA(rank=16, alpha=16)
+    model, reward_model = str(folder / "model"), str(folder / "reward")
+    settings: dict[str, Any] = {
+        "microbatch_tokens": case.shape.rows_per_microbatch * case.shape.max_tokens
+    }
+    lora = LoRA(r=16, lora_alpha=16)
     if name == "remax":
-        return ReMax(policy=partial(Policy, model), **settings), LearnedReward(judge)
+        return ReMax(policy=partial(Policy, model), **settings), ModelReward(reward_model)
     if name == "ppo":
-        critic = partial(Scalar, judge)
-        return PPO(policy=partial(Policy, model), critic=critic, **settings), LearnedReward(judge)
+        critic = partial(ScalarHead, reward_model)
+        return PPO(policy=partial(Policy, model), critic=critic, **settings), ModelReward(
+            reward_model
+        )
     if name == "lora_ppo":
         adapted = {
-            "policy": partial(Policy, model, lora=small),
+            "policy": partial(Policy, model, lora=lora),
             "reference": partial(Policy, model),
         }
-        critic = partial(Scalar, judge, lora=small)
-        return PPO(**adapted, critic=critic, **settings), LearnedReward(judge)
-    hydra = partial(Hydra, str(folder / "two_headed"), lora=small)
-    return HydraPPO(policy=hydra, **settings), BaseReward()
+        critic = partial(ScalarHead, reward_model, lora=lora)
+        return PPO(**adapted, critic=critic, **settings), ModelReward(reward_model)
+    hydra = partial(Hydra, str(folder / "two_headed"), lora=lora)
+    return HydraPPO(policy=hydra, **settings), SharedBackboneReward()
 
 
-def run(name: str, case: Case, folder: Path, steps: int, stepped: Callable[[], None]) -> None:
-    """So many optimizer steps; `stepped` is called after each."""
-    what, judge = algorithm(name, case, folder)
-    callbacks = [Rollout(max_new_tokens=case.shape.answer), Reward(judge)]
-    ours.fit(case, folder, steps, stepped, what, callbacks)
+def run(name: str, case: Case, folder: Path, steps: int, after_step: Callable[[], None]) -> None:
+    """So many optimizer steps; `after_step` is called after each."""
+    built, reward_model = algorithm(name, case, folder)
+    callbacks = [Rollout(max_new_tokens=case.shape.response), Reward(reward_model)]
+    ours.fit(case, folder, steps, after_step, built, callbacks)
 
 
-def run_as(
-    own: Case, name: str, case: Case, folder: Path, steps: int, stepped: Callable[[], None]
+def run_case(
+    own: Case, name: str, case: Case, folder: Path, steps: int, after_step: Callable[[], None]
 ) -> None:
     """`run` of a case of its own, beside another side that makes more of the same rows."""
-    run(name, own, folder, steps, stepped)
+    run(name, own, folder, steps, after_step)
 
 
-def most_times(fits: Callable[[int], bool]) -> int:
+def largest_fitting_factor(fits: Callable[[int], bool]) -> int:
     """The largest number that fits, given that 1 does and that larger ones need more."""
     low, high = 1, 2
     while fits(high):

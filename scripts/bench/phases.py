@@ -22,23 +22,23 @@ from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.rto import RTO
 from lit_align.algorithms.sft import SFT
 from lit_align.algorithms.spr import SPR
-from lit_align.batches import Batch, Experience, Tokens
-from lit_align.callbacks.memory import Memory, Peak
+from lit_align.batches import Batch, Experience, TextBatch
+from lit_align.callbacks.memory import Memory, PhasePeak
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.data.text import load_tokenizer
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.models.sltrain import SLTrain
 from lit_align.optim.galore import GaLore
 from lit_align.rewards.base import RewardFunction
-from lit_align.rewards.reward_model import LearnedReward
-from lit_align.rewards.shared_backbone import BaseReward
-from lit_align.runs.allocations import bytes_of
+from lit_align.rewards.reward_model import ModelReward
+from lit_align.rewards.shared_backbone import SharedBackboneReward
+from lit_align.runs.allocations import storage_bytes
 
-PROMPTS, SAMPLES, BEFORE = 4, 4, 16  # rows are prompts x samples; tokens of a prompt
+PROMPTS, SAMPLES, PROMPT_TOKENS = 4, 4, 16  # rows are prompts x samples; tokens of a prompt
 
 
 class Row(NamedTuple):
@@ -48,14 +48,14 @@ class Row(NamedTuple):
         algorithm: And its layout.
         method: AdamW, GaLore or SLTrain.
         peaks: Of each phase.
-        asleep: Bytes of networks that are parked in the update.
+        offloaded_bytes: Bytes of networks that are parked in the update.
         expected: By formula.
     """
 
     algorithm: str
     method: str
-    peaks: dict[str, Peak]
-    asleep: int
+    peaks: dict[str, PhasePeak]
+    offloaded_bytes: int
     expected: Static
 
     @property
@@ -67,10 +67,10 @@ class Row(NamedTuple):
     @property
     def update(self) -> int:
         """The update's peak where parked networks are elsewhere."""
-        return self.peaks["update"].peak - self.asleep
+        return self.peaks["update"].peak - self.offloaded_bytes
 
 
-class Words(LightningDataModule):
+class RandomTexts(LightningDataModule):
     """Random prompts of one length, or texts that are as long as prompts with their answers.
 
     Args:
@@ -80,7 +80,7 @@ class Words(LightningDataModule):
 
     def __init__(self, rows: int, answer: int):
         super().__init__()
-        self.rows, self.width = rows, BEFORE + answer
+        self.rows, self.width = rows, PROMPT_TOKENS + answer
         self.tokenizer, self.stop_ids = load_tokenizer("toy"), list[int]()
 
     def decode(self, ids: list[int]) -> str:
@@ -92,21 +92,21 @@ class Words(LightningDataModule):
         generator = torch.Generator().manual_seed(numbers[0])
         ids = torch.randint(4, 190, (self.rows, self.width), generator=generator)
         real, lengths = torch.ones_like(ids, dtype=torch.bool), [self.width] * self.rows
-        if self.width > BEFORE:
-            learnt = real & (torch.arange(self.width) >= BEFORE)
-            return Tokens(
+        if self.width > PROMPT_TOKENS:
+            loss_mask = real & (torch.arange(self.width) >= PROMPT_TOKENS)
+            return TextBatch(
                 tokens=ids,
                 token_mask=real,
-                loss_mask=learnt,
+                target_mask=loss_mask,
                 lengths=lengths,
-                counted=[True] * self.rows,
+                is_new=[True] * self.rows,
             )
         return Experience(
             columns={"prompt": [self.decode(row) for row in ids.tolist()]},
             prompts=ids,
             prompt_mask=real,
             prompt_lengths=lengths,
-            counted=[True] * self.rows,
+            is_new=[True] * self.rows,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -144,11 +144,11 @@ def algorithms(size: Size, base: str, method: str) -> Iterator[Case]:
     """
     half, sltrain = {"dtype": "bfloat16"}, SLTrain(RANK, alpha=4, density=DENSITY)
     own = {"config": size.config, "sltrain": sltrain} if method == "SLTrain" else {"path": base}
-    policy, critic = partial(Policy, **own), partial(Scalar, **own)
+    policy, critic = partial(Policy, **own), partial(ScalarHead, **own)
     optimizer = partial(GaLore, rank=RANK) if method == "GaLore" else AdamW
     common = {"policy": policy, "optimizer": partial(optimizer, lr=1e-3)}
     online = {**common, "reference": partial(Policy, **own, **half)}
-    judge, judged = partial(LearnedReward, base, **half), sum(size.dense) + size.hidden
+    reward, reward_weights = partial(ModelReward, base, **half), sum(size.dense) + size.hidden
     group, rows = {**online, "num_samples": SAMPLES}, PROMPTS * SAMPLES
     acting = {**online, "critic": critic}
     trunk = size.slim if method == "SLTrain" else size.dense
@@ -165,22 +165,22 @@ def algorithms(size: Size, base: str, method: str) -> Iterator[Case]:
             words,
         )
 
-    one, two = expected(1, sum(trunk) + judged, f"{sign} + 2 {small} + 2 N"), f"2 ({sign})"
+    one, two = expected(1, sum(trunk) + reward_weights, f"{sign} + 2 {small} + 2 N"), f"2 ({sign})"
     yield Case("SFT", method, partial(SFT, **common), None, rows, expected(1, 0, sign))
-    both = expected(2, sum(trunk) + judged, f"{two} + 2 {small} + 2 N")
-    yield Case("PPO", method, partial(PPO, **acting), judge, rows, both)
+    both = expected(2, sum(trunk) + reward_weights, f"{two} + 2 {small} + 2 N")
+    yield Case("PPO", method, partial(PPO, **acting), reward, rows, both)
     for kind in (ReMax, GRPO, GRPOVI, SPR):
         build = partial(kind, **group)
-        yield Case(kind.__name__, method, build, judge, PROMPTS, one)
+        yield Case(kind.__name__, method, build, reward, PROMPTS, one)
     rto = partial(RTO, **acting, dpo=partial(Policy, base, **half))
-    more = sum(trunk) + judged + sum(size.dense)
+    more = sum(trunk) + reward_weights + sum(size.dense)
     words = f"{two} + 2 {small} + 4 N"
-    yield Case("RTO", method, rto, judge, rows, expected(2, more, words))
+    yield Case("RTO", method, rto, reward, rows, expected(2, more, words))
 
 
 def layouts(size: Size, base: str) -> Iterator[Case]:
     """The layouts of the Hydra paper that have adapters."""
-    half = {"dtype": "bfloat16", "lora": LoRA(ADAPTER, alpha=8)}
+    half = {"dtype": "bfloat16", "lora": LoRA(ADAPTER, lora_alpha=8)}
     n, head, one = sum(size.dense), size.hidden, size.adapter
 
     def static(adapters: int, frozen: int, words: str) -> Static:
@@ -188,18 +188,18 @@ def layouts(size: Size, base: str) -> Iterator[Case]:
         return Static(trained, frozen, sum(8 * number + 4 for number in trained), words)
 
     optimizer = partial(AdamW, lr=1e-3)
-    models = {"policy": partial(Policy, base, **half), "critic": partial(Scalar, base, **half)}
+    models = {"policy": partial(Policy, base, **half), "critic": partial(ScalarHead, base, **half)}
     alone = {"reference": partial(Policy, base, dtype="bfloat16")}
-    judge, rows = partial(LearnedReward, base, dtype="bfloat16"), PROMPTS * SAMPLES
+    reward, rows = partial(ModelReward, base, dtype="bfloat16"), PROMPTS * SAMPLES
     ppo = partial(PPO, **models, optimizer=optimizer)
     lora = static(2, 4 * n + 2 * head, "8 N + 32 L")
-    yield Case("LoRA-PPO", "AdamW", partial(ppo, **alone), judge, rows, lora)
+    yield Case("LoRA-PPO", "AdamW", partial(ppo, **alone), reward, rows, lora)
     dynamic = static(2, 2 * n + head, "4 N + 32 L")
-    yield Case("DL-PPO", "AdamW", ppo, BaseReward, rows, dynamic)
+    yield Case("DL-PPO", "AdamW", ppo, SharedBackboneReward, rows, dynamic)
     for name, kind, adapters in (("J-Hydra-PPO", JointHydra, 1), ("Hydra-PPO", Hydra, 2)):
         build = partial(HydraPPO, partial(kind, base, **half), optimizer=optimizer)
         expected = static(adapters, n + head, f"2 N + {16 * adapters} L")
-        yield Case(name, "AdamW", build, BaseReward, rows, expected)
+        yield Case(name, "AdamW", build, SharedBackboneReward, rows, expected)
 
 
 def measured(case: Case, folder: str, answer: int) -> Row:
@@ -213,7 +213,7 @@ def measured(case: Case, folder: str, answer: int) -> Row:
     torch.manual_seed(0)
     algorithm, memory = case.build(), Memory()
     reward = case.reward() if case.reward else None
-    judges = [Rollout(max_new_tokens=answer), Reward(reward)] if reward else []
+    rollout_callbacks = [Rollout(max_new_tokens=answer), Reward(reward)] if reward else []
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -224,15 +224,15 @@ def measured(case: Case, folder: str, answer: int) -> Row:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[memory, *judges],
+        callbacks=[memory, *rollout_callbacks],
     )
     online = isinstance(algorithm, OnlineAlgorithm)
-    trainer.fit(algorithm, Words(case.prompts, 0 if online else answer))
+    trainer.fit(algorithm, RandomTexts(case.prompts, 0 if online else answer))
     networks = dict(algorithm.named_children())
     frozen = [each for name, each in networks.items() if name not in algorithm.roles]
-    others = [role.network for role in reward.cast()] if reward else []
+    others = [role.network for role in reward.all_roles()] if reward else []
     frozen += [each for each in others if each not in networks.values()]
-    asleep = bytes_of(
+    offloaded_bytes = storage_bytes(
         (weight for each in frozen for weight in each.parameters()), torch.device("cpu")
     )
-    return Row(case.algorithm, case.method, memory.peaks, asleep, case.expected)
+    return Row(case.algorithm, case.method, memory.peaks, offloaded_bytes, case.expected)

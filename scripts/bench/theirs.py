@@ -38,29 +38,29 @@ KINDS = {
 }
 
 
-class Pause(TrainerCallback):
+class StepCallback(TrainerCallback):
     """Says when a step is over.
 
     Args:
-        stepped: Is called then.
+        after_step: Is called then.
     """
 
-    def __init__(self, stepped: Callable[[], None]):
-        self.stepped = stepped
+    def __init__(self, after_step: Callable[[], None]):
+        self.after_step = after_step
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
         """A step is over."""
-        self.stepped()
+        self.after_step()
 
 
 def settings(case: Case, folder: Path, steps: int, batched: bool) -> dict[str, Any]:
     """Of the configuration class; `batched` answers by transformers' continuous batching."""
     shape = case.shape
-    own: dict[str, Any] = {"max_length": shape.longest}
-    if case.online:
+    own: dict[str, Any] = {"max_length": shape.max_tokens}
+    if case.is_online:
         own = {
             "num_generations": shape.num_samples,
-            "max_completion_length": shape.answer,
+            "max_completion_length": shape.response,
             "beta": 0.04 if case.algorithm == "grpo" else 0.05,
             "temperature": 1.0,
             "top_k": 0,
@@ -69,14 +69,14 @@ def settings(case: Case, folder: Path, steps: int, batched: bool) -> dict[str, A
         own |= {"use_transformers_continuous_batching": True} if batched else {}
     return own | {
         "output_dir": str(folder / "trl"),
-        "per_device_train_batch_size": shape.part,
-        "gradient_accumulation_steps": shape.num_rows // shape.part,
+        "per_device_train_batch_size": shape.rows_per_microbatch,
+        "gradient_accumulation_steps": shape.num_rows // shape.rows_per_microbatch,
         "max_steps": steps,
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": not case.bf16,
+        "use_cpu": not case.is_bf16,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1000,
@@ -85,9 +85,9 @@ def settings(case: Case, folder: Path, steps: int, batched: bool) -> dict[str, A
 
 
 def run(
-    case: Case, folder: Path, steps: int, stepped: Callable[[], None], batched: bool = False
+    case: Case, folder: Path, steps: int, after_step: Callable[[], None], batched: bool = False
 ) -> None:
-    """So many optimizer steps; `stepped` is called after each."""
+    """So many optimizer steps; `after_step` is called after each."""
     kind, config = KINDS[case.algorithm]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     auto, options = AutoModelForCausalLM, {}
@@ -98,7 +98,7 @@ def run(
         args=config(**settings(case, folder, steps, batched)),
         train_dataset=Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder)),
         processing_class=tokenizer,
-        callbacks=[Pause(stepped)],
-        **({"reward_funcs": reward} if case.online else {}),
+        callbacks=[StepCallback(after_step)],
+        **({"reward_funcs": reward} if case.is_online else {}),
     )
     trainer.train()

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-Stepped = Callable[[], None]
-Run = Callable[[int, Stepped], None]  # makes so many steps and calls after each
+AfterStep = Callable[[], None]
+Runner = Callable[[int, AfterStep], None]  # makes so many steps and calls after each
 
 
 class Step(NamedTuple):
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     bytes: int
 
 
-class Turn:
+class RunThread:
     """A run in a thread of its own that makes one step whenever it is told to.
 
     Args:
@@ -35,29 +35,29 @@ class Turn:
         steps: How many.
     """
 
-    def __init__(self, run: Run, steps: int):
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+    def __init__(self, run: Runner, steps: int):
+        self.resume, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
         self.held = 0  # bytes on a GPU that this run has between its turns
         self.thread = threading.Thread(target=self.work, args=(run, steps), daemon=True)
         self.thread.start()
 
-    def work(self, run: Run, steps: int) -> None:
+    def work(self, run: Runner, steps: int) -> None:
         """The thread's life."""
         torch.set_num_threads(1)
-        self.go.acquire()
+        self.resume.acquire()
         try:
-            run(steps, self.stepped)
+            run(steps, self.after_step)
         except BaseException as error:  # the main thread raises it
             self.error = error
         self.done.release()
 
-    def stepped(self) -> None:
+    def after_step(self) -> None:
         """The run calls it after each step, and waits here for its next turn."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.done.release()
-        self.go.acquire()
+        self.resume.acquire()
 
     def step(self) -> Step:
         """What the next step takes."""
@@ -66,7 +66,7 @@ class Turn:
         if before:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter(), time.process_time()
-        self.go.release()
+        self.resume.release()
         self.done.acquire()
         if self.error is not None:
             raise self.error
@@ -77,9 +77,9 @@ class Turn:
         return Step(clock, work, torch.cuda.max_memory_allocated() - others)
 
 
-def steps_of(runs: Sequence[Run], rounds: int) -> list[list[Step]]:
+def interleave_steps(runs: Sequence[Runner], rounds: int) -> list[list[Step]]:
     """Each step of each run; the first step of each, with all loading, is left out."""
-    turns = [Turn(run, rounds + 1) for run in runs]
+    turns = [RunThread(run, rounds + 1) for run in runs]
     spent: list[list[Step]] = [[] for _ in runs]
     for turn in turns:
         turn.step()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lit_align.algorithms.spr import SPR
 from lit_align.batches import Experience
-from lit_align.models.parallel.offload import Turns
+from lit_align.models.parallel.offload import ExclusiveOffload
 
 FIRST, SECOND = torch.arange(9) // 3, torch.arange(9) % 3
 SCORES = torch.tensor([1, -0.5, 2, 0.3, 0.7, -1.2, 3, 0.8, 0.5], dtype=torch.double)
@@ -40,13 +40,12 @@ class Table(nn.Module):
         joint = probs.view(3, 3)
         self.logits.data = torch.cat([joint.sum(1, keepdim=True).T, joint]).log()
 
-    def adapters_off(self) -> nullcontext:
-        return nullcontext()
+    adapters = SimpleNamespace(disabled=nullcontext)
 
     def logprobs(self, batch: Experience) -> Tensor:
         return self.tokens[batch.responses @ torch.tensor([3, 1])]
 
-    def score(self, batch: Experience) -> tuple[Tensor, Tensor]:
+    def logprobs_and_entropy(self, batch: Experience) -> tuple[Tensor, Tensor]:
         logprobs = self.logprobs(batch)
         return logprobs, torch.zeros_like(logprobs)
 
@@ -61,7 +60,7 @@ class TabularSPR(SPR):
     def __init__(self, **settings):
         super().__init__(policy=lambda: None, **settings)
         self.policy, self.reference = Table(REFERENCE), Table(REFERENCE)
-        self.turns, self.lr, self.logged = Turns([]), 1.0, {}
+        self.exclusive, self.lr, self.logged = ExclusiveOffload([]), 1.0, {}
 
     def log(self, name, value, **kwargs):
         self.logged[name] = float(value)
@@ -116,10 +115,10 @@ def rollout(groups: Tensor, num_sampled: int) -> Experience:
         response_mask=torch.ones(rows, 2, dtype=torch.bool),
         response_lengths=[2] * rows,
         truncated=[False] * rows,
-        greedy=[False] * rows,
-        stored=[False] * (number * num_sampled) + [True] * (number * stored),
-        stored_scores=[None] * rows,
-        stored_logprobs=[None] * rows,
+        is_greedy=[False] * rows,
+        is_offline=[False] * (number * num_sampled) + [True] * (number * stored),
+        offline_scores=[None] * rows,
+        offline_logprobs=[None] * rows,
         group=[row for row in range(number) for _ in range(num_sampled)]
         + [row for row in range(number) for _ in range(stored)],
         sampling_logprobs=torch.zeros(rows, 2),

@@ -25,16 +25,24 @@ from lit_align.rewards.rules import Length
 
 ALGORITHMS = {
     "ReMax": partial(ReMax, num_samples=2, kl_to_go=True, advantage_clip=5.0),
-    "ReMax, per token": partial(ReMax, per_token=True, gamma=0.99),
+    "ReMax, per token": partial(ReMax, loss_aggregation="token_mean", gamma=0.99),
     "GRPO": partial(GRPO, num_samples=2),
-    "GRPO, per token, two epochs": partial(GRPO, num_samples=2, per_response=False, epochs=2),
-    "GRPOVI": partial(GRPOVI, num_samples=2, low=-1.0, high=0.0),
-    "GRPOVI, running bounds": partial(GRPOVI, num_samples=2, running_bounds=True, scale=False),
-    "RLOO": partial(RLOO, num_samples=2, epochs=2),
-    "PPO": partial(PPO, critic=scalar, normalise_scores=True, kl_target=1.0),
-    "PPO, KL in the loss": partial(PPO, critic=scalar, kl_in_loss=True, per_response=True),
+    "GRPO, per token, two epochs": partial(
+        GRPO, num_samples=2, loss_aggregation="token_mean", update_epochs=2
+    ),
+    "GRPOVI": partial(GRPOVI, num_samples=2, min_score=-1.0, max_score=0.0),
+    "GRPOVI, running bounds": partial(
+        GRPOVI, num_samples=2, running_bounds=True, advantage_scale="none"
+    ),
+    "RLOO": partial(RLOO, num_samples=2, update_epochs=2),
+    "PPO": partial(PPO, critic=scalar, normalize_scores=True, kl_target=1.0),
+    "PPO, KL in the loss": partial(
+        PPO, critic=scalar, kl_in_loss=True, loss_aggregation="sequence_mean"
+    ),
     "HydraPPO": partial(HydraPPO, policy=partial(adapted, Hydra)),
-    "HydraPPO, joint": partial(HydraPPO, policy=partial(adapted, JointHydra), whiten=True),
+    "HydraPPO, joint": partial(
+        HydraPPO, policy=partial(adapted, JointHydra), whiten_advantages=True
+    ),
     "RTO": partial(RTO, critic=scalar, dpo=partial(adapted, Policy), dpo_clip=0.05),
     "SPR": partial(SPR, num_samples=2),
 }

@@ -8,13 +8,13 @@ import torch
 from tiny_models import TINY, WORDS, RandomPairs, tiny, trainer, weights
 from torch.optim import SGD, AdamW
 
-from lit_align.algorithms.core.precomputed_logprobs import share
+from lit_align.algorithms.core.precomputed_logprobs import rank_batches
 from lit_align.algorithms.dpo import DPO, IPO
 from lit_align.data.preferences import PreferenceData
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
 
-LORA = LoRA(rank=2, alpha=4)
+LORA = LoRA(r=2, lora_alpha=4)
 
 
 def adam(params):
@@ -45,8 +45,8 @@ def naive_margin(policy, reference, pairs):
     sides = [
         naive_sums(policy, tokens, lengths, mask) - naive_sums(reference, tokens, lengths, mask)
         for tokens, lengths, mask in (
-            (pairs.chosen, pairs.chosen_lengths, pairs.chosen_loss_mask),
-            (pairs.rejected, pairs.rejected_lengths, pairs.rejected_loss_mask),
+            (pairs.chosen, pairs.chosen_lengths, pairs.chosen_target_mask),
+            (pairs.rejected, pairs.rejected_lengths, pairs.rejected_target_mask),
         )
     ]
     return sides[0] - sides[1]
@@ -125,7 +125,8 @@ def loss_of(kind, policy, reference, **settings):
     pairs = RandomPairs().batch(0).rows([0])
     pairs.ref_chosen, pairs.ref_rejected = torch.tensor(reference).view(2, 1)
     (loss,) = algorithm.losses(pairs)
-    return loss.tolist(), {name: float(total) for name, (total, _) in algorithm.notes.items()}
+    sums = algorithm.metrics.sums.items()
+    return loss.tolist(), {name: float(total) for name, (total, _) in sums}
 
 
 def test_losses_and_metrics_by_hand():
@@ -156,7 +157,7 @@ def test_ipo_stops_where_its_target_is_and_dpo_does_not(tmp_path):
 
     def margin(kind, **settings):
         algorithm = kind(
-            policy=tiny, optimizer=lambda p: AdamW(p, lr=2e-3), final_lr=0.0, **settings
+            policy=tiny, optimizer=lambda p: AdamW(p, lr=2e-3), final_lr_ratio=0.0, **settings
         )
         run = fit(tmp_path, algorithm, RandomPairs(1), max_epochs=60)
         return float(run.callback_metrics["rewards/margins"])
@@ -170,11 +171,11 @@ def test_empty_answers_say_nothing_and_break_nothing(tmp_path):
     class Emptied(RandomPairs):
         def batch(self, number):
             pairs = super().batch(number)
-            pairs.chosen_loss_mask, pairs.rejected_loss_mask = (
-                mask.clone() for mask in (pairs.chosen_loss_mask, pairs.rejected_loss_mask)
+            pairs.chosen_target_mask, pairs.rejected_target_mask = (
+                mask.clone() for mask in (pairs.chosen_target_mask, pairs.rejected_target_mask)
             )
-            pairs.chosen_loss_mask[:2] = False
-            pairs.rejected_loss_mask[1:3] = False
+            pairs.chosen_target_mask[:2] = False
+            pairs.rejected_target_mask[1:3] = False
             return pairs
 
     algorithm = DPO(policy=tiny, optimizer=adam)
@@ -257,7 +258,7 @@ def test_what_is_precomputed_is_what_would_be_computed(tmp_path, lora):
     computed, precomputed = algorithms
     assert len(precomputed.precomputed) == 18 + 18
     assert "reference" not in precomputed._modules
-    assert [role.name for role in precomputed.cast()] == ["policy"]
+    assert [role.name for role in precomputed.all_roles()] == ["policy"]
     for one, two in zip(weights(computed.policy), weights(precomputed.policy), strict=True):
         assert torch.equal(one, two)
     assert metrics[0] == metrics[1]
@@ -274,7 +275,9 @@ def test_precomputed_log_probs_have_the_precision_of_the_run(tmp_path, precision
 def test_before_the_first_step_the_policy_is_the_reference(tmp_path):
     algorithm = DPO(policy=small, precompute=True, optimizer=adam)
     seen = []
-    algorithm.on_validation_epoch_end = lambda: seen.append(float(algorithm.evaluation()["loss"]))
+    algorithm.on_validation_epoch_end = lambda: seen.append(
+        float(algorithm.metrics.compute_eval()["loss"])
+    )
     fit(tmp_path, algorithm, toy(), limit_val_batches=1, num_sanity_val_steps=1)
     assert seen[0] == pytest.approx(math.log(2), abs=1e-6)
     assert seen[1] != pytest.approx(math.log(2), abs=1e-3)
@@ -285,7 +288,7 @@ def test_the_ranks_share_all_rows_in_equally_many_batches(ranks):
     loader = toy(max_rows=7, batch_size=2).train_dataloader()
     everything = {pair.fingerprint for pair in loader.dataset.examples}
     assert len(everything) == 7
-    parts = [list(share(loader, rank, ranks)) for rank in range(ranks)]
+    parts = [list(rank_batches(loader, rank, ranks)) for rank in range(ranks)]
     seen = [[pair for batch in part for pair in batch.fingerprints] for part in parts]
     assert set().union(*seen) == everything
     assert [len(part) for part in seen] == [-(-7 // ranks)] * ranks

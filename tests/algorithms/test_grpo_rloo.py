@@ -40,7 +40,10 @@ def test_grpo_averages_a_response_over_its_own_tokens():
     same = [[-1.0, -1.0], [-2.0, 0.0]]
     assert one_loss(GRPO(policy=tiny), same, **fields)[0] == [-1.5, -1.5]
     assert one_loss(GRPO(policy=tiny), same, **fields)[1][0] == 3.0
-    assert one_loss(GRPO(policy=tiny, per_response=False), same, **fields)[0] == [-3.0, -3.0]
+    assert one_loss(GRPO(policy=tiny, loss_aggregation="token_mean"), same, **fields)[0] == [
+        -3.0,
+        -3.0,
+    ]
 
 
 def test_grpo_clips_low_and_high_apart_and_notes_it():
@@ -50,10 +53,13 @@ def test_grpo_clips_low_and_high_apart_and_notes_it():
         "advantages": [[1.0, -1.0]],
         "response_mask": [[True, True]],
     }
-    algorithm = GRPO(policy=tiny, kl_coef=0.0, clip_low=0.1, clip_high=0.3, per_response=False)
+    algorithm = GRPO(
+        policy=tiny, kl_coef=0.0, clip_low=0.1, clip_high=0.3, loss_aggregation="token_mean"
+    )
     ratios = torch.tensor([[2.0, 0.5]], dtype=torch.float64).log().tolist()
     assert one_loss(algorithm, ratios, **fields)[0] == pytest.approx([-1.3, 0.9])
-    noted = {name: float(total / number) for name, (total, number) in algorithm.notes.items()}
+    sums = algorithm.metrics.sums.items()
+    noted = {name: float(total / number) for name, (total, number) in sums}
     assert noted == {
         "clip_ratio/low_mean": 0.5, "clip_ratio/high_mean": 0.5, "clip_ratio/region_mean": 1.0
     }  # fmt: skip
@@ -74,9 +80,9 @@ def test_grpo_adds_the_kl_to_the_loss():
 
 def test_counts():
     batch = Experience(response_mask=torch.tensor([[True, True], [False, False], [True, False]]))
-    assert GRPO(policy=tiny).count(batch) == 2
-    assert GRPO(policy=tiny, per_response=False).count(batch) == 3
-    assert RLOO(policy=tiny).count(batch) == 2
+    assert GRPO(policy=tiny).loss_denominator(batch) == 2
+    assert GRPO(policy=tiny, loss_aggregation="token_mean").loss_denominator(batch) == 3
+    assert RLOO(policy=tiny).loss_denominator(batch) == 2
 
 
 @pytest.mark.parametrize("kind", [GRPO, RLOO])
@@ -148,7 +154,7 @@ def test_the_ratio_is_one_at_the_first_step(run, kind):
             self.same = [*getattr(self, "same", []), same]
             yield from super().losses(batch)
 
-    algorithm = Spy(policy=tiny, epochs=2)
+    algorithm = Spy(policy=tiny, update_epochs=2)
     logged = run(algorithm, num_batches=1).callback_metrics
     assert algorithm.same == [True, False]
     assert "frac_reward_zero_std" in logged
@@ -161,7 +167,7 @@ def test_micro_batches_do_not_change_the_result(run, kind):
         algorithm = kind(
             policy=tiny,
             num_samples=2,
-            epochs=2,
+            update_epochs=2,
             minibatch_size=4,
             microbatch_tokens=size,
             optimizer=lambda p: SGD(p, lr=0.1),
@@ -181,7 +187,7 @@ def test_one_update_per_rollout_scores_the_policy_once(run):
     """Weights and metrics are those of a run that scores it before the update as well."""
 
     class Twice(GRPO):
-        adjusts_by_policy = True
+        shaping_needs_logprobs = True
 
     results = []
     for kind in (GRPO, Twice):

@@ -27,7 +27,7 @@ def group(probs, scores, lengths=None) -> Experience:
 
 
 def adjusted(algorithm, batch) -> list[float]:
-    return algorithm.adjust(batch.scores.view(1, -1), batch)[0].tolist()
+    return algorithm.shape_scores(batch.scores.view(1, -1), batch)[0].tolist()
 
 
 def test_equal_probabilities_push_scores_to_the_bounds():
@@ -48,7 +48,7 @@ def test_equal_scores_stay_equal_unless_ties_are_split():
 
 def test_other_bounds_move_the_result_with_them():
     batch = group([0.25] * 4, [8.0, 2.0, -2.0, -8.0])
-    assert adjusted(GRPOVI(policy=tiny, low=-10, high=10), batch) == pytest.approx(
+    assert adjusted(GRPOVI(policy=tiny, min_score=-10, max_score=10), batch) == pytest.approx(
         [10, 10, -10, -10]
     )
 
@@ -98,21 +98,23 @@ def test_bounds_are_saved_if_they_run(tmp_path, running):
 
 
 def test_raw_scores_are_what_is_logged(run):
-    logged = run(GRPOVI(policy=tiny, num_samples=2, high=100.0)).callback_metrics
+    logged = run(GRPOVI(policy=tiny, num_samples=2, max_score=100.0)).callback_metrics
     assert logged["reward"] == logged["rewards/count/mean"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)])
-def test_bounds_that_are_none_are_refused(low, high):
-    with pytest.raises(ValueError, match=f"low must be below high, found {low} and {high}"):
-        GRPOVI(policy=tiny, low=low, high=high)
+@pytest.mark.parametrize(("min_score", "max_score"), [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)])
+def test_bounds_that_are_none_are_refused(min_score, max_score):
+    with pytest.raises(
+        ValueError, match=f"min_score must be below max_score, found {min_score} and {max_score}"
+    ):
+        GRPOVI(policy=tiny, min_score=min_score, max_score=max_score)
 
 
 def test_scores_that_differ_in_the_last_digits_are_no_ties():
     """In single precision 1e-8 - (-1) is 1; the order is that of the scores."""
     batch = group([0.25] * 4, [3e-8, 2e-8, 1e-8, 0.0])
     batch.scores = batch.scores.float()
-    raised = adjusted(GRPOVI(policy=tiny, low=-1.0, high=1.0), batch)
+    raised = adjusted(GRPOVI(policy=tiny, min_score=-1.0, max_score=1.0), batch)
     assert raised == pytest.approx([1, 1, -1, -1], abs=1e-6)
     assert raised == sorted(raised, reverse=True)
 
@@ -120,5 +122,5 @@ def test_scores_that_differ_in_the_last_digits_are_no_ties():
 def test_bounds_in_single_precision_give_rule_rewards_back():
     batch = group([0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.7])
     batch.scores = batch.scores.float()
-    algorithm = GRPOVI(policy=tiny, low=0.1, high=0.7)
-    assert torch.equal(algorithm.adjust(batch.scores.view(1, -1), batch)[0], batch.scores)
+    algorithm = GRPOVI(policy=tiny, min_score=0.1, max_score=0.7)
+    assert torch.equal(algorithm.shape_scores(batch.scores.view(1, -1), batch)[0], batch.scores)

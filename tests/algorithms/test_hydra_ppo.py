@@ -13,17 +13,17 @@ from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.hydra_sft import HydraSFT
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
-from lit_align.batches import Pairs
+from lit_align.batches import PreferenceBatch
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import ACTOR, CRITIC, Hydra, JointHydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.rewards.base import RewardError
-from lit_align.rewards.shared_backbone import BaseReward
+from lit_align.rewards.shared_backbone import SharedBackboneReward
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def base(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("two_headed")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        TwoHeaded(config=dict(TINY)).save(folder)
+        PolicyWithRewardHead(config=dict(TINY)).save(folder)
     return str(folder)
 
 
@@ -43,14 +43,14 @@ def seeded(kind, *args, **settings):
     """The same adapters each time."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        return kind(*args, lora=LoRA(rank=4, alpha=8), **settings)
+        return kind(*args, lora=LoRA(r=4, lora_alpha=8), **settings)
 
 
 def by_base(folder, algorithm, num_batches: int = 2) -> Trainer:
     """A run whose rewards are the frozen base's."""
     torch.manual_seed(0)
     done = trainer(folder, limit_val_batches=0)
-    done.callbacks[1:2] = [Reward(BaseReward())]
+    done.callbacks[1:2] = [Reward(SharedBackboneReward())]
     done.fit(algorithm, RandomPrompts(num_batches))
     return done
 
@@ -61,18 +61,18 @@ def by_base(folder, algorithm, num_batches: int = 2) -> Trainer:
 class Judged:
     """Stands for a two-headed model: logits [[2,0,0],[0,1,0]], scores 1 and 0.2 (H1)."""
 
-    def judge(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+    def score_pairs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         logits = torch.tensor([[2.0, 0, 0], [0, 1, 0]], dtype=torch.float64)
         logprobs = logits.log_softmax(-1).gather(-1, torch.tensor([[0], [1]])).T
         return logprobs, torch.tensor([[1.0, 0.2]], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("rm_coef", "expected"), [(0.1, 0.4326048), (1.0, 0.7665954)])
-def test_h1_the_joint_loss(rm_coef, expected):
-    algorithm = HydraSFT(policy=lambda: None, rm_coef=rm_coef)
+@pytest.mark.parametrize(("reward_loss_coef", "expected"), [(0.1, 0.4326048), (1.0, 0.7665954)])
+def test_h1_the_joint_loss(reward_loss_coef, expected):
+    algorithm = HydraSFT(policy=lambda: None, reward_loss_coef=reward_loss_coef)
     algorithm.__dict__["policy"] = Judged()
-    batch = Pairs(
-        chosen_loss_mask=torch.tensor([[False, True, True]]),
+    batch = PreferenceBatch(
+        chosen_target_mask=torch.tensor([[False, True, True]]),
         margin=torch.zeros(1),
         token_weights=torch.tensor([0.5]),
     )
@@ -95,15 +95,18 @@ def test_h1_the_forks_mean_over_tokens():
 def test_language_loss_is_a_mean_over_tokens_and_reward_loss_over_pairs(tmp_path, base):
     """Whatever the micro-batches; checked against one pass over the whole batch."""
     data = RandomPairs(1)
-    batch, start = data.batch(0), TwoHeaded(base)
+    batch, start = data.batch(0), PolicyWithRewardHead(base)
     with torch.no_grad():
-        logprobs, scores = start.judge(batch)
-    language = -logprobs.sum() / batch.chosen_loss_mask[:, 1:].sum()
+        logprobs, scores = start.score_pairs(batch)
+    language = -logprobs.sum() / batch.chosen_target_mask[:, 1:].sum()
     expected = language + 0.5 * bradley_terry(*scores.unbind(-1)).mean()
     for budget in (8192, 12):
         torch.manual_seed(0)
         algorithm = HydraSFT(
-            policy=lambda: TwoHeaded(base), rm_coef=0.5, optimizer=sgd, microbatch_tokens=budget
+            policy=lambda: PolicyWithRewardHead(base),
+            reward_loss_coef=0.5,
+            optimizer=sgd,
+            microbatch_tokens=budget,
         )
         done = trainer(tmp_path, limit_val_batches=1)
         done.callbacks.clear()
@@ -138,13 +141,13 @@ def test_reference_and_reward_stay_while_the_rest_learns(tmp_path, base):
             batch = super().prepare(batch)
             untouched = Policy(base).logprobs(batch)
             seen.append(float((batch.ref_logprobs - untouched).abs().max()))
-            seen.append(float((batch.scores - Scalar(base).scores(batch)).abs().max()))
+            seen.append(float((batch.scores - ScalarHead(base).scores(batch)).abs().max()))
             return batch
 
     done = by_base(tmp_path, Watched(policy=lambda: seeded(Hydra, base), optimizer=sgd), 3)
     assert max(seen) < 1e-5
     assert len(seen) == 6
-    assert float(done.callback_metrics["objective/kl"]) != 0.0
+    assert float(done.callback_metrics["kl/per_response_k1"]) != 0.0
 
 
 def test_the_first_rollout_has_no_kl_and_values_are_the_rewards_to_come(tmp_path, base):
@@ -156,8 +159,8 @@ def test_the_first_rollout_has_no_kl_and_values_are_the_rewards_to_come(tmp_path
     algorithm = Stopped(policy=lambda: seeded(Hydra, base), optimizer=sgd)
     done = by_base(tmp_path, algorithm, num_batches=1)
     batch = algorithm.kept
-    assert float(done.callback_metrics["objective/kl"]) == 0.0
-    assert torch.allclose(batch.values, Scalar(base).state_values(batch), atol=1e-5)
+    assert float(done.callback_metrics["kl/per_response_k1"]) == 0.0
+    assert torch.allclose(batch.values, ScalarHead(base).state_values(batch), atol=1e-5)
 
 
 def test_hydra_computes_what_four_models_with_adapters_compute(tmp_path, base):
@@ -166,19 +169,19 @@ def test_hydra_computes_what_four_models_with_adapters_compute(tmp_path, base):
     def apart():
         with torch.random.fork_rng():  # Hydra draws the actor's adapter, then the critic's
             torch.manual_seed(2)
-            return Policy(base, lora=LoRA(rank=4, alpha=8))
+            return Policy(base, lora=LoRA(r=4, lora_alpha=8))
 
-    settings = {"optimizer": sgd, "score_clip": 5.0, "whiten": False, "kl_coef": 0.02}
+    settings = {"optimizer": sgd, "score_clip": 5.0, "whiten_advantages": False, "kl_coef": 0.02}
     four = PPO(
         policy=apart,
-        critic=lambda: seeded(Scalar, base),
+        critic=lambda: seeded(ScalarHead, base),
         reference=lambda: Policy(base),
         **settings,
     )
     one = HydraPPO(policy=lambda: seeded(Hydra, base), **settings)
     runs = [by_base(tmp_path, algorithm, num_batches=1) for algorithm in (four, one)]
     metrics = [{k: float(v) for k, v in run.callback_metrics.items()} for run in runs]
-    for name in ("reward", "loss/policy_avg", "objective/kl", "objective/entropy"):
+    for name in ("reward", "loss/policy_avg", "kl/per_response_k1"):
         assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5, abs=1e-6), name
     assert metrics[1]["loss/value_avg"] == pytest.approx(metrics[0]["loss/value_avg"], rel=1e-5)
     assert metrics[1]["grad_norm/policy"] == pytest.approx(metrics[0]["grad_norm/policy"], rel=1e-4)
@@ -213,27 +216,27 @@ class HydraOnly:
 
 
 def test_what_one_adapter_cannot_keep_apart_is_refused(base):
-    for settings in ({"critic_lr": 1e-3}, {"critic_warmup": 2}):
+    for settings in ({"critic_lr": 1e-3}, {"critic_warmup_iterations": 2}):
         joint = HydraPPO(policy=lambda: seeded(JointHydra, base), **settings)
-        with pytest.raises(ValueError, match="leave out critic_lr and critic_warmup"):
+        with pytest.raises(ValueError, match="leave out critic_lr and critic_warmup_iterations"):
             joint.configure_model()
     with pytest.raises(ValueError, match="its own base with the adapters off: leave out reference"):
         HydraPPO(policy=lambda: seeded(Hydra, base), reference=lambda: Policy(base))
 
 
-def test_base_reward_is_refused_where_no_base_judges(tmp_path, base):
+def test_shared_backbone_reward_is_refused_where_no_base_judges(tmp_path, base):
     with pytest.raises(ValueError, match="ReMax trains no reward model's base"):
         by_base(tmp_path, ReMax(policy=lambda: Policy(base)))
-    whole = PPO(policy=lambda: Policy(base), critic=lambda: Scalar(base))
+    whole = PPO(policy=lambda: Policy(base), critic=lambda: ScalarHead(base))
     with pytest.raises(RewardError, match="trains whole: give the critic"):
         by_base(tmp_path, whole)
 
 
-def test_base_reward_refuses_a_critic_without_a_trained_head(tmp_path, base):
+def test_shared_backbone_reward_refuses_a_critic_without_a_trained_head(tmp_path, base):
     Policy(base).save(tmp_path / "language")
     critic = PPO(
         policy=lambda: seeded(Policy, base),
-        critic=lambda: seeded(Scalar, str(tmp_path / "language")),
+        critic=lambda: seeded(ScalarHead, str(tmp_path / "language")),
     )
     with pytest.raises(RewardError, match="has no trained reward head: give the critic"):
         by_base(tmp_path, critic)
@@ -243,6 +246,10 @@ def test_validation_scores_by_the_base_as_well(tmp_path, base):
     torch.manual_seed(0)
     algorithm = HydraPPO(policy=lambda: seeded(Hydra, base), optimizer=sgd)
     done = trainer(tmp_path)
-    done.callbacks[:] = [Rollout(max_new_tokens=6), Reward(BaseReward()), *done.callbacks[2:]]
+    done.callbacks[:] = [
+        Rollout(max_new_tokens=6),
+        Reward(SharedBackboneReward()),
+        *done.callbacks[2:],
+    ]
     done.fit(algorithm, RandomPrompts(1))
     assert math.isfinite(float(done.callback_metrics["val/reward"]))

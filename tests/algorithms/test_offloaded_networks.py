@@ -11,7 +11,7 @@ from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.rto import RTO
-from lit_align.models.parallel import offload as parking
+from lit_align.models.parallel import offload
 
 
 def adam(params):
@@ -20,7 +20,9 @@ def adam(params):
 
 ALGORITHMS = {
     "ReMax": lambda **more: ReMax(policy=tiny, optimizer=adam, **more),
-    "GRPO": lambda **more: GRPO(policy=tiny, num_samples=2, epochs=2, optimizer=adam, **more),
+    "GRPO": lambda **more: GRPO(
+        policy=tiny, num_samples=2, update_epochs=2, optimizer=adam, **more
+    ),
     "PPO": lambda **more: PPO(policy=tiny, critic=scalar, optimizer=adam, **more),
     "RTO": lambda **more: RTO(
         policy=tiny, critic=scalar, dpo=tiny, dpo_reference=tiny, optimizer=adam, **more
@@ -32,8 +34,8 @@ ALGORITHMS = {
 @pytest.fixture
 def poisoned(monkeypatch):
     """What sleeps is NaN on the spot, since a CPU has nowhere to send it."""
-    monkeypatch.setattr(parking.Sleeper, "park", Poison.park)
-    monkeypatch.setattr(parking.Sleeper, "wake", Poison.wake)
+    monkeypatch.setattr(offload.OffloadedTensors, "offload", Poison.offload)
+    monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
 
 
 def learnt(folder, algorithm):
@@ -81,9 +83,9 @@ def test_one_frozen_model_is_awake_at_a_time(tmp_path, poisoned):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_parking_changes_no_result(tmp_path, monkeypatch, name):
-    awake, metrics = learnt(tmp_path, ALGORITHMS[name](park=False))
-    monkeypatch.setattr(parking.Sleeper, "park", Poison.park)
-    monkeypatch.setattr(parking.Sleeper, "wake", Poison.wake)
+    awake, metrics = learnt(tmp_path, ALGORITHMS[name](offload_frozen=False))
+    monkeypatch.setattr(offload.OffloadedTensors, "offload", Poison.offload)
+    monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
     parked, others = learnt(tmp_path, ALGORITHMS[name]())
     assert all(map(torch.equal, awake, parked))
     assert metrics == others

@@ -9,13 +9,13 @@ from tiny_models import SHARED, TINY, RandomPrompts, distance, scalar, tiny, tra
 from torch.optim import SGD
 
 from lit_align.algorithms.core.online import OnlineAlgorithm
-from lit_align.algorithms.core.running_statistics import KLController, RunningScale
+from lit_align.algorithms.core.running_statistics import KLController, RunningMeanStd
 from lit_align.algorithms.ppo import PPO
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
 from lit_align.functional.returns import gae
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 
 
 def sgd(params):
@@ -52,22 +52,22 @@ def test_a_score_is_clipped_and_then_charged_for_its_missing_end():
     assert algorithm.token_rewards(rollout()).tolist() == [[0, 0, 1], [0, 0.5, 0]]
 
 
-def test_per_response_means_sum_to_one_mean_per_response():
-    algorithm = PPO(policy=tiny, per_response=True)
+def test_sequence_means_sum_to_one_mean_per_response():
+    algorithm = PPO(policy=tiny, loss_aggregation="sequence_mean")
     batch = rollout(advantages=-torch.ones(2, 3))
     loss = algorithm.policy_loss(batch, batch.logprobs, torch.zeros(2, 3))
     assert loss.tolist() == [pytest.approx([1 / 3] * 3), [0.5] * 3]
-    assert int(algorithm.count(batch)) == 2
-    assert int(PPO(policy=tiny).count(batch)) == 5
+    assert int(algorithm.loss_denominator(batch)) == 2
+    assert int(PPO(policy=tiny).loss_denominator(batch)) == 5
 
 
 def test_the_controller_moves_a_fifth_of_its_share_at_most():
     controller = KLController(0.1, target=4.0, horizon=100)
-    controller.follow(torch.tensor(4.4), torch.tensor(10.0))  # error 0.1
+    controller.update(torch.tensor(4.4), torch.tensor(10.0))  # error 0.1
     assert float(controller.coef) == pytest.approx(0.1 * 1.01)
-    controller.follow(torch.tensor(400.0), torch.tensor(10.0))  # error clipped to 0.2
+    controller.update(torch.tensor(400.0), torch.tensor(10.0))  # error clipped to 0.2
     assert float(controller.coef) == pytest.approx(0.1 * 1.01 * 1.02)
-    controller.follow(torch.tensor(0.0), torch.tensor(100.0))  # clipped to -0.2, a whole horizon
+    controller.update(torch.tensor(0.0), torch.tensor(100.0))  # clipped to -0.2, a whole horizon
     assert float(controller.coef) == pytest.approx(0.1 * 1.01 * 1.02 * 0.8)
 
 
@@ -79,19 +79,19 @@ def test_the_controller_agrees_with_openrlhf():
     name = "adaptive_kl(init=0.2,target=6,horizon=10000)[kl,n_steps,value_after]"
     controller = KLController(0.2, target=6.0, horizon=10_000)
     for kl, number, value in json.loads(file.read_text())["cases"][name]:
-        controller.follow(torch.tensor(kl), torch.tensor(float(number)))
+        controller.update(torch.tensor(kl), torch.tensor(float(number)))
         assert float(controller.coef) == pytest.approx(value, rel=2e-6)
 
 
 def test_a_rollout_beyond_the_horizon_counts_as_one():
     controller = KLController(0.1, target=4.0, horizon=10)
-    controller.follow(torch.tensor(0.0), torch.tensor(1000.0))
+    controller.update(torch.tensor(0.0), torch.tensor(1000.0))
     assert float(controller.coef) == pytest.approx(0.08)
 
 
 def test_a_fixed_coefficient_stays_and_is_no_state():
     controller = KLController(0.1)
-    controller.follow(torch.tensor(100.0), torch.tensor(10.0))
+    controller.update(torch.tensor(100.0), torch.tensor(10.0))
     assert float(controller.coef) == pytest.approx(0.1)
     assert not controller.state_dict()
     assert "coef" in KLController(0.1, target=4.0).state_dict()
@@ -100,24 +100,24 @@ def test_a_fixed_coefficient_stays_and_is_no_state():
 def test_the_running_scale_is_that_of_all_scores_together():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, generator=generator) * 3 + 5 for n in (4, 1, 7)]
-    scale, whole = RunningScale(), torch.cat(parts)
+    scale, whole = RunningMeanStd(), torch.cat(parts)
     for part in parts:
         number = torch.tensor(float(len(part)))
         variance = part.var() if len(part) > 1 else torch.tensor(0.0)
-        scale.add(number, part.mean(), variance)
-    assert torch.allclose(scale.normalise(whole), (whole - whole.mean()) / whole.std(), atol=1e-5)
+        scale.update_from_moments(number, part.mean(), variance)
+    assert torch.allclose(scale.normalize(whole), (whole - whole.mean()) / whole.std(), atol=1e-5)
 
 
 def test_running_state_stays_in_float64():
     controller = KLController(0.1, target=1.0, horizon=1000).to(torch.bfloat16)
     before = float(controller.coef)
-    controller.follow(torch.tensor(1.1), torch.tensor(10.0))
+    controller.update(torch.tensor(1.1), torch.tensor(10.0))
     assert controller.coef.dtype == torch.float64
     assert float(controller.coef) == pytest.approx(before * 1.001, rel=1e-6)
 
 
 def test_the_critic_values_the_state_before_each_token(tiny_policy, prompts):
-    critic = Scalar.on_trunk(tiny_policy)
+    critic = ScalarHead.from_backbone(tiny_policy)
     generator = torch.Generator().manual_seed(3)
     prompts.responses = torch.randint(3, 32, (4, 4), generator=generator)
     prompts.response_lengths = [4, 4, 2, 1]
@@ -134,30 +134,30 @@ def test_the_critic_values_the_state_before_each_token(tiny_policy, prompts):
 def test_a_critic_starts_as_the_reward_model_that_it_is_given(tmp_path, prompts):
     reward_model = scalar()
     reward_model.save(tmp_path)
-    algorithm = PPO(policy=tiny, critic=lambda: Scalar(str(tmp_path)))
+    algorithm = PPO(policy=tiny, critic=lambda: ScalarHead(str(tmp_path)))
     algorithm.configure_model()
     ours, saved = weights(algorithm.critic), weights(reward_model)
     assert all(map(torch.equal, ours, saved))
 
 
 def test_a_critic_of_other_tokens_is_refused():
-    algorithm = PPO(policy=tiny, critic=lambda: Scalar(config={**TINY, "vocab_size": 40}))
+    algorithm = PPO(policy=tiny, critic=lambda: ScalarHead(config={**TINY, "vocab_size": 40}))
     with pytest.raises(ValueError, match=r"critic .* knows 40 tokens and the policy .* 32"):
         algorithm.configure_model()
 
 
 def test_an_adapted_policy_lends_no_trunk():
-    algorithm = PPO(policy=lambda: tiny(lora=LoRA(rank=2)))
+    algorithm = PPO(policy=lambda: tiny(lora=LoRA(r=2)))
     with pytest.raises(ValueError, match=r"has an adapter.*give the critic a path or config"):
         algorithm.configure_model()
 
 
 def test_only_the_critic_learns_while_it_warms_up(run):
-    algorithm = PPO(policy=tiny, critic=scalar, critic_warmup=3, optimizer=sgd)
+    algorithm = PPO(policy=tiny, critic=scalar, critic_warmup_iterations=3, optimizer=sgd)
     run(algorithm, num_batches=3)
     assert all(map(torch.equal, weights(algorithm.policy), weights(tiny())))
     assert distance(weights(algorithm.critic), weights(scalar())) > 1e-3
-    algorithm = PPO(policy=tiny, critic=scalar, critic_warmup=2, optimizer=sgd)
+    algorithm = PPO(policy=tiny, critic=scalar, critic_warmup_iterations=2, optimizer=sgd)
     run(algorithm, num_batches=3)
     assert distance(weights(algorithm.policy), weights(tiny())) > 1e-5
 
@@ -209,7 +209,7 @@ def test_one_epoch_on_the_whole_rollout_is_the_policy_gradient(tmp_path):
 
 def test_advantages_are_gaes_and_white(tmp_path):
     torch.manual_seed(0)
-    algorithm = Kept(policy=tiny, critic=scalar, lam=0.9, gamma=0.99, optimizer=sgd)
+    algorithm = Kept(policy=tiny, critic=scalar, gae_lambda=0.9, gamma=0.99, optimizer=sgd)
     trainer(tmp_path, limit_val_batches=0).fit(algorithm, RandomPrompts(1))
     batch, mask = algorithm.kept, algorithm.kept.response_mask
     rewards = algorithm.token_rewards(batch)
@@ -221,7 +221,7 @@ def test_advantages_are_gaes_and_white(tmp_path):
 
 
 def test_adapted_coefficient_and_scale_are_in_the_checkpoint(run):
-    settings = {"kl_target": 0.01, "kl_horizon": 10, "normalise_scores": True}
+    settings = {"kl_target": 0.01, "kl_horizon": 10, "normalize_scores": True}
     algorithm = PPO(policy=tiny, critic=scalar, optimizer=sgd, **settings)
     run(algorithm, num_batches=3)
     state = algorithm.state_dict()
@@ -237,8 +237,10 @@ def test_an_unanswered_row_gives_no_nan(tmp_path):
             batch.response_mask[0] = False
             return super().prepare(batch)
 
-    for per_response in (True, False):
-        algorithm = Emptied(policy=tiny, critic=scalar, optimizer=sgd, per_response=per_response)
+    for loss_aggregation in ("sequence_mean", "token_mean"):
+        algorithm = Emptied(
+            policy=tiny, critic=scalar, optimizer=sgd, loss_aggregation=loss_aggregation
+        )
         done = trainer(tmp_path, limit_val_batches=0)
         done.fit(algorithm, RandomPrompts(1))
         assert all(math.isfinite(float(value)) for value in done.callback_metrics.values())
@@ -246,10 +248,10 @@ def test_an_unanswered_row_gives_no_nan(tmp_path):
 
 
 def test_old_names_of_the_metrics(run):
-    metrics = run(PPO(policy=tiny, critic=scalar, optimizer=sgd, epochs=2)).callback_metrics
-    names = """objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward
-        objective/scores policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg
-        loss/policy_avg loss/value_avg val/clipfrac_avg val/ratio objective/kl_coef reward"""
+    metrics = run(PPO(policy=tiny, critic=scalar, optimizer=sgd, update_epochs=2)).callback_metrics
+    names = """kl/per_response_k1 objective/non_score_reward objective/rlhf_reward
+        objective/scores policy/approxkl_avg policy/clipfrac_avg entropy/update
+        loss/policy_avg loss/value_avg value/clipfrac policy/ratio_mean objective/kl_coef reward"""
     assert set(names.split()) <= metrics.keys()
 
 

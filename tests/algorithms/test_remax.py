@@ -27,8 +27,8 @@ def one_row() -> Experience:
 
 def credit(score=2.1, greedy=1.4, **settings) -> list[float]:
     algorithm = ReMax(policy=tiny, **settings)
-    lead = torch.tensor([score - greedy], dtype=torch.float64)
-    return algorithm.credit(one_row(), lead)[0].tolist()
+    advantage = torch.tensor([score - greedy], dtype=torch.float64)
+    return algorithm.token_advantages(one_row(), advantage)[0].tolist()
 
 
 def test_one_step_kl_charges_a_token_for_its_own_nats():
@@ -39,12 +39,12 @@ def test_kl_to_go_charges_it_for_all_that_follow():
     assert credit(kl_coef=0.1, kl_to_go=True) == pytest.approx([0.71, 0.72, 0.70, 0.0])
 
 
-def test_the_release_discounts_the_lead_even_on_the_last_token():
+def test_the_release_discounts_the_advantage_even_on_the_last_token():
     expected = [0.6742093, 0.69607, 0.693, 0.0]
     assert credit(kl_coef=0.05, gamma=0.99) == pytest.approx(expected)
 
 
-def test_the_lead_is_clipped_after_the_baseline_is_subtracted():
+def test_the_advantage_is_clipped_after_the_baseline_is_subtracted():
     clipped = credit(score=20.0, greedy=1.0, kl_coef=0.0, advantage_clip=5.0)
     assert clipped == pytest.approx([5.0, 5.0, 5.0, 0.0])
     shifted = credit(score=20.0, greedy=19.3, kl_coef=0.0, advantage_clip=5.0)
@@ -58,22 +58,19 @@ def test_a_constant_added_to_all_rewards_changes_nothing():
 def test_defaults_are_the_papers():
     algorithm = ReMax(policy=tiny)
     assert (algorithm.kl_coef, algorithm.kl_to_go, algorithm.gamma) == (0.1, False, 1.0)
-    assert (algorithm.num_samples, algorithm.advantage_clip, algorithm.per_token) == (
-        1,
-        None,
-        False,
-    )
+    assert (algorithm.num_samples, algorithm.advantage_clip) == (1, None)
+    assert algorithm.loss_aggregation == "sequence_sum"
 
 
 def test_the_loss_counts_responses_or_tokens():
     batch = Experience(response_mask=torch.tensor([[True, True, False], [False] * 3]))
-    assert ReMax(policy=tiny).count(batch) == 1  # the second prompt was skipped
-    assert ReMax(policy=tiny, per_token=True).count(batch) == 2
+    assert ReMax(policy=tiny).loss_denominator(batch) == 1  # the second prompt was skipped
+    assert ReMax(policy=tiny, loss_aggregation="token_mean").loss_denominator(batch) == 2
 
 
 def test_more_than_one_step_per_rollout_is_refused():
     with pytest.raises(ValueError, match="no importance ratio"):
-        ReMax(policy=tiny, epochs=2)
+        ReMax(policy=tiny, update_epochs=2)
 
 
 class Spy(ReMax):
@@ -97,7 +94,7 @@ def test_sampled_rows_learn_and_greedy_rows_only_score(run):
     batch = algorithm.seen[0]
     assert len(batch) == 12
     assert batch.group == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert not any(batch.greedy)
+    assert not any(batch.is_greedy)
 
 
 @pytest.mark.parametrize("microbatch_tokens", [12, 40])
@@ -135,7 +132,9 @@ class StopAfter(Callback):
 @pytest.mark.parametrize("stop_at", [1, 2])
 def test_resuming_is_bitwise(tmp_path, stop_at):
     def algorithm():
-        return ReMax(policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), warmup=0.4, final_lr=0.1)
+        return ReMax(
+            policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), warmup_ratio=0.4, final_lr_ratio=0.1
+        )
 
     whole, first, second = algorithm(), algorithm(), algorithm()
     torch.manual_seed(0)
@@ -190,8 +189,8 @@ def test_half_precision_runs_and_measures_in_fp32(tmp_path, precision):
     assert tool.callback_metrics["sampling/sampling_logp_difference/mean"] < 0.02
     means = {"value": (torch.ones(1000).cumsum(0) > 500, torch.ones(1000, dtype=torch.bool))}
     for _ in range(2):
-        algorithm.measure(Experience(counted=[True] * 1000), **means)
-    assert float(algorithm.evaluation()["value"]) == 0.5
+        algorithm.metrics.add_eval(Experience(is_new=[True] * 1000), **means)
+    assert float(algorithm.metrics.compute_eval()["value"]) == 0.5
 
 
 def test_scaled_losses_are_refused(tmp_path):
@@ -207,14 +206,14 @@ def test_blocks_are_computed_again_only_if_asked_for(tiny_policy, prompts):
     def count(policy):
         calls.clear()
         policy.blocks[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-        batch = prompts.repeat(1)
+        batch = prompts.repeat_interleave(1)
         batch.responses = batch.prompts
         batch.response_mask, batch.response_lengths = batch.prompt_mask, [5] * 4
         policy.logprobs(batch).sum().backward()
         return len(calls)
 
     assert count(tiny_policy) == 1
-    assert count(tiny(checkpointing=True)) == 2
+    assert count(tiny(activation_checkpointing=True)) == 2
 
 
 def test_validation_measures_greedy_answers(tmp_path):
@@ -223,15 +222,17 @@ def test_validation_measures_greedy_answers(tmp_path):
     (measured,) = tool.validate(algorithm, RandomPrompts(), verbose=False)
     assert set(measured) >= {
         "val/reward",
-        "val/objective/kl",
+        "val/kl/per_response_k1",
         "val/mean_length",
         "val/clipped_ratio",
     }
-    assert measured["val/objective/kl"] == 0.0
+    assert measured["val/kl/per_response_k1"] == 0.0
 
 
 def test_metrics_have_trls_names(run):
     logged = run(ReMax(policy=tiny)).callback_metrics
-    names = "reward reward_std kl objective/kl entropy completions/mean_length loss grad_norm lr"
+    names = (
+        "reward reward_std kl kl/per_response_k1 entropy completions/mean_length loss grad_norm lr"
+    )
     assert set(names.split()) <= set(logged)
     assert logged["sampling/sampling_logp_difference/mean"] < 1e-4

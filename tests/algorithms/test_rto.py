@@ -19,7 +19,7 @@ from lit_align.functional.masks import through_first
 from lit_align.functional.returns import gae
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 
 POLICY = torch.tensor([[-1, -0.5, -2, -0.3, 0]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-1.2, -0.5, -1, -0.8, 0]], dtype=torch.float64)
@@ -32,9 +32,7 @@ def sgd(params):
 
 
 def rto(**settings) -> RTO:
-    algorithm = RTO(policy=tiny, dpo=tiny, optimizer=sgd, **settings)
-    algorithm.log_means = lambda means: None  # no run to log to
-    return algorithm
+    return RTO(policy=tiny, dpo=tiny, optimizer=sgd, **settings)
 
 
 def rollout(score: float) -> Experience:
@@ -154,7 +152,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     """A base, an adapter that something trained on it, and the two merged."""
     folder = tmp_path_factory.mktemp("rto")
     tiny().save(folder / "base")
-    adapted = Policy(str(folder / "base"), lora=LoRA(rank=2))
+    adapted = Policy(str(folder / "base"), lora=LoRA(r=2))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in adapted.parameters():
@@ -181,7 +179,7 @@ def rolled(folder, num_batches=1, **settings) -> tuple[Kept, Experience]:
 def test_an_adapter_on_the_base_is_the_merged_model_and_costs_no_other(tmp_path, places):
     """On the policy's base under LoRA, on the reference where the policy trains whole."""
     whole = {"policy": lambda: Policy(places["base"])}
-    light = {"policy": lambda: Policy(places["base"], lora=LoRA(rank=2))}
+    light = {"policy": lambda: Policy(places["base"], lora=LoRA(r=2))}
     for policy in (whole, light):
         _, apart = rolled(tmp_path, **policy, dpo=lambda: Policy(places["merged"]))
         algorithm, worn = rolled(tmp_path, **policy, dpo_adapter=places["adapter"])
@@ -194,11 +192,11 @@ def test_an_adapter_on_the_base_is_the_merged_model_and_costs_no_other(tmp_path,
 
 
 def test_the_dpo_adapter_stays_frozen_and_the_policys_learns(tmp_path, places):
-    settings = {"policy": lambda: Policy(places["base"], lora=LoRA(rank=2))}
+    settings = {"policy": lambda: Policy(places["base"], lora=LoRA(r=2))}
     algorithm, _ = rolled(tmp_path, 3, **settings, dpo_adapter=places["adapter"])
     named = dict(algorithm.policy.network.named_parameters())
-    fresh = Policy(places["base"], lora=LoRA(rank=2))
-    fresh.lend(places["adapter"], "dpo")
+    fresh = Policy(places["base"], lora=LoRA(r=2))
+    fresh.adapters.load_frozen_adapter(places["adapter"], "dpo")
     frozen = dict(fresh.network.named_parameters())
     assert all(torch.equal(named[n], frozen[n]) for n in named if ".dpo." in n)
     assert not any(named[n].requires_grad for n in named if ".dpo." in n)
@@ -221,7 +219,9 @@ def test_the_dpo_models_own_reference_is_used(tmp_path, places):
 def test_without_a_dpo_reward_it_is_ppo(tmp_path):
     algorithm, _ = rolled(tmp_path, 2, policy=tiny, dpo_coef=0.0)
     torch.manual_seed(0)
-    ppo = PPO(policy=tiny, critic=scalar, optimizer=sgd, kl_coef=0.01, per_response=True)
+    ppo = PPO(
+        policy=tiny, critic=scalar, optimizer=sgd, kl_coef=0.01, loss_aggregation="sequence_mean"
+    )
     trainer(tmp_path, limit_val_batches=0).fit(ppo, RandomPrompts(2))
     assert all(map(torch.equal, weights(algorithm.policy), weights(ppo.policy)))
     assert distance(weights(ppo.policy), weights(tiny())) > 0
@@ -239,7 +239,12 @@ def test_every_part_is_logged(tmp_path, places):
     done = trainer(tmp_path, limit_val_batches=0)
     done.fit(algorithm, RandomPrompts(1))
     metrics = done.callback_metrics
-    assert {"rto/dpo_reward", "objective/kl", "reward", "objective/rlhf_reward"} <= metrics.keys()
+    assert {
+        "rto/dpo_reward",
+        "kl/per_response_k1",
+        "reward",
+        "objective/rlhf_reward",
+    } <= metrics.keys()
     assert 0 < float(metrics["rto/dpo_clipped"]) <= 1
     assert math.isfinite(float(metrics["rto/dpo_reward"]))
 
@@ -269,7 +274,7 @@ def test_an_adapter_of_another_base_is_refused(places):
 
 def test_an_adapter_that_judges_is_refused(places, tmp_path):
     """A critic's adapter on the policy's own base: its log-probs would mean nothing."""
-    Scalar(places["base"], lora=LoRA(rank=2)).save(tmp_path)
+    ScalarHead(places["base"], lora=LoRA(r=2)).save(tmp_path)
     with pytest.raises(ValueError, match=r"trained as a score head's .* and not as a language"):
         RTO(policy=lambda: Policy(places["base"]), dpo_adapter=str(tmp_path)).configure_model()
 

@@ -27,7 +27,7 @@ def test_the_loss_is_the_mean_over_learnt_tokens(tmp_path):
             policy.network(input_ids=batch.tokens, attention_mask=batch.token_mask.long())
             .logits[:, :-1]
             .transpose(1, 2),
-            batch.tokens[:, 1:].where(batch.loss_mask[:, 1:], -100),
+            batch.tokens[:, 1:].where(batch.target_mask[:, 1:], -100),
         )
         policy.zero_grad()
         loss.backward()
@@ -55,7 +55,7 @@ def test_validation_counts_each_row_once(tmp_path):
     mask = batch.response_mask
     mean = float(-policy.logprobs(batch)[mask].mean())
     assert measured["val/perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    hits = float(policy.hits(batch)[mask].float().mean())
+    hits = float(policy.top1_correct(batch)[mask].float().mean())
     assert measured["val/mean_token_accuracy"] == pytest.approx(hits)
 
 
@@ -65,12 +65,12 @@ def test_a_random_policy_starts_at_the_uniform_loss(tmp_path):
 
 
 def test_the_schedule_rises_and_falls(tmp_path):
-    algorithm = SFT(policy=tiny, warmup=0.5, final_lr=0.1)
+    algorithm = SFT(policy=tiny, warmup_ratio=0.5, final_lr_ratio=0.1)
     run = trainer(tmp_path, max_epochs=4, limit_val_batches=0)
     run.callbacks.clear()
     run.fit(algorithm, RandomTexts(2))
-    shares = [algorithm.lr_share(step) for step in range(8)]
+    shares = [algorithm.lr_factor(step) for step in range(8)]
     assert shares[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert shares[4] == 1.0
     assert shares[4:] == sorted(shares[4:], reverse=True)
-    assert algorithm.lr_share(8) == pytest.approx(0.1)
+    assert algorithm.lr_factor(8) == pytest.approx(0.1)

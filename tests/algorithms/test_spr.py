@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 
 from lit_align.algorithms.sft import SFT
 from lit_align.algorithms.spr import SPR
-from lit_align.batches import Experience, Tokens
+from lit_align.batches import Experience, TextBatch
 from lit_align.functional.reweighting import sample_weights
 
 
@@ -39,12 +39,20 @@ def sums(logprobs, batch, size):
 
 def test_defaults_are_those_of_our_notes():
     algorithm = SPR(policy=tiny)
-    assert (algorithm.kl_coef, algorithm.step_coef, algorithm.max_ratio) == (0.1, 0.2, 2.0)
-    assert (algorithm.num_samples, algorithm.num_stored, algorithm.epochs) == (4, 0, 1)
+    assert (algorithm.kl_coef, algorithm.step_kl_coef, algorithm.max_importance_ratio) == (
+        0.1,
+        0.2,
+        2.0,
+    )
+    assert (algorithm.num_samples, algorithm.num_offline_samples, algorithm.update_epochs) == (
+        4,
+        0,
+        1,
+    )
 
 
 def test_the_first_weights_are_a_softmax_of_the_scores(tmp_path):
-    algorithm = Kept(policy=tiny, kl_coef=0.4, step_coef=0.6)
+    algorithm = Kept(policy=tiny, kl_coef=0.4, step_kl_coef=0.6)
     metrics = fitted(tmp_path, algorithm)
     (batch,) = algorithm.kept
     assert torch.equal(batch.logprobs, batch.ref_logprobs)
@@ -73,7 +81,7 @@ class WeightedSFT(SFT):
     def losses(self, batch):
         yield -torch.tensor(batch.weights).unsqueeze(-1) * self.policy.logprobs(batch)
 
-    def count(self, batch):
+    def loss_denominator(self, batch):
         return torch.tensor(4.0)  # prompts
 
 
@@ -87,15 +95,15 @@ class Given(RandomPrompts):
 @pytest.mark.parametrize("microbatch_tokens", [8192, 40])
 def test_the_update_is_an_sft_step_with_a_number_per_text(tmp_path, microbatch_tokens):
     settings = {"microbatch_tokens": microbatch_tokens, "optimizer": lambda p: AdamW(p, lr=1e-2)}
-    algorithm = Kept(policy=tiny, num_samples=2, num_stored=2, **settings)
+    algorithm = Kept(policy=tiny, num_samples=2, num_offline_samples=2, **settings)
     metrics = fitted(tmp_path, algorithm, RandomAnswers)
     (batch,) = algorithm.kept
     data = Given(1)
     not_learnt = torch.zeros_like(batch.prompt_mask)
-    data.texts = Tokens(
+    data.texts = TextBatch(
         tokens=batch.tokens,
         token_mask=batch.token_mask,
-        loss_mask=torch.cat([not_learnt, batch.response_mask], 1),
+        target_mask=torch.cat([not_learnt, batch.response_mask], 1),
         lengths=batch.lengths,
         weights=batch.weights.tolist(),
     )
@@ -112,7 +120,7 @@ def test_the_update_is_an_sft_step_with_a_number_per_text(tmp_path, microbatch_t
 def test_micro_batches_do_not_change_the_result(tmp_path, settings):
     results = []
     for more in ({}, settings):
-        algorithm = SPR(policy=tiny, num_stored=2, optimizer=sgd, **more)
+        algorithm = SPR(policy=tiny, num_offline_samples=2, optimizer=sgd, **more)
         fitted(tmp_path, algorithm, RandomAnswers, num_batches=2)
         results.append(weights(algorithm))
     assert distance(results[0], weights(tiny())) > 1e-3
@@ -129,7 +137,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing(tmp_path):
         algorithm = SPR(policy=tiny, optimizer=sgd)
         torch.manual_seed(0)
         run = trainer(tmp_path, limit_val_batches=0)
-        run.callbacks[1].panel.sources["count"] = reward
+        run.callbacks[1].weighted_sum.functions["count"] = reward
         run.fit(algorithm, RandomPrompts(2))
         learnt.append(weights(algorithm))
     assert distance(*learnt) < 1e-5
@@ -143,7 +151,7 @@ def test_weights_stay_what_they_were_at_the_collection(tmp_path):
             seen.append(batch.weights.sum())
             yield from super().losses(batch)
 
-    fitted(tmp_path, Watching(policy=tiny, epochs=3, optimizer=sgd))
+    fitted(tmp_path, Watching(policy=tiny, update_epochs=3, optimizer=sgd))
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
 
@@ -151,8 +159,12 @@ def test_weights_stay_what_they_were_at_the_collection(tmp_path):
 def test_the_loss_counts_prompts():
     mask = torch.tensor([[True, True, False]] * 4 + [[False] * 3] * 4)
     algorithm = SPR(policy=tiny)
-    assert algorithm.count(Experience(response_mask=mask)) == 1  # the second prompt was skipped
-    assert algorithm.count(Experience(response_mask=mask[:2])) == 0.5  # a minibatch of its rows
+    assert (
+        algorithm.loss_denominator(Experience(response_mask=mask)) == 1
+    )  # the second prompt was skipped
+    assert (
+        algorithm.loss_denominator(Experience(response_mask=mask[:2])) == 0.5
+    )  # a minibatch of its rows
 
 
 class Emptied(Kept):
@@ -170,10 +182,12 @@ def test_empty_answers_and_equal_scores_give_no_nan(tmp_path, data):
         def __call__(self, batch):
             return torch.ones(len(batch))
 
-    algorithm = Emptied(policy=tiny, num_stored=2 if data is RandomAnswers else 0, optimizer=sgd)
+    algorithm = Emptied(
+        policy=tiny, num_offline_samples=2 if data is RandomAnswers else 0, optimizer=sgd
+    )
     torch.manual_seed(0)
     run = trainer(tmp_path, limit_val_batches=0)
-    run.callbacks[1].panel.sources["count"] = Same()
+    run.callbacks[1].weighted_sum.functions["count"] = Same()
     run.fit(algorithm, data(2))
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     assert all(map(math.isfinite, metrics.values()))
@@ -185,7 +199,7 @@ def test_metrics_of_samples_alone(run):
     logged = run(SPR(policy=tiny)).callback_metrics
     assert {"reward", "kl", "entropy", "loss", "grad_norm", "spr/ess", "spr/log_z"} <= set(logged)
     assert 0.25 <= logged["spr/ess"] <= 1
-    constant = {"ratio_mean": 1, "ratio_max": 1, "ratio_clipped": 0, "stored_share": 0}
+    constant = {"ratio_mean": 1, "ratio_max": 1, "ratio_clipped": 0, "offline_fraction": 0}
     assert {name: float(logged[f"spr/{name}"]) for name in constant} == constant
 
 
@@ -203,7 +217,7 @@ class StopAfter(Callback):
 
 def test_resuming_with_stored_answers_is_bitwise(tmp_path, monkeypatch):
     def algorithm():
-        settings = {"num_stored": 4, "stored_decay": 2.0, "num_samples": 2}
+        settings = {"num_offline_samples": 4, "offline_half_life": 2.0, "num_samples": 2}
         return Kept(policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), **settings)
 
     whole, first, second = algorithm(), algorithm(), algorithm()
@@ -213,5 +227,5 @@ def test_resuming_with_stored_answers_is_bitwise(tmp_path, monkeypatch):
     torch.manual_seed(0)
     run = trainer(tmp_path, limit_val_batches=0, max_epochs=2)
     run.fit(second, RandomAnswers(3), ckpt_path=stop.path)
-    assert [batch.stored.count(True) // 4 for batch in whole.kept] == [4, 3, 2, 2, 1, 1]
+    assert [batch.is_offline.count(True) // 4 for batch in whole.kept] == [4, 3, 2, 2, 1, 1]
     assert all(map(torch.equal, weights(whole), weights(second)))

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map_only
 
 from lit_align.algorithms.sft import SFT
 from lit_align.algorithms.spr import SPR
-from lit_align.batches import Experience, Tokens
+from lit_align.batches import Experience, TextBatch
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.parallel import offload as parking
+from lit_align.models.parallel import offload
 
 
 def adam(params):
@@ -25,22 +25,22 @@ def adam(params):
 class Poison:
     """Instead of moving tensors this makes what is parked unusable."""
 
-    def park(self):
+    def offload(self):
         for tensor in self.tensors():
-            if tensor not in self.homes:
-                self.homes[tensor] = tensor.detach().clone()
+            if tensor not in self.devices:
+                self.devices[tensor] = tensor.detach().clone()
                 tensor.data.fill_(torch.nan)
 
-    def wake(self):
-        for tensor, kept in self.homes.items():
+    def reload(self):
+        for tensor, kept in self.devices.items():
             tensor.data.copy_(kept)
-        self.homes.clear()
+        self.devices.clear()
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    monkeypatch.setattr(parking.Sleeper, "park", Poison.park)
-    monkeypatch.setattr(parking.Sleeper, "wake", Poison.wake)
+    monkeypatch.setattr(offload.OffloadedTensors, "offload", Poison.offload)
+    monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
 
 
 class Phases(SPR):
@@ -85,7 +85,7 @@ class Watched(Count):
 def check_phases(folder, accelerator):
     algorithm = Phases(policy=tiny, optimizer=adam)
     run = trainer(folder, limit_val_batches=0, accelerator=accelerator, devices=1)
-    run.callbacks[1].panel.sources["count"] = Watched()
+    run.callbacks[1].weighted_sum.functions["count"] = Watched()
     run.fit(algorithm, RandomPrompts(3))
     policy, reference, state = (True, False, False), (False, True, False), (True, False, True)
     assert algorithm.found == {
@@ -105,7 +105,7 @@ def test_one_network_is_on_the_gpu_in_each_phase(tmp_path):
     check_phases(tmp_path, "gpu")
 
 
-@pytest.mark.parametrize("policy", [tiny, lambda: tiny(lora=LoRA(rank=2))])
+@pytest.mark.parametrize("policy", [tiny, lambda: tiny(lora=LoRA(r=2))])
 def test_parking_changes_no_result(tmp_path, monkeypatch, policy):
     def learnt():
         algorithm = SPR(policy=policy, optimizer=adam)
@@ -115,8 +115,8 @@ def test_parking_changes_no_result(tmp_path, monkeypatch, policy):
         return weights(algorithm.policy), run.callback_metrics
 
     plain, metrics = learnt()
-    monkeypatch.setattr(parking.Sleeper, "park", Poison.park)
-    monkeypatch.setattr(parking.Sleeper, "wake", Poison.wake)
+    monkeypatch.setattr(offload.OffloadedTensors, "offload", Poison.offload)
+    monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
     parked, others = learnt()
     assert all(map(torch.equal, plain, parked))
     assert metrics == others
@@ -157,7 +157,7 @@ def peak(kind, batch) -> int:
             world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value)
         )
 
-        def synchronise(self, wanted):
+        def set_gradient_sync(self, wanted):
             pass
 
         def manual_backward(self, loss):
@@ -190,10 +190,10 @@ def test_the_update_takes_the_memory_of_an_sft_step():
         response_lengths=[after] * rows,
         weights=torch.full((rows,), 0.25),
     )
-    texts = Tokens(
+    texts = TextBatch(
         tokens=batch.tokens,
         token_mask=batch.token_mask,
-        loss_mask=torch.cat([~asked.bool(), said], 1),
+        target_mask=torch.cat([~asked.bool(), said], 1),
         lengths=batch.lengths,
     )
     step = peak(SFT, texts)  # reads its head for the prompts, too: 7 places more per row

@@ -14,38 +14,46 @@ from lit_align.functional.reweighting import sample_weights
 COEFS = {"kl_coef": 0.1, "step_coef": 0.2}
 
 
-def num_stored(iterations, **settings) -> list[int]:
+def num_offline_samples(iterations, **settings) -> list[int]:
     algorithm = SPR(policy=tiny, **settings)
     found = []
     for algorithm.iteration in iterations:
-        found.append(algorithm.num_stored)
+        found.append(algorithm.num_offline_samples)
     return found
 
 
 def test_half_of_the_stored_answers_are_left_after_the_decay():
     times = [0, 1, 8, 9, 16, 24, 56, 57]
-    assert num_stored(times, num_stored=4) == [4, 4, 2, 2, 1, 1, 1, 0]
-    assert num_stored([0, 8, 9], num_stored=1) == [1, 1, 0]
-    assert num_stored([0, 3, 10**6], num_stored=3, stored_decay=math.inf) == [3, 3, 3]
-    assert num_stored([0, 9]) == [0, 0]
+    assert num_offline_samples(times, num_offline_samples=4) == [4, 4, 2, 2, 1, 1, 1, 0]
+    assert num_offline_samples([0, 8, 9], num_offline_samples=1) == [1, 1, 0]
+    assert num_offline_samples(
+        [0, 3, 10**6], num_offline_samples=3, offline_half_life=math.inf
+    ) == [3, 3, 3]
+    assert num_offline_samples([0, 9]) == [0, 0]
 
 
 def test_a_single_sample_keeps_its_stored_answer():
-    assert num_stored([0, 10, 10**6], num_stored=3, num_samples=1) == [3, 1, 1]
+    assert num_offline_samples([0, 10, 10**6], num_offline_samples=3, num_samples=1) == [3, 1, 1]
 
 
-def weighed(stored_logprobs, stored_scores=None, max_ratio=2.0):
+def weighed(offline_logprobs, offline_scores=None, max_ratio=2.0):
     """Two prompts of two samples and one stored answer, with a policy that has moved."""
     algorithm = TabularSPR(
-        num_samples=2, num_stored=1, stored_decay=math.inf, max_ratio=max_ratio, **COEFS
+        num_samples=2,
+        num_offline_samples=1,
+        offline_half_life=math.inf,
+        max_importance_ratio=max_ratio,
+        kl_coef=0.1,
+        step_kl_coef=0.2,
     )
     algorithm.policy.logits.data += torch.arange(12).view(4, 3) / 6
     groups = torch.tensor([[0, 8, 4], [2, 2, 7]])
     batch = rollout(groups, 2)
-    batch.stored_logprobs = [None] * 4 + stored_logprobs
-    batch.stored_scores = [None] * 4 + (stored_scores or [None, None])
+    batch.offline_logprobs = [None] * 4 + offline_logprobs
+    batch.offline_scores = [None] * 4 + (offline_scores or [None, None])
     with torch.no_grad():
         prepared = algorithm.prepare(batch)
+        algorithm.metrics.log_train(algorithm)
         both = (table.whole[groups] for table in (algorithm.policy, algorithm.reference))
     return prepared, groups, *both, algorithm.logged
 
@@ -69,7 +77,7 @@ def same(weights, other):
 def test_rows_of_a_prompt_stand_side_by_side_with_the_stored_one_last():
     batch, groups, *_ = weighed([None, None])
     assert batch.group == [0, 0, 0, 1, 1, 1]
-    assert batch.stored == [False, False, True] * 2
+    assert batch.is_offline == [False, False, True] * 2
     places = batch.responses @ torch.tensor([3, 1])
     assert torch.equal(places.view(2, 3), groups)
 
@@ -104,7 +112,7 @@ def test_ratios_are_logged_as_they_are_capped():
     batch, _, logprobs, reference, capped = weighed([-50.0, -50.0], max_ratio=1.2)
     assert capped["spr/ratio_max"] == pytest.approx(1.2)
     assert capped["spr/ratio_clipped"] >= 1 / 3
-    assert capped["spr/stored_share"] == pytest.approx(1 / 3)
+    assert capped["spr/offline_fraction"] == pytest.approx(1 / 3)
     behaviour = reference.clone()
     behaviour[:, 2] = -50
     same(batch.weights, expected(batch, logprobs, reference, behaviour, 1.2))
@@ -120,28 +128,28 @@ def test_what_is_logged_is_of_sampled_rows(tmp_path):
         run.fit(algorithm, RandomAnswers(1))
         return {name: float(value) for name, value in run.callback_metrics.items()}
 
-    alone, mixed = logged(), logged(num_stored=3)
+    alone, mixed = logged(), logged(num_offline_samples=3)
     of_the_update = {"loss", "grad_norm"}
     assert alone.keys() == mixed.keys()
     differing = {name for name in alone if alone[name] != mixed[name]} - of_the_update
     assert all(name.startswith("spr/") for name in differing)
-    assert mixed["spr/stored_share"] == pytest.approx(3 / 7)
+    assert mixed["spr/offline_fraction"] == pytest.approx(3 / 7)
 
 
 REFUSED = {
     "one sample": ({"num_samples": 1}, "num_samples must be at least 2, found 1"),
     "no sample": (
-        {"num_samples": 0, "num_stored": 4}, "num_samples of at least 1 and num_stored of at least"
+        {"num_samples": 0, "num_offline_samples": 4}, "num_offline_samples of at least"
     ),
-    "fewer than no stored answers": ({"num_stored": -1}, "at least 0, found 4 and -1"),
+    "fewer than no stored answers": ({"num_offline_samples": -1}, "at least 0, found 4 and -1"),
     "nothing to divide by": (
-        {"kl_coef": 0.0, "step_coef": 0.0}, r"one must be above, found 0\.0 and 0\.0"
+        {"kl_coef": 0.0, "step_kl_coef": 0.0}, r"one must be above, found 0\.0 and 0\.0"
     ),
-    "a negative coefficient": ({"kl_coef": -0.1}, r"neither may be below 0 .* found -0\.1 and"),
-    "a cap that caps everything": ({"max_ratio": 0.0}, r"at least 1 or null for none, found 0\.0"),
-    "no decay": ({"stored_decay": 0.0}, r"stored_decay must be above 0, found 0\.0"),
+    "a negative coefficient": ({"kl_coef": -0.1}, r"neither may be below 0.* found -0\.1 and"),
+    "a cap that caps everything": ({"max_importance_ratio": 0.0}, r"or null for none, found 0\.0"),
+    "no decay": ({"offline_half_life": 0.0}, r"offline_half_life must be above 0, found 0\.0"),
     "minibatches of fewer and fewer rows": (
-        {"num_stored": 2, "minibatch_size": 8}, "leave out minibatch_size, or set stored_decay to"
+        {"num_offline_samples": 2, "minibatch_size": 8}, "or set offline_half_life to"
     ),
 }  # fmt: skip
 
@@ -154,5 +162,5 @@ def test_what_makes_no_algorithm_is_refused(case):
 
 
 def test_minibatches_are_fine_while_the_rows_stay_as_many():
-    SPR(policy=tiny, num_stored=2, minibatch_size=8, stored_decay=math.inf)
+    SPR(policy=tiny, num_offline_samples=2, minibatch_size=8, offline_half_life=math.inf)
     SPR(policy=tiny, minibatch_size=8)

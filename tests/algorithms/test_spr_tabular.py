@@ -20,7 +20,7 @@ def expected_target(algorithm: TabularSPR) -> torch.Tensor:
 
 def test_the_expected_iteration_halves_its_way_to_the_optimum():
     """a = 1/2 and groups of two: errors shrink by 3/4 in each step, the KL by 9/16 in the end."""
-    algorithm = TabularSPR(num_samples=2, kl_coef=0.6, step_coef=0.6)
+    algorithm = TabularSPR(num_samples=2, kl_coef=0.6, step_kl_coef=0.6)
     gaps, objectives = [], []
     for _ in range(20):
         gaps.append(algorithm.gap)
@@ -33,30 +33,35 @@ def test_the_expected_iteration_halves_its_way_to_the_optimum():
 
 
 def test_the_optimum_is_where_it_stays():
-    algorithm = TabularSPR(num_samples=2, kl_coef=0.6, step_coef=0.1)
+    algorithm = TabularSPR(num_samples=2, kl_coef=0.6, step_kl_coef=0.1)
     algorithm.policy.become(algorithm.optimum)
     torch.testing.assert_close(expected_target(algorithm), algorithm.optimum, rtol=0, atol=1e-7)
 
 
 def trained(num_iterations=300, seed=0, **settings) -> TabularSPR:
     """Iterations on 64 groups of four samples of the policy and of uniform stored answers."""
-    algorithm = TabularSPR(num_samples=4, kl_coef=0.6, step_coef=0.6, **settings)
+    algorithm = TabularSPR(num_samples=4, kl_coef=0.6, step_kl_coef=0.6, **settings)
     generator = torch.Generator().manual_seed(seed)
     for iteration in range(num_iterations):
         algorithm.lr = 1 / (1 + iteration / 50)
         probs = algorithm.policy.whole.detach().exp()
         own = torch.multinomial(probs, 64 * 4, replacement=True, generator=generator).view(64, 4)
-        others = torch.randint(9, (64, algorithm.num_stored), generator=generator)
+        others = torch.randint(9, (64, algorithm.num_offline_samples), generator=generator)
         batch = rollout(torch.cat([own, others], 1), 4)
-        batch.stored_logprobs = [math.log(1 / 9) if stored else None for stored in batch.stored]
+        batch.offline_logprobs = [
+            math.log(1 / 9) if stored else None for stored in batch.is_offline
+        ]
         algorithm.training_step(batch, 0)
     return algorithm
 
 
-@pytest.mark.parametrize("num_stored", [0, 4])
-def test_sampled_iterations_close_the_gap(num_stored):
+@pytest.mark.parametrize("num_offline_samples", [0, 4])
+def test_sampled_iterations_close_the_gap(num_offline_samples):
     """F* - F is kl_coef times the nats between policy and optimum."""
-    start, end = TabularSPR(kl_coef=0.6), trained(num_stored=num_stored, stored_decay=20.0)
+    start, end = (
+        TabularSPR(kl_coef=0.6),
+        trained(num_offline_samples=num_offline_samples, offline_half_life=20.0),
+    )
     assert end.gap < 0.01 * start.gap
     assert end.objective - start.objective == pytest.approx(0.6 * (start.gap - end.gap))
 
@@ -64,5 +69,7 @@ def test_sampled_iterations_close_the_gap(num_stored):
 def test_stored_answers_speed_up_the_first_iterations():
     seeds = range(5)
     alone = sum(trained(20, seed).gap for seed in seeds)
-    helped = sum(trained(20, seed, num_stored=8, stored_decay=20.0).gap for seed in seeds)
+    helped = sum(
+        trained(20, seed, num_offline_samples=8, offline_half_life=20.0).gap for seed in seeds
+    )
     assert helped < 0.8 * alone

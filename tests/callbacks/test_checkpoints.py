@@ -36,7 +36,10 @@ def fit(folder, checkpoints, num_batches=6, callbacks=(), **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.fit(ReMax(policy=tiny), RandomPrompts(num_batches))
-    return [files.iteration_of(path) for path in files.saved(files.folder_of(folder))]
+    return [
+        files.parse_iteration(path)
+        for path in files.list_checkpoints(files.checkpoint_folder(folder))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,27 +54,27 @@ def test_an_iteration_is_no_optimizer_step(tmp_path):
     run = trainer(
         tmp_path, callbacks=[Checkpoints(1, 9)], enable_checkpointing=True, limit_val_batches=0
     )
-    run.fit(GRPO(policy=tiny, num_samples=2, epochs=2), RandomPrompts(3))
+    run.fit(GRPO(policy=tiny, num_samples=2, update_epochs=2), RandomPrompts(3))
     assert run.global_step == 6
-    found = files.saved(files.folder_of(tmp_path))
-    assert [files.iteration_of(path) for path in found] == [1, 2, 3]
+    found = files.list_checkpoints(files.checkpoint_folder(tmp_path))
+    assert [files.parse_iteration(path) for path in found] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("higher", "best"), [(True, 4), (False, 2)])
-def test_the_best_by_a_metric_is_kept_too(tmp_path, higher, best):
+@pytest.mark.parametrize(("mode", "best"), [("max", 4), ("min", 2)])
+def test_the_best_by_a_metric_is_kept_too(tmp_path, mode, best):
     values = Scores(0.5, 0.1, 0.9, 0.3, 0.4)  # of the sanity check, then at 2, 4, 6 and 8
     kept = fit(
         tmp_path,
-        Checkpoints(0, 1, "val/score", higher),
+        Checkpoints(0, 1, "val/score", mode),
         num_batches=8,
         callbacks=[values],
         limit_val_batches=1,
         val_check_interval=2,
     )
     assert kept == [best, 8]
-    found = files.read_best(files.folder_of(tmp_path))
+    found = files.read_best(files.checkpoint_folder(tmp_path))
     assert found is not None
-    assert files.iteration_of(found) == best
+    assert files.parse_iteration(found) == best
 
 
 def test_a_metric_that_is_not_there_is_refused(tmp_path):
@@ -85,11 +88,11 @@ def test_a_metric_that_is_not_there_is_refused(tmp_path):
 
 
 def test_what_a_killed_save_left_is_swept_away(tmp_path):
-    folder = files.folder_of(tmp_path)
+    folder = files.checkpoint_folder(tmp_path)
     (folder / ".iteration_000003.ckpt.part").mkdir(parents=True)
     (folder / ".iteration_000003.ckpt.part" / "__0_0.distcp").write_text("half")
     (folder / ".iteration_000005.ckpt.part").write_text("half")
-    assert files.newest(folder) == (None, [])
+    assert files.newest_readable(folder) == (None, [])
     assert fit(tmp_path, Checkpoints()) == [6]
     assert not list(folder.glob(".*"))
 
@@ -102,7 +105,7 @@ def test_a_checkpoint_gives_way_to_one_of_the_same_iteration(tmp_path):
         (part / "new").write_text("x") if part.is_dir() else part.write_text("new")
         files.publish(part, old)
         assert (old / "new").exists() if old.is_dir() else old.read_text() == "new"
-        files.remove(old)
+        files.delete_checkpoint(old)
         assert not list(tmp_path.iterdir())
 
 
@@ -111,17 +114,17 @@ def test_a_fast_dev_run_saves_nothing(tmp_path):
 
 
 def test_numbers_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="keep >= 1, found 5 and 0"):
+    with pytest.raises(ValueError, match="keep_last >= 1, found 5 and 0"):
         Checkpoints(5, 0)
 
 
 def test_handlers_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     signals = StopSignals()
-    signals.listen()
+    signals.install()
     signal.raise_signal(signal.SIGUSR1)
     assert signals.received is signal.SIGUSR1
-    signals.let_go()
+    signals.restore()
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
@@ -156,4 +159,4 @@ def test_a_slurm_job_goes_back_into_the_queue_after_its_warning(
     ],
 )
 def test_only_what_the_disk_refuses_is_told_as_such(error, of_the_disk):
-    assert files.unwritten(error) is of_the_disk
+    assert files.is_write_error(error) is of_the_disk

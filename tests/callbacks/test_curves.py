@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from tiny_models import tiny
 
 from lit_align.algorithms.remax import ReMax
-from lit_align.callbacks.curves import Curves, draw
+from lit_align.callbacks.curves import Curves, draw_curves
 
 PNG = b"\x89PNG\r\n"
 
@@ -28,20 +28,20 @@ def panels(monkeypatch) -> dict[str, list[tuple[float, float]]]:
 def test_each_metric_is_drawn_where_it_has_values(tmp_path, panels):
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("loss,step,val/loss\n2.0,0,\n1.0,1,\n,1,1.5\n")
-    draw(metrics, ("loss", "val/loss", "reward"), tmp_path / "curves.png")
+    draw_curves(metrics, ("loss", "val/loss", "reward"), tmp_path / "curves.png")
     assert panels == {"loss": [(0, 2), (1, 1)]}  # a single value is no curve
 
 
 def test_many_metrics_stand_in_several_rows(tmp_path, panels):
     names = tuple("abcdef")
     (tmp_path / "metrics.csv").write_text("step,a,b,c,d,e,f\n0,1,1,1,1,1,1\n1,1,1,1,1,1,1\n")
-    draw(tmp_path / "metrics.csv", names, tmp_path / "curves.png")
+    draw_curves(tmp_path / "metrics.csv", names, tmp_path / "curves.png")
     assert tuple(panels) == names
 
 
 def test_a_file_without_such_metrics_makes_no_picture(tmp_path):
     (tmp_path / "metrics.csv").write_text("loss,step\n2.0,0\n")
-    draw(tmp_path / "metrics.csv", ("reward",), tmp_path / "curves.png")
+    draw_curves(tmp_path / "metrics.csv", ("reward",), tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lit_align.callbacks.environment import Environment, repository, starts
+from lit_align.callbacks.environment import EnvironmentLog, git_state, read_starts
 from lit_align.version import __version__
 
 
@@ -36,13 +36,13 @@ def start(folder, command: str = "", ckpt_path: str | None = None) -> None:
         is_global_zero=True, fast_dev_run=False, default_root_dir=folder, ckpt_path=ckpt_path,
         world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
-    Environment(tuple(command.split())).on_fit_start(trainer, None)
+    EnvironmentLog(tuple(command.split())).on_fit_start(trainer, None)
 
 
 def test_an_entry_per_start_of_a_run_that_goes_on(tmp_path):
     start(tmp_path, "fit --config remax")
     start(tmp_path, "fit --config remax --ckpt_path last", ckpt_path="x.ckpt")
-    entries = starts(tmp_path)
+    entries = read_starts(tmp_path)
     assert [entry["command"] for entry in entries] == [
         "lit-align fit --config remax",
         "lit-align fit --config remax --ckpt_path last",
@@ -51,7 +51,7 @@ def test_an_entry_per_start_of_a_run_that_goes_on(tmp_path):
     assert entries[0]["versions"]["torch"] == torch.__version__
     assert entries[0]["device"] == "cpu"
     start(tmp_path, "fit --config sft")
-    assert [entry["command"] for entry in starts(tmp_path)] == ["lit-align fit --config sft"]
+    assert [entry["command"] for entry in read_starts(tmp_path)] == ["lit-align fit --config sft"]
 
 
 def test_words_with_spaces_are_quoted(tmp_path):
@@ -60,19 +60,19 @@ def test_words_with_spaces_are_quoted(tmp_path):
         is_global_zero=True, fast_dev_run=False, default_root_dir=tmp_path, ckpt_path=None,
         world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
-    Environment(trainer_words).on_fit_start(trainer, None)
-    assert starts(tmp_path)[0]["command"] == "lit-align fit --data.path 'my data.jsonl'"
+    EnvironmentLog(trainer_words).on_fit_start(trainer, None)
+    assert read_starts(tmp_path)[0]["command"] == "lit-align fit --data.path 'my data.jsonl'"
 
 
 def test_the_commit_and_what_it_lacks(tree, tmp_path, monkeypatch):
-    facts, patch = repository(tree)
+    facts, patch = git_state(tree)
     commit = git(tree, "rev-parse", "HEAD")
     assert facts == {"commit": commit, "branch": "trunk", "changed": []}
     assert patch == b""
     (tree / "my reward.py").write_text("a = 2\n")
     monkeypatch.chdir(tree)
     start(tmp_path / "run")
-    assert starts(tmp_path / "run")[0]["git"]["changed"] == ['"my reward.py"']
+    assert read_starts(tmp_path / "run")[0]["git"]["changed"] == ['"my reward.py"']
     kept = tmp_path / "run" / "uncommitted.patch"
     git(tree, "checkout", "--quiet", ".")
     git(tree, "apply", str(kept))
@@ -84,15 +84,15 @@ def test_the_commit_and_what_it_lacks(tree, tmp_path, monkeypatch):
 
 def test_a_folder_that_git_does_not_know(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert repository(tmp_path) == (None, b"")
+    assert git_state(tmp_path) == (None, b"")
     monkeypatch.setenv("PATH", "")
-    assert repository(tmp_path) == (None, b"")
+    assert git_state(tmp_path) == (None, b"")
 
 
 def test_a_file_that_is_broken_is_named(tmp_path):
-    assert starts(tmp_path) == []
+    assert read_starts(tmp_path) == []
     (tmp_path / "environment.json").write_text("[{")
     with pytest.raises(ValueError, match=r"environment.json is not JSON: .* Delete it, or restore"):
-        starts(tmp_path)
+        read_starts(tmp_path)
     (tmp_path / "environment.json").write_text(json.dumps([{"command": "a"}, 3]))
-    assert starts(tmp_path) == [{"command": "a"}]
+    assert read_starts(tmp_path) == [{"command": "a"}]

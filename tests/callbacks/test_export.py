@@ -7,13 +7,13 @@ import torch
 from tiny_models import TINY
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.callbacks.export import Export
 from lit_align.data.toy import toy_rows, toy_tokenizer
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 
 CONFIG = {**TINY, "vocab_size": 192, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": None}
 STOPS = [3, 5]
@@ -80,14 +80,14 @@ def test_a_policy_loads_with_its_logits_tokenizer_and_stops(tmp_path):
 @pytest.mark.parametrize("pad", ["<pad>", "</s>"])  # a stop that pads gives way to another
 def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path, pad):
     torch.manual_seed(0)
-    trained = Scalar(config=dict(CONFIG))
+    trained = ScalarHead(config=dict(CONFIG))
     export(tmp_path, pad, reward_model=trained)
     folder = tmp_path / "hf"
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     found = encoded(folder)
     ones = found["attention_mask"].bool()
     lengths = ones.sum(-1).tolist()
-    batch = Tokens(tokens=found["input_ids"], token_mask=ones, loss_mask=ones, lengths=lengths)
+    batch = TextBatch(tokens=found["input_ids"], token_mask=ones, target_mask=ones, lengths=lengths)
     with torch.no_grad():
         scores = trained.scores(batch)
     torch.testing.assert_close(logits(loaded, folder).squeeze(-1), scores)
@@ -96,7 +96,7 @@ def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path, pad):
 
 def test_an_adapter_loads_over_the_base_that_it_was_trained_on(tmp_path):
     export(tmp_path / "base", policy=policy())
-    trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(rank=2, alpha=4))
+    trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(r=2, lora_alpha=4))
     moved(trained)
     export(tmp_path / "lora", policy=trained)
     folder = tmp_path / "lora" / "hf"
@@ -108,7 +108,7 @@ def test_an_adapter_loads_over_the_base_that_it_was_trained_on(tmp_path):
 
 
 def test_whole_weights_replace_an_adapter_of_an_earlier_run(tmp_path):
-    adapted, trained = policy(lora=LoRA(rank=2, alpha=4)), policy()
+    adapted, trained = policy(lora=LoRA(r=2, lora_alpha=4)), policy()
     moved(adapted)
     export(tmp_path, policy=adapted)
     export(tmp_path, policy=trained)
@@ -121,7 +121,7 @@ def test_an_adapter_replaces_whole_weights_of_an_earlier_run(tmp_path):
     other = policy()
     moved(other)
     export(tmp_path / "lora", policy=other)
-    trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(rank=2, alpha=4))
+    trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(r=2, lora_alpha=4))
     moved(trained)
     folder = tmp_path / "lora" / "hf"
     export(tmp_path / "lora", policy=trained)
@@ -132,7 +132,7 @@ def test_an_adapter_replaces_whole_weights_of_an_earlier_run(tmp_path):
 def test_an_adapter_may_lie_beside_its_own_base(tmp_path):
     folder = tmp_path / "hf"
     export(tmp_path, policy=policy())
-    trained = policy(path=str(folder), lora=LoRA(rank=2, alpha=4))
+    trained = policy(path=str(folder), lora=LoRA(r=2, lora_alpha=4))
     moved(trained)
     export(tmp_path, policy=trained)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -140,7 +140,7 @@ def test_an_adapter_may_lie_beside_its_own_base(tmp_path):
 
 
 def test_several_roles_get_a_folder_each(tmp_path):
-    export(tmp_path, policy=policy(), critic=Scalar(config=dict(CONFIG)))
+    export(tmp_path, policy=policy(), critic=ScalarHead(config=dict(CONFIG)))
     for role, kind in (
         ("policy", "LlamaForCausalLM"),
         ("critic", "LlamaForSequenceClassification"),
@@ -151,5 +151,5 @@ def test_several_roles_get_a_folder_each(tmp_path):
 
 @pytest.mark.parametrize("main", [True, False])
 def test_only_the_first_rank_writes(tmp_path, main):
-    policy().save(tmp_path / "hf", main=main)
+    policy().save(tmp_path / "hf", is_main_process=main)
     assert (tmp_path / "hf").exists() == main

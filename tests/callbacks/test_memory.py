@@ -22,8 +22,8 @@ from lit_align.algorithms.sft import SFT
 from lit_align.callbacks.memory import MIB, Memory
 from lit_align.callbacks.progress import Progress
 from lit_align.callbacks.reward import Reward
-from lit_align.models.roles import whole
-from lit_align.runs.allocations import AcceleratorAllocations, CPUAllocations, bytes_of
+from lit_align.models.roles import single_head_role
+from lit_align.runs.allocations import AcceleratorAllocations, CPUAllocations, storage_bytes
 
 CPU = torch.device("cpu")
 PHASES = ["load", "rollout", "score", "prepare", "update"]
@@ -46,80 +46,80 @@ def table(folder) -> dict[str, dict[str, int]]:
 
 
 @pytest.fixture
-def heard() -> Iterator[CPUAllocations]:
+def allocations() -> Iterator[CPUAllocations]:
     allocations = CPUAllocations()
-    allocations.resume()
+    allocations.start()
     yield allocations
-    allocations.pause()
+    allocations.stop()
 
 
 # The allocator -----------------------------------------------------------------------------------
 
 
-def test_the_peak_counts_what_was_there_at_once(heard):
-    heard.begin()
+def test_the_peak_counts_what_was_there_at_once(allocations):
+    allocations.begin()
     first = torch.empty(1000)
     second = torch.empty(500)
     del second
     third = torch.empty(250)
-    assert heard.end() == 6000
-    heard.begin()
-    assert heard.end() == 5000
+    assert allocations.end() == 6000
+    allocations.begin()
+    assert allocations.end() == 5000
     del first, third
-    heard.begin()
-    assert heard.end() == 0
+    allocations.begin()
+    assert allocations.end() == 0
 
 
-def test_a_view_costs_nothing_and_keeps_all_of_its_storage(heard):
+def test_a_view_costs_nothing_and_keeps_all_of_its_storage(allocations):
     whole_one = torch.empty(1000)
     part = whole_one[:10]
     del whole_one
-    heard.begin()
-    assert heard.end() == 4000
+    allocations.begin()
+    assert allocations.end() == 4000
     del part
-    heard.begin()
-    assert heard.end() == 0
+    allocations.begin()
+    assert allocations.end() == 0
 
 
-def test_what_autograd_saves_counts_until_backward(heard):
+def test_what_autograd_saves_counts_until_backward(allocations):
     weight = torch.ones(1000, requires_grad=True)
-    heard.begin()
+    allocations.begin()
     loss = weight.exp().sum()
-    assert heard.end() == 4000 + 4000 + 4  # the weight, what exp saves, and the loss
+    assert allocations.end() == 4000 + 4000 + 4  # the weight, what exp saves, and the loss
     loss.backward()
-    heard.begin()
-    assert heard.end() == 4000 + 4000 + 4  # the weight, its gradient, and the loss
+    allocations.begin()
+    assert allocations.end() == 4000 + 4000 + 4  # the weight, its gradient, and the loss
     del loss
 
 
-def test_a_temporary_inside_of_an_operator_counts(heard):
+def test_a_temporary_inside_of_an_operator_counts(allocations):
     tokens = torch.zeros(100, dtype=torch.int64)  # 800 bytes
-    heard.begin()
+    allocations.begin()
     same = torch.isin(tokens, tokens)
-    peak = heard.end()
+    peak = allocations.end()
     assert same.nbytes == 100
     assert peak >= 800 + 100 + 800  # it sorts a copy
 
 
-def test_nothing_is_heard_in_a_pause(heard):
-    heard.pause()
+def test_nothing_is_heard_in_a_pause(allocations):
+    allocations.stop()
     unheard = torch.empty(1000)
-    heard.resume()
-    heard.begin()
+    allocations.start()
+    allocations.begin()
     kept = torch.empty(10)
     del unheard
-    assert heard.end() == 40
+    assert allocations.end() == 40
     assert kept.nbytes == 40
 
 
-def test_what_is_known_to_be_there_is_not_counted_twice(heard):
+def test_what_is_known_to_be_there_is_not_counted_twice(allocations):
     kept = torch.empty(1000)
-    heard.at_least(5000)
-    heard.begin()
-    assert heard.end() == 5000
-    heard.at_least(4000)
-    heard.begin()
-    assert heard.end() == 5000
+    allocations.raise_floor(5000)
+    allocations.begin()
+    assert allocations.end() == 5000
+    allocations.raise_floor(4000)
+    allocations.begin()
+    assert allocations.end() == 5000
     del kept
 
 
@@ -129,7 +129,7 @@ def test_an_accelerators_own_counters_are_set_back_and_read(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 7)
     device = torch.device("cuda", 0)
     allocations = AcceleratorAllocations(device)
-    allocations.resume()
+    allocations.start()
     allocations.begin()
     assert allocations.end() == 7
     assert said == [device]
@@ -137,13 +137,13 @@ def test_an_accelerators_own_counters_are_set_back_and_read(monkeypatch):
 
 def test_a_storage_counts_once_and_on_its_own_device_alone():
     tensor = torch.empty(100)
-    assert bytes_of([tensor, tensor[:3], tensor.view(10, 10)], CPU) == 400
-    assert bytes_of([tensor, torch.empty(100, device="meta")], CPU) == 400
-    assert bytes_of([tensor], torch.device("cuda", 0)) == 0
+    assert storage_bytes([tensor, tensor[:3], tensor.view(10, 10)], CPU) == 400
+    assert storage_bytes([tensor, torch.empty(100, device="meta")], CPU) == 400
+    assert storage_bytes([tensor], torch.device("cuda", 0)) == 0
 
 
 def test_the_inside_of_a_wrapper_counts():
-    assert bytes_of([TwoTensor(torch.empty(10), torch.empty(10))], CPU) == 80
+    assert storage_bytes([TwoTensor(torch.empty(10), torch.empty(10))], CPU) == 80
 
 
 # A run -------------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ class Judge(Count):
         super().__init__()
         self.network = tiny().requires_grad_(False)
 
-    def cast(self):
-        return [whole("reward", self.network)]
+    def all_roles(self):
+        return [single_head_role("reward", self.network)]
 
 
 def test_a_reward_model_is_among_the_parameters(tmp_path):
@@ -250,9 +250,9 @@ def test_a_long_run_does_not_creep(tmp_path):
     class Look(Callback):
         def on_train_batch_end(self, *hook):
             memory.allocations.begin()
-            found.append(memory.allocations.used)
+            found.append(memory.allocations.bytes_in_use)
 
-    grpo = GRPO(policy=tiny, num_samples=2, epochs=2, minibatch_size=4)
+    grpo = GRPO(policy=tiny, num_samples=2, update_epochs=2, minibatch_size=4)
     run = trainer(tmp_path, limit_val_batches=0, callbacks=[memory, Look()])
     run.fit(grpo, RandomPrompts(12))
     assert len(set(found[2:])) == 1
@@ -294,7 +294,7 @@ def test_a_run_that_fails_leaves_no_profiler_behind(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         trainer(tmp_path, callbacks=[Memory()]).fit(failing, RandomPrompts(1))
     assert not torch.autograd._profiler_enabled()
-    assert failing.watchers == []
+    assert failing.phase_listeners == []
 
 
 def test_a_second_profiler_is_refused_in_a_sentence(tmp_path):
@@ -310,7 +310,7 @@ def test_a_second_fit_counts_the_networks_that_are_there(tmp_path):
         rows = table(tmp_path)
         assert list(rows) == phases
         assert all(row["other"] >= 0 for row in rows.values())
-    assert remax.watchers == []
+    assert remax.phase_listeners == []
 
 
 def test_the_command_line_takes_it_and_the_profiler_is_quiet(tmp_path):

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks.checkpoint import Checkpoints
-from lit_align.callbacks.nan_guard import Finite
+from lit_align.callbacks.nan_guard import NonFiniteGuard
 from lit_align.optim.galore import GaLore
 
 
@@ -46,7 +46,7 @@ def test_the_step_and_the_rows_are_named_and_the_weights_are_whole(tmp_path):
     run = trainer(
         tmp_path / "whole",
         limit_val_batches=0,
-        callbacks=[Checkpoints(every_n_iterations=1), Finite()],
+        callbacks=[Checkpoints(every_n_iterations=1), NonFiniteGuard()],
         enable_checkpointing=True,
     )
     with pytest.raises(ValueError, match="The loss is not finite") as error:
@@ -63,9 +63,9 @@ def test_an_infinite_gradient_of_a_finite_loss_is_noticed(tmp_path):
     class Steep(ReMax):
         def losses(self, batch):
             (loss,) = super().losses(batch)
-            yield loss + (loss - loss.detach()).abs().sqrt().where(batch.scored, 0.0)
+            yield loss + (loss - loss.detach()).abs().sqrt().where(batch.loss_mask, 0.0)
 
-    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Finite()])
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[NonFiniteGuard()])
     with pytest.raises(ValueError, match=r"The gradient is not finite\. Stopped in iteration 1,"):
         run.fit(Steep(policy=tiny), RandomPrompts())
 
@@ -82,7 +82,7 @@ def test_weights_that_were_updated_during_backward_are_not_said_to_be_whole(tmp_
     torch.manual_seed(0)
     trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(short, RandomPrompts())
     torch.manual_seed(0)
-    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Finite()])
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[NonFiniteGuard()])
     with pytest.raises(ValueError, match=r"optimizer step 2, but after updates during") as error:
         run.fit(poisoned, RandomPrompts())
     assert "The loss is not finite: rows 2" in str(error.value)
@@ -93,16 +93,16 @@ def test_an_infinite_gradient_is_noticed_where_none_is_left(tmp_path):
     class Steep(ReMax):
         def losses(self, batch):
             (loss,) = super().losses(batch)
-            yield loss + (loss - loss.detach()).abs().sqrt().where(batch.scored, 0.0)
+            yield loss + (loss - loss.detach()).abs().sqrt().where(batch.loss_mask, 0.0)
 
-    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Finite()])
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[NonFiniteGuard()])
     with pytest.raises(ValueError, match=r"The gradient is not finite\. Stopped in iteration 1,"):
         run.fit(Steep(policy=tiny, **BACKWARD), RandomPrompts())
 
 
 def test_a_sound_run_is_left_alone(tmp_path):
     plain, watched = Poisoned(9, ""), Poisoned(9, "")
-    for algorithm, callbacks in ((plain, []), (watched, [Finite()])):
+    for algorithm, callbacks in ((plain, []), (watched, [NonFiniteGuard()])):
         torch.manual_seed(0)
         trainer(tmp_path, limit_val_batches=0, callbacks=callbacks).fit(algorithm, RandomPrompts())
     assert distance(trained(watched), trained(plain)) == 0
@@ -112,7 +112,9 @@ def fit_poisoned(folder, prompt):
     """What each of two ranks says of a NaN that one of them has."""
     torch.manual_seed(0)
     strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
-    run = trainer(folder, limit_val_batches=0, callbacks=[Finite()], devices=2, strategy=strategy)
+    run = trainer(
+        folder, limit_val_batches=0, callbacks=[NonFiniteGuard()], devices=2, strategy=strategy
+    )
     with pytest.raises(ValueError, match="not finite") as error:
         run.fit(Poisoned(1, prompt), RandomPrompts(batch_size=2))
     return str(error.value)

@@ -8,16 +8,15 @@ from lightning.pytorch.plugins.precision import Precision
 from tiny_models import RandomAnswers, tiny
 
 from lit_align.algorithms.remax import ReMax
-from lit_align.batches import Answer, Experience
-from lit_align.callbacks.offline_rollout import as_sampled, drawn
-from lit_align.callbacks.response_log import table
-from lit_align.callbacks.rollout import Rollout
+from lit_align.batches import Experience, OfflineResponse
+from lit_align.callbacks.response_log import response_rows
+from lit_align.callbacks.rollout import Rollout, draw_offline, truncate_as_sampled
 
 
 class Asking(ReMax):
     """ReMax that asks for stored answers, too."""
 
-    num_stored = 2
+    num_offline_samples = 2
 
 
 def prompts(rows: list[int] | None = None) -> Experience:
@@ -45,9 +44,9 @@ def rollout(batch: Experience, rank=0, world=1, iteration=0, kind=Asking) -> Exp
 def test_stored_rows_stand_behind_all_others():
     batch = rollout(prompts())
     assert batch.group == [0, 0, 1, 1, 2, 2, 3, 3, 0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
-    assert batch.greedy == [False] * 8 + [True] * 4 + [False] * 8
-    assert batch.stored == [False] * 12 + [True] * 8
-    assert batch.sampled == [True] * 8 + [False] * 12
+    assert batch.is_greedy == [False] * 8 + [True] * 4 + [False] * 8
+    assert batch.is_offline == [False] * 12 + [True] * 8
+    assert batch.is_sampled == [True] * 8 + [False] * 12
     assert {len(field) for field in batch.fields().values()} == {20}
     assert batch.responses.shape == batch.sampling_logprobs.shape == (20, 6)
     assert not batch.sampling_logprobs[12:].any()
@@ -56,17 +55,19 @@ def test_stored_rows_stand_behind_all_others():
 def test_they_change_nothing_for_the_sampled_ones():
     with_stored, without = rollout(prompts()), rollout(prompts(), kind=ReMax)
     assert torch.equal(with_stored.responses[:12], without.responses)
-    assert without.stored == [False] * 12
-    assert without.stored_scores == without.stored_logprobs == [None] * 12
+    assert without.is_offline == [False] * 12
+    assert without.offline_scores == without.offline_logprobs == [None] * 12
 
 
 def test_a_stored_row_is_just_another_row():
     batch = rollout(prompts())
-    given = prompts().answers
+    given = prompts().offline_responses
     for row in range(12, 20):
         length = batch.response_lengths[row]
         tokens = batch.responses[row].tolist()
-        answer = Answer(tokens[:length], batch.stored_scores[row], batch.stored_logprobs[row])
+        answer = OfflineResponse(
+            tokens[:length], batch.offline_scores[row], batch.offline_logprobs[row]
+        )
         assert answer in given[batch.group[row]]
         assert tokens[length:] == [0] * (6 - length)
         assert batch.response_mask[row].tolist() == [place < length for place in range(6)]
@@ -76,33 +77,33 @@ def test_a_stored_row_is_just_another_row():
 
 
 def test_a_table_tells_stored_answers_from_samples():
-    rows = table(rollout(prompts()))
+    rows = response_rows(rollout(prompts()))
     assert [row["stored"] for row in rows] == [False] * 12 + [True] * 8
-    assert "stored" not in table(rollout(prompts(), kind=ReMax))[0]
+    assert "stored" not in response_rows(rollout(prompts(), kind=ReMax))[0]
 
 
 def test_each_answer_comes_once_while_there_are_enough():
-    answers = [Answer([number, 2], None, None) for number in range(10, 13)]
+    answers = [OfflineResponse([number, 2], None, None) for number in range(10, 13)]
     batch = prompts([0])
-    batch.answers = [answers]
+    batch.offline_responses = [answers]
     for number in range(1, 8):
-        taken = [answer.tokens[0] for answer in drawn(batch, number, "train 0", 0, 1)]
+        taken = [answer.tokens[0] for answer in draw_offline(batch, number, "train 0", 0, 1)]
         times = [taken.count(token) for token in (10, 11, 12)]
         assert sum(times) == number
         assert max(times) - min(times) <= 1
 
 
 def test_each_iteration_draws_anew_and_a_resumed_one_the_same():
-    answers = [Answer([number, 2], None, None) for number in range(3, 32)]
+    answers = [OfflineResponse([number, 2], None, None) for number in range(3, 32)]
     batch = prompts()
-    batch.answers = [answers] * 4
+    batch.offline_responses = [answers] * 4
     torch.manual_seed(0)
-    first, again, second = (drawn(batch, 2, f"train {i}", 0, 1) for i in (0, 0, 1))
+    first, again, second = (draw_offline(batch, 2, f"train {i}", 0, 1) for i in (0, 0, 1))
     assert first == again
     assert first != second
     assert len({tuple(answer.tokens) for answer in first}) > 4  # prompts draw apart
     torch.manual_seed(1)
-    assert drawn(batch, 2, "train 0", 0, 1) != first
+    assert draw_offline(batch, 2, "train 0", 0, 1) != first
 
 
 def test_two_ranks_draw_what_one_draws():
@@ -111,27 +112,29 @@ def test_two_ranks_draw_what_one_draws():
         part = rollout(prompts([rank, rank + 2]), rank, world=2)
         rows = [row for row, group in enumerate(whole.group) if group % 2 == rank]
         assert torch.equal(part.responses, whole.responses[rows])
-        assert part.stored_scores == [whole.stored_scores[row] for row in rows]
+        assert part.offline_scores == [whole.offline_scores[row] for row in rows]
 
 
 def test_an_answer_ends_where_a_policy_would_have_ended():
-    answer = Answer([5, 6, 7, 2], 1.0, -3.0)
-    assert as_sampled(answer, 4, [2]) == answer
-    assert as_sampled(answer, 3, [2]) == Answer([5, 6, 7], None, None)  # cut, without a stop
-    assert as_sampled(answer, 9, [2, 6]) == Answer([5, 6], None, None)
+    answer = OfflineResponse([5, 6, 7, 2], 1.0, -3.0)
+    assert truncate_as_sampled(answer, 4, [2]) == answer
+    assert truncate_as_sampled(answer, 3, [2]) == OfflineResponse(
+        [5, 6, 7], None, None
+    )  # cut, without a stop
+    assert truncate_as_sampled(answer, 9, [2, 6]) == OfflineResponse([5, 6], None, None)
 
 
 def test_a_cut_answer_is_marked_as_cut():
     batch = prompts([0])
-    batch.answers = [[Answer([5] * 9 + [2], 1.0, -3.0)]]
+    batch.offline_responses = [[OfflineResponse([5] * 9 + [2], 1.0, -3.0)]]
     batch = rollout(batch)
     assert batch.truncated[-1]
     assert batch.response_lengths[-1] == 6
-    assert batch.stored_scores[-1] is None
+    assert batch.offline_scores[-1] is None
 
 
 def test_data_without_answers_are_refused():
     batch = prompts()
-    del batch.answers
-    with pytest.raises(ValueError, match="give `data` the class AnsweredPrompts"):
+    del batch.offline_responses
+    with pytest.raises(ValueError, match="give `data` the class OfflineResponseData"):
         rollout(batch)

@@ -9,7 +9,7 @@ from tiny_models import RandomPrompts, tiny, trainer
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks import progress
-from lit_align.callbacks.progress import Progress, clock
+from lit_align.callbacks.progress import Progress, format_duration
 from lit_align.callbacks.timing import Timing
 
 NUMBER = r"-?[\d.]+(?:e[-+]\d+)?"
@@ -20,17 +20,24 @@ def steps(text: str) -> list[str]:
 
 
 def test_a_fit_says_about_as_many_lines_as_it_is_asked_for(run, capsys):
-    run(ReMax(policy=tiny), num_batches=20, limit_val_batches=0, callbacks=[Progress(lines=4)])
+    run(
+        ReMax(policy=tiny),
+        num_batches=20,
+        limit_val_batches=0,
+        callbacks=[Progress(lines_per_fit=4)],
+    )
     lines = steps(capsys.readouterr().out)
     assert [line[:10] for line in lines] == ["step  5/20", "step 10/20", "step 15/20", "step 20/20"]
-    shown = rf"loss {NUMBER}  reward {NUMBER}  objective/kl {NUMBER}  entropy {NUMBER}  lr {NUMBER}"
+    shown = "  ".join(
+        rf"{name} {NUMBER}" for name in ("loss", "reward", "kl/per_response_k1", "entropy", "lr")
+    )
     for line in lines:
         assert re.fullmatch(rf"step [ \d]+/20  {shown}  \d+:\d\d left", line), line
         assert len(line) < 120
 
 
 def test_the_last_step_is_shown_and_the_validation_once(run, capsys):
-    run(ReMax(policy=tiny), num_batches=7, callbacks=[Progress(lines=2)])
+    run(ReMax(policy=tiny), num_batches=7, callbacks=[Progress(lines_per_fit=2)])
     out = capsys.readouterr().out
     assert [line[:8] for line in steps(out)] == ["step 3/7", "step 6/7", "step 7/7"]
     (validation,) = [line for line in out.splitlines() if "val/" in line]
@@ -39,7 +46,7 @@ def test_the_last_step_is_shown_and_the_validation_once(run, capsys):
 
 
 def test_no_lines_at_all_if_none_are_wanted(run, capsys):
-    run(ReMax(policy=tiny), limit_val_batches=0, callbacks=[Progress(lines=0)])
+    run(ReMax(policy=tiny), limit_val_batches=0, callbacks=[Progress(lines_per_fit=0)])
     assert steps(capsys.readouterr().out) == []
 
 
@@ -50,7 +57,7 @@ def test_a_run_without_an_end_has_lines_too(run, capsys):
         max_epochs=-1,
         max_time={"seconds": 5},
         limit_val_batches=0,
-        callbacks=[Progress(lines=20)],
+        callbacks=[Progress(lines_per_fit=20)],
     )
     lines = steps(capsys.readouterr().out)
     assert re.fullmatch(rf"step 20  loss {NUMBER}  .*  lr {NUMBER}", lines[0])
@@ -66,7 +73,7 @@ def test_steps_of_an_earlier_part_of_the_run_count(tmp_path, capsys):
 
 
 def test_phases_and_speed_are_in_the_line_where_they_are_measured(tmp_path, capsys):
-    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Progress(lines=1)])
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[Progress(lines_per_fit=1)])
     run.callbacks.insert(0, Timing())
     run.fit(ReMax(policy=tiny), RandomPrompts(3))
     (line,) = steps(capsys.readouterr().out)
@@ -79,26 +86,26 @@ def test_the_bar_says_how_much_of_a_phase_is_over(monkeypatch):
     shown = Progress()
     monkeypatch.setattr(progress.time, "monotonic", lambda: 100.0)
     shown.begin("rollout")
-    assert shown.bar().plain == "rollout"  # of the first iteration nothing is known
+    assert shown.render_line().plain == "rollout"  # of the first iteration nothing is known
     shown.seconds, shown.tail = {"rollout": 10.0, "score": 1.0, "update": 8.0}, "  1:00 left"
     monkeypatch.setattr(progress.time, "monotonic", lambda: 104.1)
-    assert shown.bar().plain == "rollout 41 % | score | update  1:00 left"
+    assert shown.render_line().plain == "rollout 41 % | score | update  1:00 left"
     monkeypatch.setattr(progress.time, "monotonic", lambda: 200.0)
-    assert "rollout 99 % |" in shown.bar().plain
+    assert "rollout 99 % |" in shown.render_line().plain
     shown.end("rollout")
-    assert shown.bar().plain == "rollout | score | update  1:00 left"
+    assert shown.render_line().plain == "rollout | score | update  1:00 left"
 
 
 def test_on_a_terminal_there_is_a_bar_and_it_is_taken_away(tmp_path):
     screen = io.StringIO()
-    shown = Progress(lines=1)
+    shown = Progress(lines_per_fit=1)
     shown.console = Console(file=screen, force_terminal=True, width=150)
     remax = ReMax(policy=tiny)
     trainer(tmp_path, limit_val_batches=0, callbacks=[shown]).fit(remax, RandomPrompts(3))
     assert "━" in screen.getvalue()
     assert "step 3/3" in screen.getvalue()
     assert shown.live is None
-    assert not remax.watchers
+    assert not remax.phase_listeners
 
 
 def test_an_error_takes_the_bar_away(tmp_path):
@@ -114,6 +121,6 @@ def test_an_error_takes_the_bar_away(tmp_path):
 
 
 def test_a_clock():
-    assert [clock(s) for s in (0.4, 61, 3599.6, 3723, -1)] == [
+    assert [format_duration(s) for s in (0.4, 61, 3599.6, 3723, -1)] == [
         "0:00", "1:01", "1:00:00", "1:02:03", "0:00",
     ]  # fmt: skip

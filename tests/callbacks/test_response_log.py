@@ -1,4 +1,4 @@
-"""Samples: completions as JSON lines that a person and a table program can read."""
+"""ResponseLog: completions as JSON lines that a person and a table program can read."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from tiny_models import RandomPrompts, tiny, trainer
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.batches import Experience
-from lit_align.callbacks.response_log import Samples, cells, table
+from lit_align.callbacks.response_log import ResponseLog, logger_cells, response_rows
 from lit_align.callbacks.rollout import Rollout
 
 KEYS = ["prompt", "completion", "scores/count", "score", "length", "truncated", "greedy"]
@@ -25,7 +25,7 @@ def names(folder, kind: str = "[rp]") -> list[str]:
 
 
 def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, tmp_path):
-    run(ReMax(policy=tiny), num_batches=5, callbacks=[Samples(every=2)])
+    run(ReMax(policy=tiny), num_batches=5, callbacks=[ResponseLog(every_n_rollouts=2)])
     assert names(tmp_path) == [f"rollout_0000{number}.jsonl" for number in (1, 2, 4)]
     rows = read(tmp_path / "completions" / "rollout_00002.jsonl")
     assert [list(row) for row in rows] == [KEYS] * 8
@@ -38,12 +38,12 @@ def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, 
 
 
 def test_none_means_no_file(run, tmp_path):
-    run(ReMax(policy=tiny), callbacks=[Samples(every=0, held_out=0)])
+    run(ReMax(policy=tiny), callbacks=[ResponseLog(every_n_rollouts=0, num_eval_samples=0)])
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_held_out_prompts_are_answered_before_and_after(run, tmp_path):
-    run(ReMax(policy=tiny), num_batches=5, callbacks=[Samples(held_out=10)])
+    run(ReMax(policy=tiny), num_batches=5, callbacks=[ResponseLog(num_eval_samples=10)])
     assert names(tmp_path, "held") == ["held_out_00000.jsonl", "held_out_00005.jsonl"]
     before, after = (
         read(tmp_path / "completions" / f"held_out_0000{number}.jsonl") for number in (0, 5)
@@ -55,11 +55,11 @@ def test_held_out_prompts_are_answered_before_and_after(run, tmp_path):
 
 
 def test_a_resumed_run_keeps_the_answers_from_before_it_stopped(tmp_path):
-    first = trainer(tmp_path, callbacks=[Samples()])
+    first = trainer(tmp_path, callbacks=[ResponseLog()])
     first.fit(ReMax(policy=tiny), RandomPrompts(2))
     first.save_checkpoint(tmp_path / "part.ckpt")
     kept = (tmp_path / "completions" / "held_out_00002.jsonl").read_text()
-    again = trainer(tmp_path, callbacks=[Samples(held_out=3)], max_epochs=2)
+    again = trainer(tmp_path, callbacks=[ResponseLog(num_eval_samples=3)], max_epochs=2)
     again.fit(ReMax(policy=tiny), RandomPrompts(2), ckpt_path=tmp_path / "part.ckpt")
     assert (tmp_path / "completions" / "held_out_00002.jsonl").read_text() == kept
     assert len(read(tmp_path / "completions" / "held_out_00004.jsonl")) == 3
@@ -70,13 +70,13 @@ class LastIsARepeat(RandomPrompts):
 
     def batch(self, number: int) -> Experience:
         batch = super().batch(number)
-        batch.counted = [True, True, True, False]
+        batch.is_new = [True, True, True, False]
         return batch
 
 
 def test_predictions_have_the_kl_and_each_row_once(tmp_path):
     for _ in range(2):  # the second run begins an empty file
-        trainer(tmp_path, callbacks=[Samples()]).predict(ReMax(policy=tiny), LastIsARepeat(2))
+        trainer(tmp_path, callbacks=[ResponseLog()]).predict(ReMax(policy=tiny), LastIsARepeat(2))
     rows = read(tmp_path / "predictions.jsonl")
     assert [list(row) for row in rows] == [[*KEYS, "kl"]] * 6
     assert [row["kl"] for row in rows] == [0.0] * 6
@@ -89,23 +89,25 @@ def test_each_of_several_ranks_writes_its_own_file(tmp_path):
         {"prompt": ["déjà vu"], "completion": ["naïve"]},
         response_lengths=[2],
         truncated=[False],
-        greedy=[False],
+        is_greedy=[False],
     )
-    Samples(every=1).on_train_batch_end(fake, SimpleNamespace(iteration=3), None, batch, 2)
+    ResponseLog(every_n_rollouts=1).on_train_batch_end(
+        fake, SimpleNamespace(iteration=3), None, batch, 2
+    )
     text = (tmp_path / "completions" / "rollout_00003.rank1.jsonl").read_text()
     assert "déjà vu" in text
     assert "\\u" not in text
 
 
 def test_a_table_without_a_reward_has_no_score(prompts):
-    fields = {"response_lengths": [1] * 4, "truncated": [True] * 4, "greedy": [True] * 4}
+    fields = {"response_lengths": [1] * 4, "truncated": [True] * 4, "is_greedy": [True] * 4}
     batch = Experience(prompts.columns, **prompts.fields(), **fields)
-    assert list(table(batch)[0]) == ["prompt", "length", "truncated", "greedy"]
+    assert list(response_rows(batch)[0]) == ["prompt", "length", "truncated", "greedy"]
 
 
 def test_predict_works_without_a_reward(tmp_path):
-    run = trainer(tmp_path, callbacks=[Samples()])
-    run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Rollout | Samples)]
+    run = trainer(tmp_path, callbacks=[ResponseLog()])
+    run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Rollout | ResponseLog)]
     run.predict(ReMax(policy=tiny), RandomPrompts(1))
     assert "score" not in read(tmp_path / "predictions.jsonl")[0]
 
@@ -115,7 +117,7 @@ def test_cells_of_a_column_have_one_type():
         {"prompt": [{"role": "user", "content": "é"}], "answer": 3, "score": 0.5, "kl": None},
         {"prompt": "b", "answer": "c", "score": 1, "kl": 2.0},
     ]
-    assert cells(rows) == [
+    assert logger_cells(rows) == [
         ['[{"role": "user", "content": "é"}]', "3", 0.5, None],
         ["b", "c", 1, 2.0],
     ]
@@ -127,7 +129,7 @@ def test_weights_and_biases_gets_the_rollout_as_a_table_without_network(tmp_path
         monkeypatch.setenv(f"WANDB_{name}", value)
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="x")
     settings = {"limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
-    run = trainer(tmp_path, callbacks=[Samples(every=2)], **settings)
+    run = trainer(tmp_path, callbacks=[ResponseLog(every_n_rollouts=2)], **settings)
     run.fit(ReMax(policy=tiny), RandomPrompts(4))
     logger.experiment.finish()
     written = names(tmp_path / "completions")

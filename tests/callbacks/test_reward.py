@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,8 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_align.algorithms.core.metrics import Measuring
-from lit_align.batches import Experience, Tokens
+from lit_align.batches import Experience, TextBatch
 from lit_align.callbacks.reward import Reward
 from lit_align.rewards.base import RewardError, RewardFunction
 from lit_align.rewards.rules import Length
@@ -41,12 +41,12 @@ class Answer(Callback):
             prompts=torch.zeros(rows, 1),
             responses=torch.zeros(rows, 2),
             response_mask=torch.ones(rows, 2, dtype=torch.bool),
-            greedy=[False, True, False, True],
-            stored=[False] * 4,
+            is_greedy=[False, True, False, True],
+            is_offline=[False] * 4,
             group=[0, 0, 1, 1],
-            counted=[True, True, True, False],
+            is_new=[True, True, True, False],
         )
-        batch.become(answered)
+        batch.replace_with(answered)
 
     def on_train_batch_start(self, trainer, algorithm, batch, batch_idx):
         self.answer(batch)
@@ -58,8 +58,10 @@ class Answer(Callback):
         self.answer(batch)
 
 
-class Seen(Measuring):
+class Seen(LightningModule):
     """Keeps the last batch."""
+
+    phase = nullcontext
 
     def __init__(self):
         super().__init__()
@@ -134,7 +136,7 @@ def test_prediction_scores_and_logs_nothing(tmp_path):
 
 
 def test_a_skipped_prompt_is_masked_counted_and_left_out_of_the_means(tmp_path):
-    algorithm, reward = Seen(), Reward(Fixed(1, 9, 3, math.nan), skip_failures=True)
+    algorithm, reward = Seen(), Reward(Fixed(1, 9, 3, math.nan), skip_failed_prompts=True)
     run = trainer(reward, tmp_path)
     with pytest.warns(UserWarning, match="returned nan"):
         run.fit(algorithm, prompts())
@@ -148,11 +150,11 @@ def test_a_skipped_prompt_is_masked_counted_and_left_out_of_the_means(tmp_path):
 
 
 def test_skipped_rows_are_not_counted_in_validation(tmp_path):
-    algorithm, reward = Seen(), Reward(Fixed(1, 2, math.nan, 4), skip_failures=True)
+    algorithm, reward = Seen(), Reward(Fixed(1, 2, math.nan, 4), skip_failed_prompts=True)
     run = trainer(reward, tmp_path)
     with pytest.warns(UserWarning, match="returned nan"):
         run.validate(algorithm, prompts(2), verbose=False)
-    assert algorithm.batch.counted == [True, True, False, False]
+    assert algorithm.batch.is_new == [True, True, False, False]
     assert numbers(run.callback_metrics) == {
         "val/rewards/fixed/mean": 1.5,
         "val/rewards/skipped_prompts": 2.0,
@@ -164,10 +166,10 @@ def test_a_source_that_fails_stops_the_run(tmp_path):
         trainer(Reward(Fixed(1, math.inf, 1, 1)), tmp_path).fit(Seen(), prompts())
 
 
-@pytest.mark.parametrize("time_limit", [None, 5.0])
-def test_sources_run_in_the_trainer_s_precision_without_gradients(tmp_path, time_limit):
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_sources_run_in_the_trainer_s_precision_without_gradients(tmp_path, timeout):
     source = Fixed(1, 1, 1, 1)
-    trainer(Reward(source, time_limit=time_limit), tmp_path, "bf16-mixed").fit(Seen(), prompts())
+    trainer(Reward(source, timeout=timeout), tmp_path, "bf16-mixed").fit(Seen(), prompts())
     assert (source.grad, source.autocast, source.dtype) == (False, True, torch.bfloat16)
 
 
@@ -196,12 +198,12 @@ def test_means_and_deviations_are_over_all_ranks():
 
     reward = Reward(Length(1))
     batch = Experience({"scores/length": [2.0, 4.0, 50.0]}, responses=torch.zeros(3, 1))
-    mean, std, number = reward.spread(TwoRanks(), batch, [True, True, False])["length"]
+    mean, std, number = reward.source_statistics(TwoRanks(), batch, [True, True, False])["length"]
     assert (mean, number) == (4.0, 3.0)
     assert std == 2.0  # of 2, 4 and 6
 
 
-@pytest.mark.parametrize("batch", [Experience(prompts=torch.zeros(1, 1)), Tokens()])
+@pytest.mark.parametrize("batch", [Experience(prompts=torch.zeros(1, 1)), TextBatch()])
 def test_a_batch_without_responses_is_left_alone(batch):
     Reward(Fixed(1.0)).on_train_batch_start(None, None, batch, 0)
     assert "scores" not in vars(batch)
@@ -211,7 +213,7 @@ def test_it_is_built_from_a_configuration():
     parser = ArgumentParser()
     parser.add_class_arguments(Reward, "reward")
     length = {"class_path": "lit_align.rewards.rules.Length", "init_args": {"target": 3}}
-    for sources, names in ((length, ["length"]), ([length, length], ["length", "length_2"])):
-        settings = {"reward": {"sources": sources, "time_limit": 2, "skip_failures": True}}
+    for functions, names in ((length, ["length"]), ([length, length], ["length", "length_2"])):
+        settings = {"reward": {"functions": functions, "timeout": 2, "skip_failed_prompts": True}}
         built = parser.instantiate_classes(parser.parse_object(settings)).reward
-        assert list(built.panel.sources) == names
+        assert list(built.weighted_sum.functions) == names

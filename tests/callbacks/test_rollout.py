@@ -11,7 +11,7 @@ from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.sft import SFT
 from lit_align.batches import Experience
 from lit_align.callbacks.rollout import Rollout
-from lit_align.models.generation.decode import Sampling
+from lit_align.models.generation.decode import SamplingParams
 
 STOPS = [2, *range(8, 14)]  # so many that some answers of random weights stop and some do not
 
@@ -51,7 +51,7 @@ def train(prompts: Experience, rank=0, world=1, iteration=0, **settings) -> Expe
 def test_samples_of_a_prompt_stand_side_by_side_and_greedy_rows_behind_all_of_them(prompts):
     batch = train(prompts)
     assert batch.group == [0, 0, 1, 1, 2, 2, 3, 3, 0, 1, 2, 3]
-    assert batch.greedy == [False] * 8 + [True] * 4
+    assert batch.is_greedy == [False] * 8 + [True] * 4
     assert batch.columns["prompt"] == ["abcd"[row] for row in batch.group]
     assert batch.prompt_lengths == [[3, 5, 1, 4][row] for row in batch.group]
     assert torch.equal(batch.prompts, prompts.prompts[batch.group])
@@ -77,7 +77,7 @@ def test_what_is_measured_by_hand():
         columns={"prompt": ["a", "b", talk]},
         responses=torch.tensor([[5, 6, 2, 0], [2, 9, 9, 9], [5, 5, 5, 5]]),
     )
-    Rollout().measure(fake_trainer(), batch, [2])
+    Rollout().add_masks_and_texts(fake_trainer(), batch, [2])
     assert batch.response_lengths == [3, 1, 4]
     assert batch.truncated == [False, False, True]
     assert batch.response_mask.sum(-1).tolist() == [3, 1, 4]
@@ -86,14 +86,16 @@ def test_what_is_measured_by_hand():
 
 
 def test_ends_are_those_of_policy_tokenizer_and_template():
-    assert Rollout().stops(fake_trainer(), sampler()) == STOPS
+    assert Rollout().stop_ids(fake_trainer(), sampler()) == STOPS
     assert sampler().policy.stop_ids == [2]
 
 
 def test_noise_of_two_ranks_is_that_of_one():
     rollout = Rollout(max_new_tokens=3)
-    one = rollout.noise(fake_trainer(), 4, 2, "train 0").view(4, 2, 3)
-    ranks = [rollout.noise(fake_trainer(r, 2), 2, 2, "train 0").view(2, 2, 3) for r in (0, 1)]
+    one = rollout.uniform_noise(fake_trainer(), 4, 2, "train 0").view(4, 2, 3)
+    ranks = [
+        rollout.uniform_noise(fake_trainer(r, 2), 2, 2, "train 0").view(2, 2, 3) for r in (0, 1)
+    ]
     assert torch.equal(torch.stack(ranks, 1).flatten(0, 1), one)
     assert one.unique().numel() == one.numel()
 
@@ -116,7 +118,7 @@ def test_each_iteration_samples_anew_and_a_resumed_one_the_same(prompts):
 def test_another_seed_samples_something_else():
     def noise(seed):
         torch.manual_seed(seed)
-        return Rollout(max_new_tokens=2).noise(fake_trainer(), 2, 1, "train 0")
+        return Rollout(max_new_tokens=2).uniform_noise(fake_trainer(), 2, 1, "train 0")
 
     assert not torch.equal(noise(0), noise(1))
 
@@ -126,28 +128,42 @@ def test_evaluation_decodes_greedily_once_per_prompt(prompts, hook):
     batch = copied(prompts)
     getattr(Rollout(max_new_tokens=6), hook)(fake_trainer(), sampler(), batch, 0)
     assert batch.group == [0, 1, 2, 3]
-    assert batch.greedy == [True] * 4
+    assert batch.is_greedy == [True] * 4
     assert torch.equal(batch.responses, train(prompts).responses[8:])
 
 
 def test_predict_samples_unless_it_is_told_not_to(prompts):
     answers = []
     for greedily in (False, True):
-        batch, rollout = copied(prompts), Rollout(max_new_tokens=6, predict_greedily=greedily)
+        batch, rollout = copied(prompts), Rollout(max_new_tokens=6, predict_greedy=greedily)
         torch.manual_seed(0)
         rollout.on_predict_batch_start(fake_trainer(), sampler(), batch, 0)
         assert batch.group == [0, 1, 2, 3]
-        assert batch.greedy == [greedily] * 4
+        assert batch.is_greedy == [greedily] * 4
         answers.append(batch.responses)
     greedy = train(prompts).responses[8:]
     assert not torch.equal(answers[0], greedy)
     assert torch.equal(answers[1], greedy)
 
 
+def test_predict_samples_several_responses_per_prompt_side_by_side(prompts):
+    batch = copied(prompts)
+    rollout = Rollout(max_new_tokens=6, predict_samples=2)
+    rollout.on_predict_batch_start(fake_trainer(), sampler(), batch, 0)
+    assert batch.group == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.is_greedy == [False] * 8
+
+
+@pytest.mark.parametrize(("samples", "greedily"), [(0, False), (2, True)])
+def test_predict_samples_is_checked(samples, greedily):
+    with pytest.raises(ValueError, match="predict_samples must be at least 1, and 1 with"):
+        Rollout(predict_samples=samples, predict_greedy=greedily)
+
+
 def test_the_likeliest_of_one_is_the_greedy_token(prompts):
     batch = train(prompts, top_k=1)
     assert batch.responses[:8].tolist() == batch.responses[[8, 8, 9, 9, 10, 10, 11, 11]].tolist()
-    assert Rollout(top_p=0.9, top_k=3).sampling == Sampling(top_k=3, top_p=0.9)
+    assert Rollout(top_p=0.9, top_k=3).sampling == SamplingParams(top_k=3, top_p=0.9)
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"top_p": 0.0}, {"top_k": -1}])

@@ -17,14 +17,14 @@ def slow_clock(monkeypatch):
 
 
 def test_phases_of_one_name_add_up(run, slow_clock):
-    grpo = GRPO(policy=tiny, num_samples=2, epochs=2)
+    grpo = GRPO(policy=tiny, num_samples=2, update_epochs=2)
     done = run(grpo, num_batches=2, limit_val_batches=0, callbacks=[Timing()])
     values = done.callback_metrics
     found = {name: float(values[name]) for name in values if name.startswith("time/")}
     assert found == {
         "time/rollout": 3.0, "time/score": 3.0, "time/prepare": 3.0, "time/update": 6.0,
     }  # fmt: skip
-    assert not grpo.watchers
+    assert not grpo.phase_listeners
 
 
 def test_an_offline_step_goes_through_the_tokens_of_its_texts(tmp_path, slow_clock):

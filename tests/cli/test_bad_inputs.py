@@ -8,7 +8,7 @@ import pytest
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 
 ONLINE = ("fit", "--config", "remax", "--config", "toy")
 OFFLINE = ("fit", "--config", "sft", "--config", "toy")
@@ -69,8 +69,8 @@ CASES = {
         r"--model my_module.Mine: No module named 'my_module'",
     ),
     "an unknown reward": (
-        (*ONLINE, "--reward.sources", "Lxicon"),
-        r"--reward.sources Lxicon: there is no such class. Did you mean 'Lexicon'\?",
+        (*ONLINE, "--reward.functions", "Lxicon"),
+        r"--reward.functions Lxicon: there is no such class. Did you mean 'Lexicon'\?",
     ),
     "Lightning's own clipping": (
         (*ONLINE, "--trainer.gradient_clip_val", "1.0"),
@@ -85,11 +85,11 @@ CASES = {
         r"Rollout needs max_new_tokens >= 1",
     ),
     "several epochs of ReMax": (
-        (*ONLINE, "--model.epochs", "2"),
+        (*ONLINE, "--model.update_epochs", "2"),
         r"ReMax takes one step per rollout, since it has no importance ratio",
     ),
     "a lexicon that is not there": (
-        (*ONLINE, "--reward.sources", "Lexicon", "--reward.sources.path", "nowhere.txt"),
+        (*ONLINE, "--reward.functions", "Lexicon", "--reward.functions.path", "nowhere.txt"),
         r"nowhere.txt: no such lexicon file",
     ),
     "data that are not there": (
@@ -121,20 +121,20 @@ CASES = {
         r"The tokenizer makes 138 token ids and the policy llama from random weights knows 100",
     ),
     "a group of one sample": (
-        (*STORED, "--model.num_stored", "0", "--model.num_samples", "1"),
+        (*STORED, "--model.num_offline_samples", "0", "--model.num_samples", "1"),
         r"SPR compares the samples of a prompt: num_samples must be at least 2, found 1",
     ),
     "nothing to divide the scores by": (
-        (*STORED, "--model.kl_coef", "0", "--model.step_coef", "0"),
-        r"SPR divides scores by kl_coef \+ step_coef: .* found 0.0 and 0.0",
+        (*STORED, "--model.kl_coef", "0", "--model.step_kl_coef", "0"),
+        r"SPR divides scores by kl_coef \+ step_kl_coef: .* found 0.0 and 0.0",
     ),
     "a cap on ratios that is none": (
-        (*STORED, "--model.max_ratio", "0"),
-        r"max_ratio caps ratios of which a sample's own is 1: at least 1 or null for none, found 0",
+        (*STORED, "--model.max_importance_ratio", "0"),
+        r"max_importance_ratio must be at least 1 or null for none, found 0",
     ),
     "stored answers of data that have none": (
         (*STORED, "--data", "PromptData"),
-        r"num_stored asks for answers .* give `data` the class AnsweredPrompts",
+        r"num_offline_samples asks for answers .* give `data` the class OfflineResponseData",
     ),
     "a price of the distance that is none": (
         (*PAIRED, "--model.beta", "0"),
@@ -170,8 +170,18 @@ CASES = {
         r"minibatch_size 48 does not divide the 64 rows of a rollout",
     ),
     "bounds that leave no room": (
-        ("fit", "--config", "grpovi", "--config", "toy", "--model.low", "1", "--model.high", "1"),
-        r"low must be below high, found 1.0 and 1.0",
+        (
+            "fit",
+            "--config",
+            "grpovi",
+            "--config",
+            "toy",
+            "--model.min_score",
+            "1",
+            "--model.max_score",
+            "1",
+        ),
+        r"min_score must be below max_score, found 1.0 and 1.0",
     ),
     "a critic of another vocabulary": (
         (*PPO, "--model.critic.config", SMALL),
@@ -190,12 +200,12 @@ CASES = {
         r"somewhere: no adapter_config.json, so no adapter is saved there",
     ),
     "a base that judges and is none": (
-        (*PPO, "--reward.sources", "BaseReward"),
-        r"BaseReward asks the critic's frozen base, but .* trains whole: give the critic a reward",
+        (*PPO, "--reward.functions", "SharedBackboneReward"),
+        r"SharedBackboneReward needs the critic's base, but .* trains whole: give the critic",
     ),
     "a base that judges under an algorithm without one": (
-        (*ONLINE, "--reward.sources", "BaseReward"),
-        r"BaseReward needs PPO with an adapted critic, or HydraPPO: ReMax trains no reward",
+        (*ONLINE, "--reward.functions", "SharedBackboneReward"),
+        r"SharedBackboneReward needs PPO with an adapted critic, or HydraPPO: ReMax trains no",
     ),
     "an aim of the KL that is none": (
         (*PPO, "--model.kl_target", "0"),
@@ -221,7 +231,7 @@ CASES = {
 
 FAST = ("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0")
 OWN = (*ONLINE, *FAST, "--data.batch_size", "4", "--data.eval_split", "null", "--data.path")
-JUDGED = (*OWN, "good.jsonl", "--reward.sources", "PythonReward", "--reward.sources.function")
+JUDGED = (*OWN, "good.jsonl", "--reward.functions", "FunctionReward", "--reward.functions.function")
 FILES = {  # what the cases below find in their folder
     "empty.jsonl": "",
     "columns.jsonl": '{"question": "a film", "text2": "y"}',
@@ -295,7 +305,7 @@ CASES |= {
         r"'good.jsonl' is one file and has no split 'test': use data.eval_path",
     ),
     "a column to rename that is not there": (
-        (*OWN, "good.jsonl", "--data.columns", "{question: prompt}"),
+        (*OWN, "good.jsonl", "--data.rename_columns", "{question: prompt}"),
         r"row 0 of 'good.jsonl': there is no column 'question' to rename, only prompt",
     ),
     "a batch larger than the data": (
@@ -454,7 +464,9 @@ def test_a_mistake_is_answered_in_a_sentence(case, tmp_path, monkeypatch, capfd)
 def foreign(tmp_path) -> str:
     """A reward model of the toy's size whose tokenizer has two words the other way round."""
     config = {**dict.fromkeys(("hidden_size", "intermediate_size"), 64), "num_hidden_layers": 1}
-    Scalar(config={"model_type": "llama", "vocab_size": 192, **config}).save(tmp_path / "critic")
+    ScalarHead(config={"model_type": "llama", "vocab_size": 192, **config}).save(
+        tmp_path / "critic"
+    )
     tokenizer = load_tokenizer("toy")
     tokenizer.save_pretrained(tmp_path / "critic")
     file = tmp_path / "critic" / "tokenizer.json"

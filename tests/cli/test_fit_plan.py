@@ -2,10 +2,10 @@
 
 import csv
 
-from run_cli import FSDP2, metrics, succeed, words
+from run_cli import FSDP2, fit_argv, metrics, succeed
 
-from lit_align.callbacks.foretold import GIB, Foretold
-from lit_align.callbacks.memory import Memory, Peak
+from lit_align.callbacks.foretold import GIB, PlanAccuracy
+from lit_align.callbacks.memory import Memory, PhasePeak
 
 PHASES = ["load", "rollout", "score", "prepare", "update"]
 SHORT = ("--trainer.limit_train_batches=1", "--trainer.enable_checkpointing=false")
@@ -18,18 +18,18 @@ def columns(file, *names):
 
 def test_a_fit_says_what_it_takes_and_how_far_that_was_off(tmp_path):
     plain, planned = tmp_path / "plain", tmp_path / "planned"
-    succeed(words(plain, "remax", *SHORT, epochs=1), tmp_path / "log")
-    said = succeed([*words(planned, "remax", *SHORT, epochs=1), "--plan"], tmp_path / "log")
+    succeed(fit_argv(plain, "remax", *SHORT, epochs=1), tmp_path / "log")
+    said = succeed([*fit_argv(planned, "remax", *SHORT, epochs=1), "--plan"], tmp_path / "log")
     before, _, after = said.partition("step 1/1")
-    assert "GiB of a device at the height of each phase" in before
+    assert "GiB of a device at the peak of each phase" in before
     assert "peak 0.0" in before
     rows = [line.split() for line in after.partition("memory, GiB")[2].splitlines()[1:]]
     assert [row[0] for row in rows[:5]] == PHASES
     assert all(row[3].endswith("%") for row in rows[:5])
     bytes_of = columns(planned / "memory.csv", "phase", "peak", "planned")
     assert [phase for phase, *_ in bytes_of] == PHASES
-    for (_, found, foretold), row in zip(bytes_of, rows[:5], strict=True):
-        assert row[3] == f"{int(foretold) / int(found) - 1:+.1%}"
+    for (_, found, planned_bytes), row in zip(bytes_of, rows[:5], strict=True):
+        assert row[3] == f"{int(planned_bytes) / int(found) - 1:+.1%}"
     same = [
         {name: value for name, value in row.items() if not name.startswith("memory/")}
         for row in metrics(planned)
@@ -40,9 +40,9 @@ def test_a_fit_says_what_it_takes_and_how_far_that_was_off(tmp_path):
 def test_one_of_two_ranks_plans(tmp_path):
     """And both shard, save and train after it as ever."""
     folder = tmp_path / "run"
-    given = words(folder, "sft", *FSDP2, "--trainer.limit_train_batches=2", epochs=1)
+    given = fit_argv(folder, "sft", *FSDP2, "--trainer.limit_train_batches=2", epochs=1)
     said = succeed([*given, "--plan"], tmp_path / "log", 2)
-    assert said.count("GiB of a device at the height of each phase") == 1
+    assert said.count("GiB of a device at the peak of each phase") == 1
     assert said.count("memory, GiB") == 1
     assert columns(folder / "memory.rank0.csv", "planned")
     header = (folder / "memory.rank1.csv").read_text().splitlines()[0]
@@ -51,8 +51,13 @@ def test_one_of_two_ranks_plans(tmp_path):
 
 def test_a_difference_is_a_share_of_what_was_measured():
     memory = Memory()
-    memory.peaks = {"load": Peak(2 * GIB, 0, 0, 0, 0), "update": Peak(4 * GIB, 0, 0, 0, 0)}
-    lines = [line.split() for line in Foretold({"load": GIB, "update": 5 * GIB}, memory).lines()]
+    memory.peaks = {
+        "load": PhasePeak(2 * GIB, 0, 0, 0, 0),
+        "update": PhasePeak(4 * GIB, 0, 0, 0, 0),
+    }
+    lines = [
+        line.split() for line in PlanAccuracy({"load": GIB, "update": 5 * GIB}, memory).lines()
+    ]
     assert lines[1:] == [
         ["load", "1.000", "2.000", "-50.0%"],
         ["update", "5.000", "4.000", "+25.0%"],

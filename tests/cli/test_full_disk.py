@@ -8,8 +8,8 @@ import pytest
 from run_cli import run
 
 from lit_align.cli.main import main
-from lit_align.runs.atomic_io import whole_folder, write_whole
-from lit_align.runs.checkpoint_files import newest, saved
+from lit_align.runs.atomic_io import atomic_folder, write_text_atomic
+from lit_align.runs.checkpoint_files import list_checkpoints, newest_readable
 
 RUN = [
     *("fit", "--config", "remax", "--config", "toy", "--data.batch_size", "4"),
@@ -68,15 +68,15 @@ def test_the_checkpoint_before_stays_whole_and_goes_on(tmp_path, monkeypatch, ca
     assert "Last checkpoint: " in said[0]
     assert "iteration_000002.ckpt. Make room" in said[0]
     folder = tmp_path / "runs" / "remax" / "checkpoints"
-    path, complaints = newest(folder)
-    assert saved(folder) == [path]
+    path, complaints = newest_readable(folder)
+    assert list_checkpoints(folder) == [path]
     assert not complaints
     assert main([*RUN, *more]) == 0
-    assert newest(folder)[0].name == "iteration_000004.ckpt"
+    assert newest_readable(folder)[0].name == "iteration_000004.ckpt"
 
 
 def write_half(place: Path) -> None:
-    with whole_folder(place) as part:
+    with atomic_folder(place) as part:
         (part / "a").write_text("half")
         raise OSError("full")
 
@@ -84,7 +84,7 @@ def write_half(place: Path) -> None:
 def test_a_folder_is_replaced_when_all_of_it_is_written(tmp_path):
     place = tmp_path / "hf"
     for text in ("old", "new"):
-        with whole_folder(place) as part:
+        with atomic_folder(place) as part:
             (part / "a").write_text(text)
             (part / "adapter").mkdir()
             (part / "adapter" / "b").write_text(text)
@@ -96,13 +96,13 @@ def test_a_folder_is_replaced_when_all_of_it_is_written(tmp_path):
 
 
 def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path, monkeypatch):
-    write_whole(tmp_path / "x", "old")
+    write_text_atomic(tmp_path / "x", "old")
 
     def fail(self, other):
         raise OSError("full")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="full"):
-        write_whole(tmp_path / "x", "new")
+        write_text_atomic(tmp_path / "x", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_text() == "old"

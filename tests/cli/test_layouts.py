@@ -7,7 +7,7 @@ import torch
 
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
-from lit_align.models.policy_with_reward_head import TwoHeaded
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176,
@@ -18,7 +18,7 @@ N, L, HEAD = 117056, 9856, 64  # a model without its score head, an adapter of r
 LAYOUTS = {  # whole models, adapters, heads (score and value), and the formula of static bytes
     "ppo": (4, 0, 2, 28 * N),
     "lora_ppo": (4, 2, 3, 8 * N + 24 * L),
-    "dl_ppo": (2, 2, 2, 4 * N + 24 * L),
+    "dynamic_lora_ppo": (2, 2, 2, 4 * N + 24 * L),
     "joint_hydra_ppo": (1, 1, 2, 2 * N + 12 * L),
     "hydra_ppo": (1, 2, 2, 2 * N + 24 * L),
 }
@@ -29,7 +29,7 @@ def base(tmp_path_factory) -> str:
     """A two-headed model with the toy tokenizer: serves every role."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    TwoHeaded(config=dict(SHAPE)).save(folder)
+    PolicyWithRewardHead(config=dict(SHAPE)).save(folder)
     load_tokenizer("toy").save_pretrained(folder)
     return str(folder)
 
@@ -45,16 +45,16 @@ def words(layout: str, base: str) -> list[str]:
     if "hydra" not in layout:
         given += ["--model.critic.path", base, "--model.critic.dtype", "float32"]
     if layout in ("ppo", "lora_ppo"):
-        given += ["--reward.sources.path", base]
-        given += ["--reward.sources.dtype", "float32"]
+        given += ["--reward.functions.path", base]
+        given += ["--reward.functions.dtype", "float32"]
     if layout == "ppo":
         given += ["--model.minibatch_size", "4"]
     else:
-        given += ["--model.policy.lora.rank", "4"]
+        given += ["--model.policy.lora.r", "4"]
     if layout == "lora_ppo":
         given += ["--model.reference.path", base, "--model.reference.dtype", "float32"]
-    if layout in ("lora_ppo", "dl_ppo"):
-        given += ["--model.critic.lora.rank", "4"]
+    if layout in ("lora_ppo", "dynamic_lora_ppo"):
+        given += ["--model.critic.lora.r", "4"]
     return given
 
 

@@ -14,11 +14,11 @@ from lit_align.cli.main import main
 from lit_align.cli.overlays import (
     SECTIONS,
     chosen_class,
-    cut,
-    fit_overlays,
-    inline,
+    drop_unsupported,
     packaged_configs,
-    read,
+    read_config,
+    resolve_configs,
+    to_inline_yaml,
 )
 from lit_align.data.preferences import PreferenceData
 from lit_align.version import __version__
@@ -27,11 +27,11 @@ FAST = ("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"
 
 
 @pytest.fixture(autouse=True)
-def rooms():
+def all_imported():
     import_all()
 
 
-def resolved(capsys, *argv: str) -> dict:
+def printed_config(capsys, *argv: str) -> dict:
     """What --print_config says of a command."""
     with pytest.raises(SystemExit) as left:
         main([*argv, "--print_config"])
@@ -54,14 +54,14 @@ def test_help(command, capsys):
     assert "usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["fit", "--help"]])
-def test_the_help_names_what_is_beside_lightnings_own_words(words, capsys):
+@pytest.mark.parametrize("argv", [[], ["--help"], ["fit", "--help"]])
+def test_the_help_names_what_is_beside_lightnings_own_words(argv, capsys):
     with pytest.raises(SystemExit) as end:
-        main(words)
+        main(argv)
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert "`fit --plan`" in said
-    assert ("lit-align configs | chat" in said) == (words != ["fit", "--help"])
+    assert ("lit-align configs | chat" in said) == (argv != ["fit", "--help"])
 
 
 def test_the_help_of_an_algorithm_is_its_docstring(capsys):
@@ -87,7 +87,7 @@ def test_configs_are_listed_and_copied(tmp_path, monkeypatch, capsys):
     assert all(name in listed for name in packaged_configs())
     assert main(["configs", "copy", "remax", "mine.yaml"]) == 0
     assert (tmp_path / "mine.yaml").read_text() == packaged_configs()["remax"]
-    assert read("mine.yaml")["model"]["class_path"] == "ReMax"
+    assert read_config("mine.yaml")["model"]["class_path"] == "ReMax"
     assert main(["configs", "copy", "remax", "mine.yaml"]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -95,7 +95,7 @@ def test_configs_are_listed_and_copied(tmp_path, monkeypatch, capsys):
 def test_a_later_config_and_the_command_line_win(capsys, tmp_path):
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("model: {init_args: {kl_coef: 0.7, num_samples: 3}}")
-    config = resolved(
+    config = printed_config(
         capsys, "fit", "--config", "remax", "--config", str(overlay), "--model.kl_coef", "0.9"
     )
     settings = config["model"]["init_args"]
@@ -104,13 +104,13 @@ def test_a_later_config_and_the_command_line_win(capsys, tmp_path):
 
 
 def test_sections_take_short_forms(capsys):
-    config = resolved(
+    config = printed_config(
         capsys, "fit", "--config", "remax", "--rollout.max_new_tokens", "77",
-        "--reward.sources", "Length", "--reward.sources.target", "9",
+        "--reward.functions", "Length", "--reward.functions.target", "9",
     )  # fmt: skip
     assert config["rollout"]["init_args"]["max_new_tokens"] == 77
-    assert config["reward"]["init_args"]["sources"]["class_path"].endswith(".Length")
-    assert config["reward"]["init_args"]["sources"]["init_args"]["target"] == 9
+    assert config["reward"]["init_args"]["functions"]["class_path"].endswith(".Length")
+    assert config["reward"]["init_args"]["functions"]["init_args"]["target"] == 9
 
 
 def test_an_overlay_applies_where_it_fits():
@@ -119,19 +119,21 @@ def test_an_overlay_applies_where_it_fits():
         "data": {"init_args": {"max_tokens": 5, "max_prompt_tokens": 6}},
         "rollout": {"class_path": "Rollout"},
     }
-    left = cut(overlay, {"model": RewardModel, "data": PreferenceData})
+    left = drop_unsupported(overlay, {"model": RewardModel, "data": PreferenceData})
     assert left["model"]["init_args"] == {"reward_model": 2, "max_grad_norm": 3, "typo": 4}
     assert left["data"]["init_args"] == {"max_tokens": 5}
     assert "rollout" not in left
-    assert cut(overlay, {"model": ReMax, "data": None})["rollout"] == {"class_path": "Rollout"}
+    assert drop_unsupported(overlay, {"model": ReMax, "data": None})["rollout"] == {
+        "class_path": "Rollout"
+    }
 
 
 def test_the_command_line_names_the_class_that_overlays_are_cut_to():
     argv = ["fit", "--config", "remax", "--model", "SFT"]
-    assert chosen_class("model", SECTIONS["model"], [read("remax")], argv).__name__ == "SFT"
-    words = fit_overlays(["fit", "--config=sft", "--config", "toy"])
-    assert words[1] == "--config"
-    overlay = yaml.safe_load(words[4])
+    assert chosen_class("model", SECTIONS["model"], [read_config("remax")], argv).__name__ == "SFT"
+    argv = resolve_configs(["fit", "--config=sft", "--config", "toy"])
+    assert argv[1] == "--config"
+    overlay = yaml.safe_load(argv[4])
     assert "rollout" not in overlay
     assert "kl_coef" not in overlay["model"]["init_args"]
 
@@ -150,13 +152,13 @@ def test_a_config_may_say_infinity(tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["two\nlines: {{ x }}", "1e3", "null", "é", "a" * 500, ""])
 def test_texts_of_a_config_stay_what_they_are(text):
-    assert yaml.safe_load(inline({"data": {"init_args": {"chat_template": text}}})) == {
+    assert yaml.safe_load(to_inline_yaml({"data": {"init_args": {"chat_template": text}}})) == {
         "data": {"init_args": {"chat_template": text}}
     }
 
 
 def test_arguments_are_those_of_the_class_and_its_parents():
-    assert {"kl_coef", "policy", "epochs", "microbatch_tokens"} <= init_arguments(ReMax)
+    assert {"kl_coef", "policy", "update_epochs", "microbatch_tokens"} <= init_arguments(ReMax)
     assert "kwargs" not in init_arguments(ReMax)
 
 
@@ -196,12 +198,12 @@ def test_an_overlay_may_name_a_class_and_a_config_may_be_short(tmp_path, capsys)
     (tmp_path / "data.yaml").write_text(
         "data: {class_path: PreferenceData, init_args: {path: mine}}"
     )
-    words = fit_overlays(["fit", "--config", "sft", "--config", str(tmp_path / "data.yaml")])
-    assert yaml.safe_load(words[4])["data"]["class_path"] == "PreferenceData"
+    argv = resolve_configs(["fit", "--config", "sft", "--config", str(tmp_path / "data.yaml")])
+    assert yaml.safe_load(argv[4])["data"]["class_path"] == "PreferenceData"
     (tmp_path / "short.yaml").write_text("model: SFT\ndata: InstructionData")
-    words = fit_overlays(["fit", "--config", str(tmp_path / "short.yaml"), "--model=ReMax"])
-    assert yaml.safe_load(words[2])["model"] == {"class_path": "SFT"}
-    assert words[3:] == ["--model", "ReMax"]
+    argv = resolve_configs(["fit", "--config", str(tmp_path / "short.yaml"), "--model=ReMax"])
+    assert yaml.safe_load(argv[2])["model"] == {"class_path": "SFT"}
+    assert argv[3:] == ["--model", "ReMax"]
 
 
 def test_validate_and_predict_leave_the_records_of_a_fit_alone(tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ VALUES = {
     "--model.num_samples": "2",
     "--rollout.max_new_tokens": "4",
     "--model.microbatch_tokens": "100",
-    "--model.policy.checkpointing": "true",
+    "--model.policy.activation_checkpointing": "true",
     "--model.policy.dtype": "bfloat16",
-    "--reward.sources.tokens_per_pass": "100",
+    "--reward.functions.tokens_per_pass": "100",
 }
 
 
@@ -27,12 +27,12 @@ def full(*args, **kwargs):
 
 
 PLACES = {
-    "load": (Policy, "load"),
-    "rollout": (Policy, "respond"),
+    "load": (Policy, "load_or_init"),
+    "rollout": (Policy, "generate"),
     "score": (Length, "__call__"),
     "prepare": (ReMax, "reference_logprobs"),
     "update": (ReMax, "losses"),
-    "evaluate": (Policy, "respond"),  # before the first iteration, to see whether it works
+    "evaluate": (Policy, "generate"),  # before the first iteration, to see whether it works
 }
 
 
@@ -40,7 +40,7 @@ PLACES = {
 def test_the_phase_and_three_settings_are_named(phase, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(*PLACES[phase], full)
     start = ["fit", "--config", "remax", "--config", "toy"]
-    length = ["--reward.sources", "Length", "--reward.sources.target", "8"]
+    length = ["--reward.functions", "Length", "--reward.functions.target", "8"]
     end = ["--data.max_rows", "64", "--trainer.default_root_dir", str(tmp_path)]
     end += [] if phase == "evaluate" else ["--trainer.num_sanity_val_steps", "0"]
     assert main([*start, *length, *end]) == 2
@@ -49,7 +49,7 @@ def test_the_phase_and_three_settings_are_named(phase, tmp_path, monkeypatch, ca
     assert "tried to allocate 20 GiB" in said
     named = re.findall(r"--config \w+|--[\w.]+\w|a smaller reward model", said)
     assert len(named) == 3, named
-    judge = ["--reward.sources", "LearnedReward", "--reward.sources.path", "x"]
+    judge = ["--reward.functions", "ModelReward", "--reward.functions.path", "x"]
     for name in named:  # the parser knows it
         config = name.split() if name.startswith("--config") else []
         setting = [name, VALUES[name]] if name in VALUES else []

@@ -6,12 +6,12 @@ import re
 import warnings
 
 import pytest
-from run_cli import FSDP2, saves, succeed, words
+from run_cli import FSDP2, checkpoint_argv, fit_argv, succeed
 
 from lit_align.cli.main import main
-from lit_align.plan.memory_tracker import Height, Place
-from lit_align.plan.suggestions import changes
-from lit_align.plan.table import Plan
+from lit_align.plan.memory_tracker import EstimatedPeak, MemoryLocation
+from lit_align.plan.suggestions import try_suggestions
+from lit_align.plan.table import MemoryPlan
 
 LINE = ("plan", "--config", "remax", "--config", "toy")
 
@@ -33,7 +33,7 @@ WRONG = {
         ("--prompt_tokens", "64"),
         r"--prompt_tokens 64 is more than the 32 that the data allow",
     ),
-    "a size that is none": (("--gpu", "large"), r"large is no size; give a number and GB"),
+    "a size that is none": (("--gpu_memory", "large"), r"large is no size; give a number and GB"),
     "an argument that is none": (("--model.kl_cof", "1"), r"Did you mean 'kl_coef'\?"),
 }
 
@@ -53,7 +53,7 @@ def test_bad_input_ends_with_status_2_and_a_sentence(case, capfd):
 
 
 def test_status_0_says_that_it_fits(capsys):
-    assert status("--gpu", "1GB", "--json", "--data.batch_size", "4") == 0
+    assert status("--gpu_memory", "1GB", "--json", "--data.batch_size", "4") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["fits"]
     assert found["changes"] == []
@@ -61,7 +61,7 @@ def test_status_0_says_that_it_fits(capsys):
 
 
 def test_status_1_comes_with_small_changes_of_what_does_not_fit(capsys):
-    given = ("--gpu", "30MB", "--json", "--config", "lora", "--data.batch_size", "32")
+    given = ("--gpu_memory", "30MB", "--json", "--config", "lora", "--data.batch_size", "32")
     assert status(*given) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not found["fits"]
@@ -74,16 +74,18 @@ def test_status_1_comes_with_small_changes_of_what_does_not_fit(capsys):
     assert all(" --" not in line or "fsdp2" in line for line in changes)  # one each is enough
 
 
-def of_size(size: int) -> Plan:
+def plan_of_size(size: int) -> MemoryPlan:
     """A plan of so many bytes, of which 10 fit."""
-    return Plan({"update": {Place.DEVICE: Height(size, {}, "")}}, 10)
+    return MemoryPlan({"update": {MemoryLocation.DEVICE: EstimatedPeak(size, {}, "")}}, 10)
 
 
 def test_changes_are_put_together_where_none_is_enough():
     saved = {"--a": 3, "--b": 4, "--c": 5}
     words = [(name,) for name in saved]
-    tried = list(changes(words, lambda added: of_size(20 - sum(saved[word] for word in added))))
-    assert [(change.words, change.fits) for change in tried] == [
+    tried = list(
+        try_suggestions(words, lambda added: plan_of_size(20 - sum(saved[word] for word in added)))
+    )
+    assert [(suggestion.argv, suggestion.fits) for suggestion in tried] == [
         (("--a",), False),
         (("--b",), False),
         (("--c",), False),
@@ -93,7 +95,7 @@ def test_changes_are_put_together_where_none_is_enough():
 
 
 def test_what_a_plan_silences_is_heard_again(capsys):
-    assert status("--gpu", "1GB", "--data.batch_size", "4") == 0
+    assert status("--gpu_memory", "1GB", "--data.batch_size", "4") == 0
     assert logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO)
     with pytest.warns(UserWarning, match="heard"):
         warnings.warn("heard", UserWarning, stacklevel=1)
@@ -101,7 +103,9 @@ def test_what_a_plan_silences_is_heard_again(capsys):
 
 def test_ranks_that_are_forked_after_a_plan_save_shares_of_their_own(tmp_path):
     """torch keeps answers about equal meshes, in which the planned rank is the first."""
-    assert status("--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--gpu", "1GB") == 0
+    assert (
+        status("--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--gpu_memory", "1GB") == 0
+    )
     folder = tmp_path / "run"
-    succeed(words(folder, "sft", *FSDP2, *saves(2, 1)), tmp_path / "log", 2)
+    succeed(fit_argv(folder, "sft", *FSDP2, *checkpoint_argv(2, 1)), tmp_path / "log", 2)
     assert (folder / "checkpoints" / "iteration_000008.ckpt").is_dir()

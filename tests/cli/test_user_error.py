@@ -60,7 +60,10 @@ def test_the_message_of_a_user_error_is_printed_and_of_others_not():
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (("--model.warmup", "0.1"), "warmup was renamed to warmup_ratio. Use --model.warmup_ratio."),
+        (
+            ("--model.warmup", "0.1"),
+            "warmup was renamed to warmup_ratio. Use --model.warmup_ratio.",
+        ),
         (("--plan",), "`fit --plan` was removed. Run `lit-align plan` with the same arguments."),
         (
             ("--reward.functions", "PythonReward"),

@@ -2,14 +2,14 @@
 
 import pytest
 
-from lit_align.data.formats import canonical, prompt_of, rename
+from lit_align.data.formats import add_renamed_columns, canonical_row, extract_prompt
 
 QUESTION = {"role": "user", "content": "hi"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 
 
 def pair(row):
-    row = canonical(row)
+    row = canonical_row(row)
     return row["prompt"], row["chosen"], row["rejected"]
 
 
@@ -22,15 +22,15 @@ def test_trl_forms_stay_as_they_are():
         {"prompt": "a", "chosen": " b", "rejected": " c"},
         {"prompt": [QUESTION], "chosen": [YES], "rejected": [NO]},
     ):
-        assert canonical(row) == row
+        assert canonical_row(row) == row
 
 
 def test_other_columns_stay_and_absent_values_go():
-    assert canonical({"text": "a", "level": 3, "prompt": None}) == {"text": "a", "level": 3}
+    assert canonical_row({"text": "a", "level": 3, "prompt": None}) == {"text": "a", "level": 3}
 
 
 def test_sharegpt_conversations():
-    row = canonical(
+    row = canonical_row(
         {
             "conversations": [
                 {"from": "system", "value": "be brief"},
@@ -40,7 +40,7 @@ def test_sharegpt_conversations():
         }
     )
     assert row["messages"] == [{"role": "system", "content": "be brief"}, QUESTION, YES]
-    assert prompt_of(row) == row["messages"][:2]
+    assert extract_prompt(row) == row["messages"][:2]
 
 
 def test_sharegpt_preferences():
@@ -53,10 +53,10 @@ def test_sharegpt_preferences():
 
 
 def test_alpaca():
-    row = canonical({"instruction": "add", "input": "1 1", "output": "2"})
+    row = canonical_row({"instruction": "add", "input": "1 1", "output": "2"})
     assert row["prompt"] == [{"role": "user", "content": "add\n1 1"}]
     assert row["completion"] == [{"role": "assistant", "content": "2"}]
-    row = canonical({"instruction": "hi", "input": "", "output": "yes"})
+    row = canonical_row({"instruction": "hi", "input": "", "output": "yes"})
     assert (row["prompt"], row["completion"]) == ([QUESTION], [YES])
 
 
@@ -113,15 +113,15 @@ def test_the_last_message_is_an_answer_even_if_one_conversation_begins_the_other
 
 def test_renaming_keeps_the_old_column():
     row = {"question": "1+1?", "answer": "2"}
-    assert rename(row, {"question": "prompt"}) == {**row, "prompt": "1+1?"}
+    assert add_renamed_columns(row, {"question": "prompt"}) == {**row, "prompt": "1+1?"}
     with pytest.raises(ValueError, match="no column 'q' to rename, only question, answer"):
-        rename(row, {"q": "prompt"})
+        add_renamed_columns(row, {"q": "prompt"})
 
 
 def test_what_a_row_asks():
-    assert prompt_of({"prompt": "hi"}) == "hi"
-    assert prompt_of({"messages": [QUESTION, YES, QUESTION, NO]}) == [QUESTION, YES, QUESTION]
-    assert prompt_of({"messages": [QUESTION]}) == [QUESTION]
+    assert extract_prompt({"prompt": "hi"}) == "hi"
+    assert extract_prompt({"messages": [QUESTION, YES, QUESTION, NO]}) == [QUESTION, YES, QUESTION]
+    assert extract_prompt({"messages": [QUESTION]}) == [QUESTION]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,10 @@ def test_what_a_row_asks():
     [
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "the prompt is empty"),
-        ({"question": "hi", "id": 1}, r"columns question, id; wanted: prompt.*data\.columns"),
+        (
+            {"question": "hi", "id": 1},
+            r"columns question, id; wanted: prompt.*data\.rename_columns",
+        ),
         ({"prompt": [{"role": "user"}]}, "a message needs role and content"),
         ({"messages": ["hi"]}, "a message needs role and content"),
         ({"chosen": "a", "rejected": [NO]}, "both be texts or both be messages"),
@@ -137,4 +140,4 @@ def test_what_a_row_asks():
 )
 def test_rows_that_cannot_be_read(row, message):
     with pytest.raises(ValueError, match=message):
-        prompt_of(canonical(row))
+        extract_prompt(canonical_row(row))

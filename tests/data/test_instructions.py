@@ -22,7 +22,7 @@ def learnt(module, batch):
     """The texts under the loss mask."""
     return [
         module.tokenizer.decode(row[mask])
-        for row, mask in zip(batch.tokens, batch.loss_mask, strict=True)
+        for row, mask in zip(batch.tokens, batch.target_mask, strict=True)
     ]
 
 
@@ -32,12 +32,12 @@ def test_completions_are_learnt_and_texts_padded_behind(texts):
     a, b, c, d = module.tokenizer("abcd")["input_ids"]
     assert batch.tokens.tolist() == [[a, b, c, eos, eos], [a, b, c, d, eos]]
     assert batch.token_mask.tolist() == [[True] * 4 + [False], [True] * 5]
-    assert batch.loss_mask.tolist() == [
+    assert batch.target_mask.tolist() == [
         [False, False, True, True, False],
         [False, True, True, True, True],
     ]
     assert batch.lengths == [4, 5]
-    assert batch.counted == [True, True]
+    assert batch.is_new == [True, True]
 
 
 def test_prompts_are_learnt_if_asked(texts):
@@ -80,7 +80,7 @@ def test_messages_come_before_other_columns(texts):
 def test_cut_answers_have_no_stop(texts):
     module, batch = texts({"prompt": "ab", "completion": "cdef"}, max_tokens=4)
     assert learnt(module, batch) == ["cd"]
-    assert module.cut == {"texts of more than max_tokens 4": 1}
+    assert module.truncated == {"texts of more than max_tokens 4": 1}
 
 
 def test_texts_of_which_nothing_would_be_learnt_are_dropped(texts):

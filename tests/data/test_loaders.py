@@ -78,7 +78,7 @@ def test_evaluation_counts_every_row_once(numbers):
     path = numbers(7)
     seen = list(data(path, eval_path=path).val_dataloader())
     assert [b.columns["n"] for b in seen] == [[0, 1, 2, 3], [4, 5, 6]]
-    assert [b.counted for b in seen] == [[True] * 4, [True] * 3]
+    assert [b.is_new for b in seen] == [[True] * 4, [True] * 3]
     ranks = [
         list(on_rank(data(path, eval_path=path, batch_size=2), rank, 2).test_dataloader())
         for rank in (0, 1)
@@ -87,13 +87,13 @@ def test_evaluation_counts_every_row_once(numbers):
         [[0, 2], [4, 6]],
         [[1, 3], [5, 0]],
     ]
-    assert [b.counted for b in ranks[1]] == [[True, True], [True, False]]
-    assert all(all(b.counted) for b in ranks[0])
+    assert [b.is_new for b in ranks[1]] == [[True, True], [True, False]]
+    assert all(all(b.is_new) for b in ranks[0])
 
 
 def test_training_batches_have_no_counted_field(numbers):
-    with pytest.raises(AttributeError, match="'counted' is not written yet"):
-        _ = next(iter(data(numbers(4)).train_dataloader())).counted
+    with pytest.raises(AttributeError, match="'is_new' is not written yet"):
+        _ = next(iter(data(numbers(4)).train_dataloader())).is_new
 
 
 def test_a_fraction_is_set_aside(numbers):
@@ -141,7 +141,7 @@ def test_renamed_columns_in_mixtures(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "the", "answer": "4"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": "the the"}\n')
     sources = [
-        Source(str(tmp_path / "a.jsonl"), columns={"question": "prompt"}),
+        Source(str(tmp_path / "a.jsonl"), rename_columns={"question": "prompt"}),
         Source(str(tmp_path / "b.jsonl")),
     ]
     batch = next(iter(data(sources, batch_size=2).train_dataloader()))
@@ -266,7 +266,10 @@ def test_tokenizer_stops_and_text():
             {"max_prompt_tokens": 1},
             r"no row of '.*' is left: dropped 5 prompts of more than max_prompt_tokens 1",
         ),
-        ({"columns": {"question": "prompt"}}, r"row 0 of '.*': there is no column 'question'"),
+        (
+            {"rename_columns": {"question": "prompt"}},
+            r"row 0 of '.*': there is no column 'question'",
+        ),
         ({"split": "test"}, "is one file and has no split 'test'"),
     ],
 )

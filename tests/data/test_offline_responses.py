@@ -4,20 +4,20 @@ import json
 
 import pytest
 
-from lit_align.data.offline_responses import AnsweredPrompts
+from lit_align.data.offline_responses import OfflineResponseData
 
 
 @pytest.fixture
 def data(tmp_path, chat_path):
-    def make(*rows, **settings) -> AnsweredPrompts:
+    def make(*rows, **settings) -> OfflineResponseData:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return AnsweredPrompts(str(path), tokenizer=chat_path, batch_size=1, **settings)
+        return OfflineResponseData(str(path), tokenizer=chat_path, batch_size=1, **settings)
 
     return make
 
 
-def batches(module: AnsweredPrompts) -> dict:
+def batches(module: OfflineResponseData) -> dict:
     """The batch of each prompt."""
     return {batch.columns["prompt"][0]: batch for batch in module.train_dataloader()}
 
@@ -30,12 +30,12 @@ def test_rows_of_one_prompt_become_one_with_all_answers(data):
     )
     found = batches(module)
     assert set(found) == {"a:", "b:"}
-    ((one, two),) = found["a:"].answers
+    ((one, two),) = found["a:"].offline_responses
     stop = module.tokenizer.eos_token_id
     assert list(one.tokens) == [*module.tokenizer(" x")["input_ids"], stop]
     assert list(two.tokens) == [*module.tokenizer(" zz")["input_ids"], stop]
     assert found["a:"].columns == {"prompt": ["a:"], "level": [1]}
-    assert len(found["b:"].answers[0]) == 1
+    assert len(found["b:"].offline_responses[0]) == 1
 
 
 def test_score_and_logprob_are_kept_where_they_are_known(data):
@@ -44,7 +44,7 @@ def test_score_and_logprob_are_kept_where_they_are_known(data):
         {"prompt": "a:", "completion": " y", "score": None},
         {"prompt": "a:", "completion": " z", "score": "2", "logprob": ""},
     )
-    (answers,) = batches(module)["a:"].answers
+    (answers,) = batches(module)["a:"].offline_responses
     assert [(answer.score, answer.logprob) for answer in answers] == [
         (0.5, -3.0),
         (None, None),
@@ -55,7 +55,7 @@ def test_score_and_logprob_are_kept_where_they_are_known(data):
 def test_conversations_are_answered_through_the_template(data):
     asked = [{"role": "user", "content": "hi"}]
     module = data({"prompt": asked, "completion": [{"role": "assistant", "content": "yes"}]})
-    ((answer,),) = next(iter(module.train_dataloader())).answers
+    ((answer,),) = next(iter(module.train_dataloader())).offline_responses
     assert module.tokenizer.decode(list(answer.tokens)) == "yes<|im_end|>"
 
 
@@ -70,7 +70,7 @@ def test_a_prompt_is_held_out_with_all_of_its_answers(data):
     module = data(*rows, eval_fraction=0.25)
     assert len(batches(module)) == 3
     (held_out,) = module.val_dataloader()
-    assert [len(answers) for answers in held_out.answers] == [3]
+    assert [len(answers) for answers in held_out.offline_responses] == [3]
 
 
 def test_evaluation_needs_no_answers_but_training_does(data, tmp_path):
@@ -80,7 +80,7 @@ def test_evaluation_needs_no_answers_but_training_does(data, tmp_path):
         {"prompt": "b:", "completion": " y"},
         eval_path=str(tmp_path / "eval.jsonl"),
     )
-    assert next(iter(module.val_dataloader())).answers == [[]]
+    assert next(iter(module.val_dataloader())).offline_responses == [[]]
     with pytest.raises(ValueError, match=r"1 of 2 training prompts of .* have no completion: "):
         module.train_dataloader()
 
@@ -99,8 +99,8 @@ def test_numbers_that_are_none_are_refused(data, wrong, sentence):
 
 
 def test_the_toy_data_answer_each_prompt_once():
-    module = AnsweredPrompts("toy", tokenizer="toy", max_rows=20, batch_size=20)
+    module = OfflineResponseData("toy", tokenizer="toy", max_rows=20, batch_size=20)
     (batch,) = module.train_dataloader()
-    assert [len(answers) for answers in batch.answers] == [1] * 20
-    text = module.decode(list(batch.answers[0][0].tokens))
+    assert [len(answers) for answers in batch.offline_responses] == [1] * 20
+    text = module.decode(list(batch.offline_responses[0][0].tokens))
     assert text.endswith(".")

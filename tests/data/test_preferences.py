@@ -20,7 +20,7 @@ def pairs(tmp_path, chat_path):
 
 def scored(module, batch, side):
     """The texts under the loss mask."""
-    tokens, masks = getattr(batch, side), getattr(batch, f"{side}_loss_mask")
+    tokens, masks = getattr(batch, side), getattr(batch, f"{side}_target_mask")
     return [module.tokenizer.decode(row[mask]) for row, mask in zip(tokens, masks, strict=True)]
 
 
@@ -37,7 +37,7 @@ def test_both_sides_have_one_width_and_loss_on_the_answers(pairs):
     assert batch.margin.tolist() == [0.0, 0.0]
     assert batch.lengths == [14, 8]
     assert batch.texts().tokens.shape == (4, 7)
-    assert batch.counted == [True, True]
+    assert batch.is_new == [True, True]
 
 
 def test_margins(pairs):
@@ -69,7 +69,7 @@ def test_long_answers_are_cut_and_have_no_stop(pairs):
     module, batch = pairs({"prompt": "ab", "chosen": "cdef", "rejected": "g"}, max_tokens=4)
     assert scored(module, batch, "chosen") == ["cd"]
     assert scored(module, batch, "rejected") == ["g<|eos|>"]
-    assert module.cut == {"pairs of more than max_tokens 4": 1}
+    assert module.truncated == {"pairs of more than max_tokens 4": 1}
 
 
 def test_pairs_that_say_nothing_are_dropped(pairs):

@@ -54,13 +54,13 @@ def test_long_prompts_are_dropped_or_keep_their_end(rows, chat_path):
     drops = PromptData(path, eval_path=path, tokenizer=chat_path, max_prompt_tokens=3)
     assert only_batch(drops).columns["prompt"] == ["ab"]
     reason = "prompts of more than max_prompt_tokens 3"
-    assert (drops.dropped, drops.cut) == ({reason: 1}, {})
+    assert (drops.dropped, drops.truncated) == ({reason: 1}, {})
     cuts = PromptData(
         path, eval_path=path, tokenizer=chat_path, max_prompt_tokens=3, truncate_prompts=True
     )
     batch = only_batch(cuts)
     assert [cuts.decode(row.tolist()) for row in batch.prompts] == ["bcd", "ab"]
-    assert (cuts.dropped, cuts.cut) == ({}, {reason: 1})
+    assert (cuts.dropped, cuts.truncated) == ({}, {reason: 1})
 
 
 def test_drops_are_said_once(rows, chat_path, monkeypatch):
@@ -83,17 +83,19 @@ def test_conversations_without_a_template(rows):
 
 def test_the_first_words_of_a_text_are_a_prompt(rows, chat_path):
     path = rows({"text": "  once upon\n a time, ago"}, {"text": "too short"}, {"text": "a b c "})
-    module = PromptData(path, eval_path=path, tokenizer=chat_path, first_words=3)
+    module = PromptData(path, eval_path=path, tokenizer=chat_path, prompt_words=3)
     batch = only_batch(module)
     assert batch.columns["prompt"] == ["once upon\n a"]
     assert batch.columns["text"] == ["  once upon\n a time, ago"]
-    assert module.dropped == {"texts of at most first_words 3": 2}
+    assert module.dropped == {"texts of at most prompt_words 3": 2}
 
 
 def test_first_words_need_a_text(rows, chat_path):
     path = rows({"story": "a b"})
-    module = PromptData(path, eval_path=path, tokenizer=chat_path, first_words=1)
-    with pytest.raises(ValueError, match=r"wanted: text, of which data\.first_words makes prompts"):
+    module = PromptData(path, eval_path=path, tokenizer=chat_path, prompt_words=1)
+    with pytest.raises(
+        ValueError, match=r"wanted: text, of which data\.prompt_words makes prompts"
+    ):
         module.val_dataloader()
 
 

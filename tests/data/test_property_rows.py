@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_align.data.prompts import PromptData
 from lit_align.data.sources import load_rows
-from lit_align.data.text import encode_answer, encode_prompt, stop_ids
+from lit_align.data.text import encode_prompt, encode_response, stop_ids
 
 ANY = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -65,7 +65,7 @@ def test_each_prompt_is_kept_or_counted_or_refused_by_its_row(prompts, tmp_path)
 @given(prompt=TEXT, completion=TEXT)
 @example(prompt=HUGE, completion=HUGE)
 def test_an_answer_ends_in_one_stop_and_leaves_its_prompt_alone(prompt, completion):
-    ids, answer = encode_answer(TOKENIZER, prompt, completion)
+    ids, answer = encode_response(TOKENIZER, prompt, completion)
     assert ids == encode_prompt(TOKENIZER, prompt)
     stops = set(stop_ids(TOKENIZER))
     assert answer[-1] in stops

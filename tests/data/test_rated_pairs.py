@@ -95,7 +95,7 @@ def test_answers_are_paired_within_their_prompt_and_prompts_are_held_out(module)
         for chosen, rejected, _ in trained + held_out
     )
     batch = next(iter(data.train_dataloader()))
-    assert batch.chosen_loss_mask.sum().item() == batch.chosen_lengths[0] - 3
+    assert batch.chosen_target_mask.sum().item() == batch.chosen_lengths[0] - 3
 
 
 def test_long_texts_are_cut_and_counted(module):
@@ -103,7 +103,7 @@ def test_long_texts_are_cut_and_counted(module):
     data = module(rows, max_tokens=8, batch_size=1)
     (batch,) = data.train_dataloader()
     assert batch.chosen_lengths == [8]
-    assert data.cut == {"texts of more than max_tokens 8": 1}
+    assert data.truncated == {"texts of more than max_tokens 8": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_gsm8k(shared_data, chat_path):
     module = PromptData(
         str(shared_data / "gsm8k_train.jsonl"),
         eval_path=str(shared_data / "gsm8k_test.jsonl"),
-        columns={"question": "prompt"},
+        rename_columns={"question": "prompt"},
         tokenizer=chat_path,
         max_rows=200,
     )
@@ -30,7 +30,7 @@ def test_sharegpt_preferences(shared_data, chat_path):
     text = module.tokenizer.decode(batch.chosen[0][: batch.chosen_lengths[0]])
     assert text.startswith("<|im_start|>user\nHi! I'd like to create a new language game")
     assert text.endswith("<|im_end|>")
-    answer = module.tokenizer.decode(batch.chosen[0][batch.chosen_loss_mask[0]])
+    answer = module.tokenizer.decode(batch.chosen[0][batch.chosen_target_mask[0]])
     assert answer.startswith("That sounds like a fun and engaging idea!")
     total = sum(module.dropped.values()) + len(next(iter(module.encoded.values())))
     assert total == 300
@@ -40,7 +40,7 @@ def test_alpaca(shared_data, chat_path):
     path = str(shared_data / "llamafactory_alpaca_en_demo.json")
     module = InstructionData(path, eval_path=path, tokenizer=chat_path, max_rows=50)
     batch = next(iter(module.val_dataloader()))
-    learnt = module.tokenizer.decode(batch.tokens[0][batch.loss_mask[0]])
+    learnt = module.tokenizer.decode(batch.tokens[0][batch.target_mask[0]])
     assert learnt.startswith("Making crepes is an easy")
 
 

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 
-from lit_align.data.sampler import Order, Rows
+from lit_align.data.sampler import IndexedRows, ResumableSampler
 
 
 def flat(lists) -> list:
@@ -16,17 +16,17 @@ def batches(num_rows, batch_size, training=True, num_ranks=1, epoch=0, **setting
     """For each rank its batches of positions."""
     ranks = []
     for rank in range(num_ranks):
-        order = Order(
-            Rows(list(range(num_rows))),
+        sampler = ResumableSampler(
+            IndexedRows(list(range(num_rows))),
             batch_size,
             training,
             num_replicas=num_ranks,
             rank=rank,
             **settings,
         )
-        order.set_epoch(epoch)
-        taken = list(order)
-        assert len(order) == len(taken)
+        sampler.set_epoch(epoch)
+        taken = list(sampler)
+        assert len(sampler) == len(taken)
         ranks.append([taken[i : i + batch_size] for i in range(0, len(taken), batch_size)])
     return ranks
 
@@ -67,7 +67,7 @@ def test_evaluation_keeps_every_row_and_fills_the_last_round():
 
 
 def test_repeated_rows_are_marked():
-    rows = Rows(["a", "b", "c"])
+    rows = IndexedRows(["a", "b", "c"])
     assert [rows[i] for i in range(5)] == [
         ("a", True),
         ("b", True),
@@ -83,34 +83,36 @@ def test_fewer_rows_than_a_batch():
     assert len(batches(5, 8, training=False)[0]) == 1
 
 
-def order_of(num_rows, num_ranks=1, rank=0, epoch=0):
-    order = Order(Rows(list(range(num_rows))), 2, True, num_replicas=num_ranks, rank=rank)
-    order.set_epoch(epoch)
-    return order
+def make_sampler(num_rows, num_ranks=1, rank=0, epoch=0):
+    sampler = ResumableSampler(
+        IndexedRows(list(range(num_rows))), 2, True, num_replicas=num_ranks, rank=rank
+    )
+    sampler.set_epoch(epoch)
+    return sampler
 
 
 def test_a_state_goes_on_where_it_was_on_any_number_of_ranks():
-    before = iter(order_of(16, epoch=2))
+    before = iter(make_sampler(16, epoch=2))
     taken = [next(before) for _ in range(8)]
     for rank in (0, 1):
-        resumed = iter(order_of(16, num_ranks=2, rank=rank))
+        resumed = iter(make_sampler(16, num_ranks=2, rank=rank))
         resumed.load_state_dict(before.state_dict())
-        full = list(iter(order_of(16, epoch=2)))
+        full = list(iter(make_sampler(16, epoch=2)))
         assert taken == full[:8]
         assert list(resumed) == full[8 + rank :: 2]
 
 
 def test_the_state_at_the_end_of_an_epoch_is_the_start_of_the_next():
-    before = iter(order_of(6))
+    before = iter(make_sampler(6))
     list(before)
-    resumed = iter(order_of(6))
+    resumed = iter(make_sampler(6))
     resumed.load_state_dict(before.state_dict())
-    assert list(resumed) == list(iter(order_of(6, epoch=1)))
+    assert list(resumed) == list(iter(make_sampler(6, epoch=1)))
 
 
 def test_a_state_of_an_earlier_epoch_is_past():
-    before = iter(order_of(6))
+    before = iter(make_sampler(6))
     next(before)
-    resumed = iter(order_of(6, epoch=1))
+    resumed = iter(make_sampler(6, epoch=1))
     resumed.load_state_dict(before.state_dict())
-    assert list(resumed) == list(iter(order_of(6, epoch=1)))
+    assert list(resumed) == list(iter(make_sampler(6, epoch=1)))

@@ -39,12 +39,12 @@ def test_tables_without_a_header(tmp_path):
     rows = [{"id": "1", "text": 'a "film'}, {"id": "2", "text": "b, c"}]
     tabs = '1\ta "film\n2\tb, c\n'
     for name in ("a.tsv", "a.txt"):
-        assert load_rows(write(tmp_path, name, tabs), header=["id", "text"]) == rows
+        assert load_rows(write(tmp_path, name, tabs), column_names=["id", "text"]) == rows
     assert load_rows(write(tmp_path, "b.tsv", "id\ttext\n" + tabs)) == rows
     commas = write(tmp_path, "a.csv", '1,"a ""film"\n2,"b, c"\n')
-    assert load_rows(commas, header=["id", "text"]) == rows
+    assert load_rows(commas, column_names=["id", "text"]) == rows
     with pytest.raises(ValueError, match=r"line 1 of .*a.tsv' does not have the 3 columns id, a"):
-        load_rows(str(tmp_path / "a.tsv"), header=["id", "a", "b"])
+        load_rows(str(tmp_path / "a.tsv"), column_names=["id", "a", "b"])
 
 
 def test_parquet_with_messages(tmp_path):

@@ -6,9 +6,9 @@ import pytest
 from byte_tokenizer import CHATML, MARKED, SHARED, byte_tokenizer
 
 from lit_align.data.text import (
-    encode_answer,
     encode_messages,
     encode_prompt,
+    encode_response,
     encode_text,
     load_tokenizer,
     stop_ids,
@@ -37,7 +37,7 @@ def learnt_text(tokenizer, ids, learnt):
 
 
 def test_plain_prompt_and_answer(plain):
-    prompt, answer = encode_answer(plain, "2+2=", "4")
+    prompt, answer = encode_response(plain, "2+2=", "4")
     assert prompt == encode_prompt(plain, "2+2=")
     assert plain.decode(prompt) == "2+2="
     assert plain.decode(answer) == "4<|eos|>"
@@ -46,7 +46,7 @@ def test_plain_prompt_and_answer(plain):
 def test_toy_prompts_begin_with_bos_and_do_not_end_with_eos():
     toy = load_tokenizer("toy")
     assert toy.decode(encode_prompt(toy, "review of")) == "<s> review of"
-    assert toy.decode(encode_answer(toy, "review of", "the plot")[1]) == "the plot </s>"
+    assert toy.decode(encode_response(toy, "review of", "the plot")[1]) == "the plot </s>"
 
 
 def test_special_tokens_behind_a_prompt_are_left_out():
@@ -67,15 +67,15 @@ def both_ends(toy):
 
 
 def test_an_answer_that_brings_its_stop_gets_no_second(plain):
-    assert plain.decode(encode_answer(plain, "a", "b<|eos|>")[1]) == "b<|eos|>"
-    assert plain.decode(encode_answer(plain, "a", "b<|eos|>\n<|eos|>")[1]) == "b<|eos|>"
-    assert plain.decode(encode_answer(plain, "a", "b\n")[1]) == "b\n<|eos|>"
+    assert plain.decode(encode_response(plain, "a", "b<|eos|>")[1]) == "b<|eos|>"
+    assert plain.decode(encode_response(plain, "a", "b<|eos|>\n<|eos|>")[1]) == "b<|eos|>"
+    assert plain.decode(encode_response(plain, "a", "b\n")[1]) == "b\n<|eos|>"
 
 
 def test_a_token_across_the_border_leaves_the_prompt_as_it_is():
     tokenizer = byte_tokenizer(merges=[("a", "b")])
     assert len(tokenizer("ab")["input_ids"]) == 1
-    prompt, answer = encode_answer(tokenizer, "a", "b")
+    prompt, answer = encode_response(tokenizer, "a", "b")
     assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == ("a", "b<|eos|>")
     assert prompt == encode_prompt(tokenizer, "a")
 
@@ -91,12 +91,12 @@ def test_stops_are_eos_and_end_of_turn(plain, chat):
 
 
 def test_chat_prompt_and_answer(chat):
-    prompt, answer = encode_answer(chat, USER, [{"role": "assistant", "content": "hello"}])
+    prompt, answer = encode_response(chat, USER, [{"role": "assistant", "content": "hello"}])
     assert prompt == encode_prompt(chat, USER)
     assert chat.decode(prompt) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert chat.decode(answer) == "hello<|im_end|>"
-    assert encode_answer(chat, USER, "hello") == (prompt, answer)
-    assert encode_answer(chat, "hi", [{"role": "assistant", "content": "hello"}])[1] == answer
+    assert encode_response(chat, USER, "hello") == (prompt, answer)
+    assert encode_response(chat, "hi", [{"role": "assistant", "content": "hello"}])[1] == answer
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_chat_prompt_and_answer(chat):
 )
 def test_one_stop_whatever_the_template_writes(chat, end, stop):
     chat.chat_template = CHATML.replace("<|im_end|>\n", end)
-    assert chat.decode(encode_answer(chat, USER, "hello")[1]) == "hello" + stop
+    assert chat.decode(encode_response(chat, USER, "hello")[1]) == "hello" + stop
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
@@ -138,7 +138,7 @@ def test_what_follows_the_last_answer_is_left_out(chat):
 
 def test_the_last_answer_of_a_conversation_is_encoded_as_an_answer(chat):
     ids, learnt = encode_messages(chat, TALK)
-    prompt, answer = encode_answer(chat, TALK[:-1], TALK[-1:])
+    prompt, answer = encode_response(chat, TALK[:-1], TALK[-1:])
     assert ids == prompt + answer
     assert learnt[-len(answer) :] == [True] * len(answer)
 
@@ -148,7 +148,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(chat):
     with pytest.raises(ValueError, match=r"writes earlier turns anew.*set data\.chat_template"):
         encode_messages(chat, TALK)
     with pytest.raises(ValueError, match="writes earlier turns anew"):
-        encode_answer(chat, USER, "hello")
+        encode_response(chat, USER, "hello")
 
 
 def test_conversations_need_a_template(plain):
@@ -203,7 +203,7 @@ def test_a_real_tokenizer_writes_answers_where_the_prompt_ends():
     if not (SHARED / "models" / "stories260K").is_dir():
         pytest.skip("the shared real model is not here")
     tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"))
-    prompt, answer = encode_answer(tokenizer, "Once upon a time", ", there was a cat.")
+    prompt, answer = encode_response(tokenizer, "Once upon a time", ", there was a cat.")
     assert tokenizer.decode(prompt + answer) == "Once upon a time, there was a cat.</s>"
     assert tokenizer.pad_token_id == 0
 

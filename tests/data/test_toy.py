@@ -4,10 +4,10 @@ import pytest
 
 from lit_align.data.toy import (
     all_prompts,
-    parses,
+    is_grammatical,
+    prompted_aspect,
     sentiment,
     sentiment_reward,
-    subject,
     toy_rows,
     toy_tokenizer,
 )
@@ -42,7 +42,8 @@ def test_rows_are_the_same_every_time(test):
 def test_everything_that_is_written_parses(train, test):
     for row in train + test:
         assert all(
-            parses(row["prompt"], row[name]) for name in ("completion", "chosen", "rejected")
+            is_grammatical(row["prompt"], row[name])
+            for name in ("completion", "chosen", "rejected")
         )
 
 
@@ -66,7 +67,7 @@ def test_decoding_gives_the_text_back(test):
     ],
 )
 def test_reviews_of_the_grammar(review):
-    assert parses(PROMPT, review)
+    assert is_grammatical(PROMPT, review)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_reviews_of_the_grammar(review):
     ],
 )
 def test_texts_outside_the_grammar(prompt, review):
-    assert not parses(prompt, review)
+    assert not is_grammatical(prompt, review)
 
 
 def test_sentiment_by_hand():
@@ -104,7 +105,7 @@ def test_the_better_answer_is_chosen_more_often_but_not_always(train):
 
 
 def test_prompts_name_their_aspect_and_splits_their_names():
-    assert subject(PROMPT) == "music"
-    assert subject("once upon a time") == ""
+    assert prompted_aspect(PROMPT) == "music"
+    assert prompted_aspect("once upon a time") == ""
     with pytest.raises(ValueError, match="no split 'dev'; there are train and test"):
         toy_rows("dev")

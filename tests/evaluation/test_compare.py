@@ -8,9 +8,9 @@ from tiny_models import WORDS
 
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
-from lit_align.evaluation.compare import compared, shown
+from lit_align.evaluation.compare import compare_models, model_comparison_table
 from lit_align.models.policy import Policy
-from lit_align.tools.resolve_model import found_model
+from lit_align.tools.resolve_model import resolve_model
 
 
 def rows(*scores: float, length: int = 3, said: str = "a b", **more: float) -> list[dict]:
@@ -29,7 +29,7 @@ def rows(*scores: float, length: int = 3, said: str = "a b", **more: float) -> l
 
 
 def test_the_others_are_compared_with_the_first():
-    found = compared({"one": rows(0, 1, 2, 3), "other": rows(2, 1, 3, 2, length=5)}, 1)
+    found = compare_models({"one": rows(0, 1, 2, 3), "other": rows(2, 1, 3, 2, length=5)}, 1)
     assert found["one"]["reward"] == 1.5
     assert "win rate" not in found["one"]
     assert found["other"]["gain"] == 0.5
@@ -39,14 +39,14 @@ def test_the_others_are_compared_with_the_first():
 
 
 def test_an_interval_is_over_prompts_and_not_over_their_samples():
-    found = compared({"one": rows(*[1, 3] * 40)}, 2)["one"]
+    found = compare_models({"one": rows(*[1, 3] * 40)}, 2)["one"]
     assert found["prompts"] == 40
     assert found["reward, 95 %"] == [2.0, 2.0]
 
 
 def test_a_source_that_says_right_or_wrong_gets_exact_match_and_pass_at_k():
     answers = rows(1, 0, 0, 0, 1, 1, 1, 1, scores__exact_answer=1.0, scores__length=2.0)
-    found = compared({"one": answers}, 4)["one"]
+    found = compare_models({"one": answers}, 4)["one"]
     assert found["exact_answer, exact match"] == 5 / 8
     assert found["exact_answer, pass@1"] == 5 / 8
     assert found["exact_answer, pass@2"] == (3 / 6 + 1) / 2
@@ -57,13 +57,13 @@ def test_a_source_that_says_right_or_wrong_gets_exact_match_and_pass_at_k():
 def test_other_prompts_are_refused():
     other = [{**row, "prompt": "q"} for row in rows(1, 2)]
     with pytest.raises(ValueError, match="two answers other prompts than the first"):
-        compared({"one": rows(1, 2), "two": other}, 1)
+        compare_models({"one": rows(1, 2), "two": other}, 1)
     with pytest.raises(ValueError, match="no answers to compare"):
-        compared({"one": []}, 1)
+        compare_models({"one": []}, 1)
 
 
 def test_the_table_has_a_column_per_model():
-    table = shown(compared({"one": rows(0, 1), "[b]two": rows(1, 1)}, 1))
+    table = model_comparison_table(compare_models({"one": rows(0, 1), "[b]two": rows(1, 1)}, 1))
     assert [column.header for column in table.columns] == ["figure", "one", "\\[b]two"]
 
 
@@ -78,12 +78,12 @@ def test_a_run_or_an_export_of_several_roles_is_a_model_too(tmp_path):
     for place in ("one/hf", "two/hf/policy"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "config.json").write_text("{}")
-    assert found_model(str(tmp_path / "one")) == str(tmp_path / "one/hf")
-    assert found_model(str(tmp_path / "two" / "hf")) == str(tmp_path / "two/hf/policy")
-    assert found_model("some/hub-id") == "some/hub-id"
+    assert resolve_model(str(tmp_path / "one")) == str(tmp_path / "one/hf")
+    assert resolve_model(str(tmp_path / "two" / "hf")) == str(tmp_path / "two/hf/policy")
+    assert resolve_model("some/hub-id") == "some/hub-id"
     (tmp_path / "notes").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no model is saved there. Found: nothing"):
-        found_model(str(tmp_path / "notes"))
+        resolve_model(str(tmp_path / "notes"))
 
 
 EVALUATE = (
@@ -93,7 +93,7 @@ EVALUATE = (
     "toy",
     "--data.max_rows",
     "6",
-    "--rollout.num_samples",
+    "--rollout.predict_samples",
     "2",
 )
 
@@ -120,10 +120,10 @@ def test_a_file_of_its_own_is_evaluated_whole_and_greedy_answers_do_not_vary(tmp
         save(tmp_path / "one", 0),
         "--data.path",
         "mine.jsonl",
-        "--rollout.predict_greedily",
+        "--rollout.predict_greedy",
         "true",
     ]
-    words += ["--reward.sources", "Length", "--reward.sources.target", "3"]
+    words += ["--reward.functions", "Length", "--reward.functions.target", "3"]
     words += ["--rollout.max_new_tokens", "5", "--accelerator", "cpu"]
     found = []
     for seed in ("0", "1"):
@@ -136,9 +136,9 @@ def test_a_file_of_its_own_is_evaluated_whole_and_greedy_answers_do_not_vary(tmp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--reward", "null"), "evaluate compares by rewards: add --reward.sources"),
-        (("--rollout.num_samples", "0"), "num_samples must be at least 1"),
-        (("--rollout.predict_greedily", "true"), "1 where answers are greedy: found 2"),
+        (("--reward", "null"), "evaluate compares by rewards: add --reward.functions"),
+        (("--rollout.predict_samples", "0"), "predict_samples must be at least 1"),
+        (("--rollout.predict_greedy", "true"), "and 1 with predict_greedy, found 2"),
         (("--data.pth", "x"), "'pth' is not accepted. Did you mean 'path'?"),
     ],
 )

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from lit_align.evaluation.compare import compared
-from lit_align.evaluation.judge import judged_wins
+from lit_align.evaluation.compare import compare_models
+from lit_align.evaluation.judge import judge_pairs
 
 LONGER = """import json, sys
 for line in sys.stdin:
@@ -29,25 +29,25 @@ def rows(*said: object, **more: object) -> list[dict]:
 
 def test_each_pair_has_a_verdict(tmp_path):
     mine, theirs = rows("abc", "a", "é\u2028\n"), rows("ab", "ab", "xyz")
-    assert judged_wins(judge(tmp_path, LONGER), mine, theirs) == [1.0, 0.0, 0.5]
+    assert judge_pairs(judge(tmp_path, LONGER), mine, theirs) == [1.0, 0.0, 0.5]
 
 
 def test_conversations_are_judged_by_their_text(tmp_path):
     mine = rows([{"role": "assistant", "content": "abc"}])
-    assert judged_wins(judge(tmp_path, LONGER), mine, rows("ab")) == [1.0]
+    assert judge_pairs(judge(tmp_path, LONGER), mine, rows("ab")) == [1.0]
 
 
 def test_a_judge_who_prefers_a_place_says_nothing(tmp_path):
     code = "import sys\\nfor line in sys.stdin: print('a')".replace("\\n", "\n")
-    assert judged_wins(judge(tmp_path, code), rows("a", "b"), rows("c", "d")) == [0.5, 0.5]
+    assert judge_pairs(judge(tmp_path, code), rows("a", "b"), rows("c", "d")) == [0.5, 0.5]
 
 
 def test_the_judge_has_figures_of_its_own_and_needs_no_reward(tmp_path):
     command = judge(tmp_path, LONGER)
-    found = compared(
+    found = compare_models(
         {"one": rows("a", "a", "a", "a"), "other": rows("ab", "ab", "", "a")},
         1,
-        lambda a, b: judged_wins(command, a, b),
+        lambda a, b: judge_pairs(command, a, b),
     )
     assert "reward" not in found["one"]
     assert "win rate" not in found["other"]
@@ -68,10 +68,10 @@ def test_the_judge_has_figures_of_its_own_and_needs_no_reward(tmp_path):
 )
 def test_mistakes_of_the_command(code, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        judged_wins(judge(tmp_path, code), rows("a"), rows("b"))
+        judge_pairs(judge(tmp_path, code), rows("a"), rows("b"))
 
 
 @pytest.mark.parametrize("command", ["./nowhere.sh", "python 'half", ""])
 def test_a_command_that_cannot_start(command):
     with pytest.raises(ValueError, match="could not be started"):
-        judged_wins(command, rows("a"), rows("b"))
+        judge_pairs(command, rows("a"), rows("b"))

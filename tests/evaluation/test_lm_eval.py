@@ -10,7 +10,7 @@ from tiny_models import WORDS
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
 from lit_align.data.toy import toy_rows
-from lit_align.evaluation.lm_eval import measured
+from lit_align.evaluation.lm_eval import metric_with_interval
 from lit_align.models.policy import Policy
 
 TASK = """task: toy_choice
@@ -34,7 +34,7 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def words(tmp_path, model, monkeypatch):
+def argv(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")})
              for row in toy_rows("test")[:20]]  # fmt: skip
@@ -43,12 +43,12 @@ def words(tmp_path, model, monkeypatch):
     task = TASK.format(file=tmp_path / "pairs.jsonl")
     (tmp_path / "tasks" / "toy_choice.yaml").write_text(task)
     common = ("--config", "remax", "--config", "toy", "--data.max_rows", "2")
-    return ["evaluate", model, *common, "--accelerator", "cpu", "--lm_eval_folder", "tasks"]
+    return ["evaluate", model, *common, "--accelerator", "cpu", "--tasks_folder", "tasks"]
 
 
-def test_a_task_is_a_line_with_its_interval(words, model, tmp_path):
+def test_a_task_is_a_line_with_its_interval(argv, model, tmp_path):
     pytest.importorskip("lm_eval")
-    assert main([*words, "--lm_eval", "toy_choice"]) == 0
+    assert main([*argv, "--tasks", "toy_choice"]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())["models"][model]
     network, tokenizer = Policy(model), load_tokenizer(model)
     bos = [tokenizer.bos_token_id]  # which lm-eval puts in front, as the tokenizer does
@@ -71,27 +71,25 @@ def test_a_task_is_a_line_with_its_interval(words, model, tmp_path):
     assert (low, high) == pytest.approx((accuracy - 1.96 * error, accuracy + 1.96 * error))
 
 
-def test_an_unknown_task_is_named(words, capsys):
+def test_an_unknown_task_is_named(argv, capsys):
     pytest.importorskip("lm_eval")
-    assert main([*words, "--lm_eval", "toy_choise"]) == 2
+    assert main([*argv, "--tasks", "toy_choise"]) == 2
     assert "knows no such task; did you mean 'toy_choice'?" in capsys.readouterr().err
-    assert main([*words, "--lm_eval", "x", "--lm_eval_folder", "nowhere"]) == 2
-    assert "--lm_eval_folder nowhere: no such folder" in capsys.readouterr().err
+    assert main([*argv, "--tasks", "x", "--tasks_folder", "nowhere"]) == 2
+    assert "--tasks_folder nowhere: no such folder" in capsys.readouterr().err
 
 
-def test_without_the_harness_a_sentence_says_what_to_install(words, monkeypatch, capsys):
+def test_without_the_harness_a_sentence_says_what_to_install(argv, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert main([*words, "--lm_eval", "toy_choice"]) == 2
-    assert (
-        "--lm_eval needs the harness: pip install 'lit-align[lm-eval]'" in capsys.readouterr().err
-    )
+    assert main([*argv, "--tasks", "toy_choice"]) == 2
+    assert "--tasks needs the harness: pip install 'lit-align[lm-eval]'" in capsys.readouterr().err
 
 
 def test_names_and_intervals():
     values = {"acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1.0, "em_stderr,strict": "N/A"}
-    assert measured("t", "acc,none", 0.5, values) == {
+    assert metric_with_interval("t", "acc,none", 0.5, values) == {
         "t, acc": 0.5,
         "t, acc, 95 %": [pytest.approx(0.304), pytest.approx(0.696)],
     }
-    assert measured("t", "em,strict", 1.0, values) == {"t, em (strict)": 1.0}
+    assert metric_with_interval("t", "em,strict", 1.0, values) == {"t, em (strict)": 1.0}

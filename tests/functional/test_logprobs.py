@@ -159,7 +159,7 @@ def test_half_precision_factors_with_fp32_sums(monkeypatch):
         assert left.dtype == right.dtype == torch.bfloat16
         return (left.double() @ right.double()).to(out_dtype)
 
-    monkeypatch.setattr("lit_align.functional.logprobs._factor_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr("lit_align.functional.logprobs._matmul_dtype", lambda hidden: hidden.dtype)
     monkeypatch.setattr(torch, "mm", mm)
     same_as_naive_in_half_precision("cpu")
 

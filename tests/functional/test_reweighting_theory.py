@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lit_align.functional.reweighting import (
-    effective_share,
-    log_normaliser,
+    effective_sample_fraction,
+    log_normalizer,
     log_ratios,
     sample_weights,
     shaped_scores,
@@ -164,14 +164,14 @@ def test_s9_the_mixture_and_its_ratios():
 def test_s5_the_normaliser_is_the_best_objective():
     """All samples of the reference: with kl_coef 1 log Z is F, 1.02722218."""
     shaped = shaped_scores(SCORES, REF.log(), REF.log(), 1.0, 0.0)
-    log_z = float(log_normaliser(shaped, REF.log()))
+    log_z = float(log_normalizer(shaped, REF.log()))
     assert log_z == pytest.approx(1.02722218, abs=1e-8)
     assert float(objective(OPTIMUM)) == pytest.approx(log_z, abs=1e-12)
 
 
 def test_the_normaliser_is_what_the_weights_are_divided_by():
     shaped, log_rho = torch.randn(2, 3, 4, dtype=torch.double)
-    weights = ((shaped + log_rho).exp() / log_normaliser(shaped, log_rho).exp().unsqueeze(-1)) / 4
+    weights = ((shaped + log_rho).exp() / log_normalizer(shaped, log_rho).exp().unsqueeze(-1)) / 4
     torch.testing.assert_close(weights.sum(-1), log_rho.exp().mean(-1))
 
 
@@ -220,6 +220,6 @@ def test_without_kl_coef_steps_add_up():
 
 def test_the_effective_share_lies_between_one_sample_and_all():
     weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 3.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
-    assert effective_share(weights).tolist() == [1.0, 0.25, 0.5]
-    random = effective_share(torch.rand(100, 5) + 1e-3)
+    assert effective_sample_fraction(weights).tolist() == [1.0, 0.25, 0.5]
+    random = effective_sample_fraction(torch.rand(100, 5) + 1e-3)
     assert ((random > 0.2) & (random < 1)).all()

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_align.functional.sparse_low_rank import assembled, draw_support, sparse_low_rank
+from lit_align.functional.sparse_low_rank import dense_weight, draw_support, sparse_low_rank
 
 # B = [[1], [2]], A = [[3, 4]], scale 2, S = .5 at row 0, column 1 and -1 at row 1, column 0
 A, B = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [2.0]])
@@ -35,12 +35,12 @@ def plain(inputs, lora_a, lora_b, value, index, scale):
 
 
 def test_the_weight_is_scaled_low_rank_plus_sparse():
-    assert assembled(A, B, VALUE, INDEX, SCALE).tolist() == [[6.0, 8.5], [11.0, 16.0]]
+    assert dense_weight(A, B, VALUE, INDEX, SCALE).tolist() == [[6.0, 8.5], [11.0, 16.0]]
 
 
 def test_positions_count_along_rows():
     lora_a, lora_b = torch.zeros(1, 3), torch.zeros(2, 1)
-    weight = assembled(lora_a, lora_b, torch.ones(1), torch.tensor([3]), 1.0)
+    weight = dense_weight(lora_a, lora_b, torch.ones(1), torch.tensor([3]), 1.0)
     assert weight.tolist() == [[0, 0, 0], [1, 0, 0]]
 
 

@@ -10,9 +10,9 @@ from tiny_models import TINY, ragged_rollout
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lit_align.batches import Experience
-from lit_align.models.generation.decode import Responses, Sampling
-from lit_align.models.generation.static_cache import FixedContext
-from lit_align.models.kernels import varlen_attention as packing
+from lit_align.models.generation.decode import Responses, SamplingParams
+from lit_align.models.generation.static_cache import StaticDecodeState
+from lit_align.models.kernels import varlen_attention
 from lit_align.models.kernels.rms_norm import RMSNorm
 from lit_align.models.policy import Policy
 
@@ -36,15 +36,19 @@ def answers(policy: Policy) -> Responses:
     real = torch.arange(9) >= 9 - torch.tensor(lengths)[:, None]
     rows = Experience(prompts=ids, prompt_mask=real, prompt_lengths=lengths).to(GPU)
     noise = torch.rand(32, 64, generator=generator).to(GPU)
-    return policy.respond(rows, noise, [row % 2 == 1 for row in range(32)], [2, 3], 0, Sampling())
+    return policy.generate(
+        rows, noise, [row % 2 == 1 for row in range(32)], [2, 3], 0, SamplingParams()
+    )
 
 
 @pytest.mark.parametrize("heads", [2, 1])
 def test_the_kernel_for_packed_halves_says_what_single_texts_say(monkeypatch, heads):
     """And so do its gradients, by rounding of halves."""
     policy, batch = on_gpu(heads, dtype="bfloat16"), ragged_rollout().to(GPU)
-    calls, kernel = [], packing.by_kernel
-    monkeypatch.setattr(packing, "by_kernel", lambda *given: calls.append(1) or kernel(*given))
+    calls, kernel = [], varlen_attention.flash_varlen
+    monkeypatch.setattr(
+        varlen_attention, "flash_varlen", lambda *given: calls.append(1) or kernel(*given)
+    )
 
     def passed():
         logprobs = policy.logprobs(batch)
@@ -56,7 +60,9 @@ def test_the_kernel_for_packed_halves_says_what_single_texts_say(monkeypatch, he
     logprobs, gradient = passed()
     assert len(calls) == 2
     layer = SimpleNamespace(num_key_value_groups=2 // heads)
-    monkeypatch.setattr(packing, "by_kernel", partial(packing.run_by_run, layer))
+    monkeypatch.setattr(
+        varlen_attention, "flash_varlen", partial(varlen_attention.attention_by_equal_length, layer)
+    )
     expected, other = passed()
     assert (logprobs - expected).abs().max() < 0.05
     assert (gradient - other).norm() < 0.03 * other.norm()
@@ -65,15 +71,15 @@ def test_the_kernel_for_packed_halves_says_what_single_texts_say(monkeypatch, he
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("heads", [2, 1])
 def test_a_recorded_step_says_the_same(monkeypatch, heads, compiles):
-    plain = answers(on_gpu(heads, fixed_cache=False))
-    recorded, read = [], FixedContext.read
+    plain = answers(on_gpu(heads, static_kv_cache=False))
+    recorded, read = [], StaticDecodeState.forward
 
-    def watched(context, tokens):
+    def watched(state, tokens):
         recorded.append(torch.cuda.is_current_stream_capturing())
-        read(context, tokens)
+        read(state, tokens)
 
-    monkeypatch.setattr(FixedContext, "read", watched)
-    said = answers(on_gpu(heads, compile=compiles))  # fixed_cache is the default here
+    monkeypatch.setattr(StaticDecodeState, "forward", watched)
+    said = answers(on_gpu(heads, compile=compiles))  # static_kv_cache is the default here
     assert sum(recorded) > 1  # rows have left the batch
     assert len(recorded) == 2 * sum(recorded)  # one to warm up, one to record; the rest is replayed
     assert torch.equal(said.tokens, plain.tokens)
@@ -90,7 +96,7 @@ def test_a_half_network_stays_half_under_autocast():
     """As adapters' bases do under bf16-mixed: the head multiplies halves."""
     batch = ragged_rollout().to(GPU)
     with torch.autocast("cuda", torch.bfloat16):
-        assert on_gpu(dtype="bfloat16").hidden(batch).dtype is torch.bfloat16
+        assert on_gpu(dtype="bfloat16").hidden_states(batch).dtype is torch.bfloat16
 
 
 def test_a_norm_is_one_kernel_and_keeps_its_input_alone():

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_align.batches import Experience
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import ACTOR, CRITIC, Hydra, JointHydra
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar, at_last_token
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead, values_at_last_token
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def base(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("two_headed")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        TwoHeaded(config=dict(TINY)).save(folder)
+        PolicyWithRewardHead(config=dict(TINY)).save(folder)
     return str(folder)
 
 
@@ -39,7 +39,7 @@ def answered(prompts) -> Experience:
 def hydra(base: str, kind: type[Hydra] = Hydra, **settings) -> Hydra:
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        return kind(base, lora=LoRA(rank=4, alpha=8), **settings)
+        return kind(base, lora=LoRA(r=4, lora_alpha=8), **settings)
 
 
 def stir(network: Hydra) -> Hydra:
@@ -75,17 +75,19 @@ def loudness(network: Hydra, adapter: str) -> float:
 
 
 def test_one_folder_holds_a_language_model_and_a_reward_model(base, answered):
-    two = TwoHeaded(base)
+    two = PolicyWithRewardHead(base)
     language = AutoModelForCausalLM.from_pretrained(base)
     judge = AutoModelForSequenceClassification.from_pretrained(base)
     assert torch.equal(language.lm_head.weight, two.head.weight)
     assert torch.equal(judge.score.weight, two.network.score.weight)
-    assert torch.equal(Scalar(base).scores(answered), hydra(base).base_scores(answered)[0])
+    assert torch.equal(
+        ScalarHead(base).scores(answered), hydra(base).scores_and_ref_logprobs(answered)[0]
+    )
 
 
 def test_a_language_model_gets_a_new_reward_head_and_hydra_refuses_it(tmp_path):
     tiny().save(tmp_path)
-    assert TwoHeaded(str(tmp_path)).missing == ["score.weight"]
+    assert PolicyWithRewardHead(str(tmp_path)).missing_weights == ["score.weight"]
     with pytest.raises(ValueError, match=r"lacks 1 weights, the first is 'score.weight'"):
         Hydra(str(tmp_path))
 
@@ -94,30 +96,32 @@ def test_a_language_model_gets_a_new_reward_head_and_hydra_refuses_it(tmp_path):
 
 
 def test_h2_adapters_off_is_the_base_bit_for_bit(base, answered):
-    network, untouched = stir(hydra(base)), TwoHeaded(base)
-    with network.adapters_off(), torch.no_grad():
+    network, untouched = stir(hydra(base)), PolicyWithRewardHead(base)
+    with network.adapters.disabled(), torch.no_grad():
         assert torch.equal(network.logprobs(answered), untouched.logprobs(answered))
-    scores, logprobs = network.base_scores(answered)
+    scores, logprobs = network.scores_and_ref_logprobs(answered)
     assert torch.equal(logprobs, untouched.logprobs(answered))
-    assert torch.equal(scores, Scalar(base).scores(answered))
+    assert torch.equal(scores, ScalarHead(base).scores(answered))
     assert not torch.equal(network.logprobs(answered), untouched.logprobs(answered))
 
 
 @pytest.mark.parametrize("kind", [Hydra, JointHydra])
 def test_h3_the_critic_starts_as_the_reward_model_at_every_token(base, answered, kind):
-    network, judge = hydra(base, kind), Scalar(base)
+    network, judge = hydra(base, kind), ScalarHead(base)
     values = judge.state_values(answered)
     assert torch.allclose(network.state_values(answered), values, atol=1e-5)
-    assert torch.equal(network.logprobs(answered), network.base_scores(answered)[1])
+    assert torch.equal(network.logprobs(answered), network.scores_and_ref_logprobs(answered)[1])
 
 
 def test_reward_and_value_heads_are_two_tensors(base, answered):
     network = hydra(base)
-    before = network.base_scores(answered)[0]
+    before = network.scores_and_ref_logprobs(answered)[0]
     with torch.no_grad():
         network.network.score.modules_to_save[CRITIC].weight += 1.0
-    assert torch.equal(network.base_scores(answered)[0], before)
-    assert not torch.allclose(network.state_values(answered), Scalar(base).state_values(answered))
+    assert torch.equal(network.scores_and_ref_logprobs(answered)[0], before)
+    assert not torch.allclose(
+        network.state_values(answered), ScalarHead(base).state_values(answered)
+    )
 
 
 def test_the_value_head_trains_and_the_reward_head_does_not(base):
@@ -128,10 +132,10 @@ def test_the_value_head_trains_and_the_reward_head_does_not(base):
 
 def test_a_joint_pass_is_the_two_apart(base, answered):
     network = stir(hydra(base, JointHydra))
-    logprobs, entropy, values = network.act_and_value(answered)
+    logprobs, entropy, values = network.logprobs_entropy_and_values(answered)
     assert torch.equal(values, network.state_values(answered))
     assert torch.equal(logprobs, network.logprobs(answered))
-    assert torch.equal(entropy, network.score(answered)[1])
+    assert torch.equal(entropy, network.logprobs_and_entropy(answered)[1])
 
 
 # Pitfalls 1 to 4: switching, gradients and flags --------------------------------------------------
@@ -159,8 +163,8 @@ def test_pitfall_1_backward_before_the_switch_feeds_both(base, answered):
 
 def test_h6_checkpointed_blocks_are_computed_again_with_the_same_adapter(base, answered):
     norms = []
-    for checkpointing in (False, True):
-        network = stir(hydra(base, checkpointing=checkpointing))
+    for activation_checkpointing in (False, True):
+        network = stir(hydra(base, activation_checkpointing=activation_checkpointing))
         network.logprobs(answered).sum().backward()
         network.state_values(answered).sum().backward()
         norms.append([loudness(network, ACTOR), loudness(network, CRITIC)])
@@ -173,9 +177,9 @@ def test_pitfall_3_no_switch_freezes_what_trains(base, answered):
     for use in (
         network.state_values,
         network.logprobs,
-        network.base_scores,
+        network.scores_and_ref_logprobs,
         network.state_values,
-        network.base_scores,
+        network.scores_and_ref_logprobs,
     ):
         use(answered)
         assert {n for n, p in network.named_parameters() if p.requires_grad} == names
@@ -185,7 +189,7 @@ def test_pitfall_3_no_switch_freezes_what_trains(base, answered):
 
 def test_pitfall_4_the_base_scores_without_gradient_where_none_is_wanted(base, answered):
     with torch.no_grad():
-        scores, logprobs = hydra(base).base_scores(answered)
+        scores, logprobs = hydra(base).scores_and_ref_logprobs(answered)
     assert not scores.requires_grad
     assert not logprobs.requires_grad
 
@@ -195,13 +199,13 @@ def test_pitfall_4_the_base_scores_without_gradient_where_none_is_wanted(base, a
 
 def test_pitfall_7_fifty_switches_leave_a_bf16_base_as_it_was(base, answered):
     network = stir(hydra(base, dtype="bfloat16"))
-    before, scores = frozen(network), network.base_scores(answered)[0]
+    before, scores = frozen(network), network.scores_and_ref_logprobs(answered)[0]
     for _ in range(50):
         network.logprobs(answered)
         network.state_values(answered)
     after = frozen(network)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(network.base_scores(answered)[0], scores)
+    assert torch.equal(network.scores_and_ref_logprobs(answered)[0], scores)
 
 
 def test_pitfall_8_old_and_new_logprobs_take_one_path(base, answered):
@@ -240,8 +244,12 @@ def test_each_adapter_loads_over_the_base_without_us(base, answered, tmp_path):
     assert torch.allclose(
         own.where(answered.response_mask, 0), network.logprobs(answered), atol=1e-5
     )
-    ours = network(lambda: network.numbers(network.hidden(answered)))  # logprobs wore the actor
-    assert not torch.allclose(at_last_token(values, answered), at_last_token(ours, answered))
+    ours = network(
+        lambda: network.token_scores(network.hidden_states(answered))
+    )  # logprobs wore the actor
+    assert not torch.allclose(
+        values_at_last_token(values, answered), values_at_last_token(ours, answered)
+    )
     critics = network.state_values(answered)
     assert torch.allclose(values[:, 4:-1].where(answered.response_mask, 0), critics, atol=1e-5)
 
@@ -257,7 +265,7 @@ SHAPE = {
 
 
 def test_h10_parameters_of_base_and_adapters():
-    network = Hydra(config=dict(SHAPE), lora=LoRA(rank=4, alpha=8))
+    network = Hydra(config=dict(SHAPE), lora=LoRA(r=4, lora_alpha=8))
     assert sum(p.numel() for p in network.parameters() if not p.requires_grad) == 133440 + 64
     assert sum(p.numel() for p in network.adapter_weights(ACTOR)) == 9856
     assert sum(p.numel() for p in network.adapter_weights(CRITIC)) == 9920
@@ -277,7 +285,7 @@ def test_h10_static_bytes():
     printed = [1601280, 3736320, 1304064, 770304, 385152, 503424]
     assert list(layouts.values()) == printed
     for kind, name in ((JointHydra, "joint"), (Hydra, "Hydra")):
-        network = kind(config=dict(SHAPE), lora=LoRA(rank=4, alpha=8))
+        network = kind(config=dict(SHAPE), lora=LoRA(r=4, lora_alpha=8))
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad) - 64
         whole = sum(p.numel() for p in network.parameters()) - 128
         assert 2 * whole + 10 * trained == layouts[name]
@@ -287,7 +295,7 @@ def test_a_two_headed_model_with_an_adapter_saves_its_reward_head(base, answered
     """Hydra starts from what HydraSFT with LoRA has written: adapter and head over the base."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        trained = TwoHeaded(base, lora=LoRA(rank=2))
+        trained = PolicyWithRewardHead(base, lora=LoRA(r=2))
     names = [n for n, p in trained.network.named_parameters() if p.requires_grad]
     assert any(n.startswith("score.modules_to_save") for n in names)
     assert not any("score" in n and "lora" in n for n in names)
@@ -298,24 +306,26 @@ def test_a_two_headed_model_with_an_adapter_saves_its_reward_head(base, answered
                 weight.add_(torch.randn(weight.shape, generator=generator) * 0.02)
     trained.save(tmp_path)
     network = hydra(str(tmp_path))
-    scores = at_last_token(trained(lambda: trained.numbers(trained.hidden(answered))), answered)
-    assert torch.allclose(network.base_scores(answered)[0], scores, atol=1e-5)
+    scores = values_at_last_token(
+        trained(lambda: trained.token_scores(trained.hidden_states(answered))), answered
+    )
+    assert torch.allclose(network.scores_and_ref_logprobs(answered)[0], scores, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [Hydra, JointHydra])
 def test_the_value_head_of_a_bf16_base_is_float32(base, answered, kind):
     network = hydra(base, kind, dtype="bfloat16")
-    head = network.network.score.modules_to_save[network.critic].weight
+    head = network.network.score.modules_to_save[network.critic_adapter].weight
     assert head.dtype == torch.float32
     assert network.network.score.original_module.weight.dtype == torch.bfloat16
     network.state_values(answered).sum().backward()
     assert head.grad is not None
-    assert torch.isfinite(network.base_scores(answered)[0]).all()
+    assert torch.isfinite(network.scores_and_ref_logprobs(answered)[0]).all()
 
 
 def test_layers_trained_whole_are_refused(base):
-    with pytest.raises(ValueError, match=r"leave out lora.train_fully \['embed_tokens'\]"):
-        Hydra(base, lora=LoRA(train_fully=["embed_tokens"]))
+    with pytest.raises(ValueError, match=r"leave out lora.modules_to_save \['embed_tokens'\]"):
+        Hydra(base, lora=LoRA(modules_to_save=["embed_tokens"]))
 
 
 def test_the_table_counts_every_weight_once(base):

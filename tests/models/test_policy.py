@@ -7,18 +7,18 @@ import pytest
 import torch
 from tiny_models import TINY
 
-from lit_align.batches import Experience, Tokens
+from lit_align.batches import Experience, TextBatch
 from lit_align.functional.masks import through_first
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.generation.decode import Sampling, choose, likeliest
+from lit_align.models.generation.decode import SamplingParams, filter_top_k_top_p, sample_tokens
 from lit_align.models.policy import Policy
 
 
 def answer(policy, prompts, greedy=(False,) * 4, temperature_noise=7, length=6):
     """Answers four prompts as Rollout does."""
     noise = torch.rand(4, length, generator=torch.Generator().manual_seed(temperature_noise))
-    batch = prompts.repeat(1)
-    responses = policy.eval().respond(batch, noise, greedy, [2], 0, Sampling())
+    batch = prompts.repeat_interleave(1)
+    responses = policy.eval().generate(batch, noise, greedy, [2], 0, SamplingParams())
     batch.responses, batch.sampling_logprobs = responses
     batch.response_mask = through_first(batch.responses, [2])
     batch.response_lengths = batch.response_mask.sum(-1).tolist()
@@ -59,7 +59,7 @@ def test_logprobs_of_a_row_do_not_depend_on_its_company(tiny_policy, prompts):
     batch = answer(tiny_policy, prompts)
     together = tiny_policy.logprobs(batch)
     for row in range(4):
-        alone = batch.rows([row]).trim()
+        alone = batch.rows([row]).trim_padding()
         mask = alone.response_mask
         part = together[row : row + 1, : mask.shape[1]]
         torch.testing.assert_close(tiny_policy.logprobs(alone)[mask], part[mask], atol=1e-5, rtol=0)
@@ -78,7 +78,7 @@ def test_greedy_rows_are_identical_across_two_calls_and_take_the_likeliest(tiny_
     one = answer(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=1)
     two = answer(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=2)
     assert torch.equal(one.responses, two.responses)
-    hits = tiny_policy.hits(one)
+    hits = tiny_policy.top1_correct(one)
     assert hits[one.response_mask].all()
 
 
@@ -93,7 +93,9 @@ def test_greedy_and_sampled_rows_share_a_call(tiny_policy, prompts):
 def test_an_answer_is_padded_behind_its_stop_even_where_pad_is_a_stop(tiny_policy, prompts):
     noise = torch.rand(4, 12, generator=torch.Generator().manual_seed(3))
     stops = list(range(2, 18))  # half of the vocabulary: every row stops early
-    tokens, logprobs = tiny_policy.eval().respond(prompts, noise, [False] * 4, stops, 2, Sampling())
+    tokens, logprobs = tiny_policy.eval().generate(
+        prompts, noise, [False] * 4, stops, 2, SamplingParams()
+    )
     mask = through_first(tokens, stops)
     assert (mask.sum(-1) < 12).all()
     assert (tokens[~mask] == 2).all()
@@ -104,22 +106,24 @@ def test_a_token_is_chosen_at_its_quantile():
     probs = torch.tensor([[0.2, 0.5, 0.3]]).expand(5, 3)
     noise = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71])
     greedy = torch.zeros(5, dtype=torch.bool)
-    assert choose(probs.log(), noise, greedy, Sampling()).tolist() == [0, 0, 1, 1, 2]
-    assert choose(probs.log(), noise, ~greedy, Sampling()).tolist() == [1] * 5
+    assert sample_tokens(probs.log(), noise, greedy, SamplingParams()).tolist() == [0, 0, 1, 1, 2]
+    assert sample_tokens(probs.log(), noise, ~greedy, SamplingParams()).tolist() == [1] * 5
 
 
 def test_sampling_frequencies_are_the_policys():
     probs = torch.tensor([0.6, 0.35, 0.05]).expand(200_000, 3)
     noise = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
-    tokens = choose(probs.log(), noise, torch.zeros(200_000, dtype=torch.bool), Sampling())
+    tokens = sample_tokens(
+        probs.log(), noise, torch.zeros(200_000, dtype=torch.bool), SamplingParams()
+    )
     frequencies = tokens.bincount(minlength=3) / 200_000
     assert (frequencies - probs[0]).abs().max() < 0.005  # over four standard errors
 
 
 def test_top_k_and_top_p_keep_the_likeliest():
     logprobs = torch.tensor([[0.6, 0.35, 0.05]]).log()
-    assert likeliest(logprobs, Sampling(top_k=1)).tolist()[0][1:] == [0.0, 0.0]
-    kept = likeliest(logprobs, Sampling(top_p=0.9))
+    assert filter_top_k_top_p(logprobs, SamplingParams(top_k=1)).tolist()[0][1:] == [0.0, 0.0]
+    kept = filter_top_k_top_p(logprobs, SamplingParams(top_p=0.9))
     torch.testing.assert_close(kept, torch.tensor([[0.6, 0.35, 0.0]]))
 
 
@@ -134,7 +138,7 @@ def test_temperature_divides_the_logits(tiny_policy, prompts):
 
 def test_an_adapter_starts_as_its_base_and_can_be_switched_off(prompts):
     torch.manual_seed(0)
-    policy = Policy(config=dict(TINY), lora=LoRA(rank=2, alpha=4))
+    policy = Policy(config=dict(TINY), lora=LoRA(r=2, lora_alpha=4))
     batch = answer(policy, prompts)
     before = policy.logprobs(batch)
     with torch.no_grad():
@@ -142,7 +146,7 @@ def test_an_adapter_starts_as_its_base_and_can_be_switched_off(prompts):
             if "lora_B" in name:
                 weight.normal_()
     assert (policy.logprobs(batch) - before).abs().max() > 0.1
-    with policy.adapters_off():
+    with policy.adapters.disabled():
         torch.testing.assert_close(policy.logprobs(batch), before)
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert trained
@@ -195,7 +199,7 @@ def test_a_saved_policy_loads_elsewhere(tiny_policy, tmp_path):
 
 def test_an_adapters_folder_is_merged_into_its_base(tmp_path, tiny_policy, prompts):
     tiny_policy.save(tmp_path / "base")
-    policy = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
+    policy = Policy(str(tmp_path / "base"), lora=LoRA(r=2, lora_alpha=4))
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if "lora_B" in name:
@@ -224,9 +228,9 @@ def test_several_stop_ids_come_from_the_generation_config(tiny_policy):
 def test_hits_are_the_share_of_likeliest_tokens(tiny_policy):
     ids = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
     ones = torch.ones_like(ids, dtype=torch.bool)
-    batch = Tokens(tokens=ids, token_mask=ones, loss_mask=ones, lengths=[6, 6])
+    batch = TextBatch(tokens=ids, token_mask=ones, target_mask=ones, lengths=[6, 6])
     best = tiny_policy.network(input_ids=ids).logits[:, :-1].argmax(-1)
-    assert torch.equal(tiny_policy.hits(batch), best == ids[:, 1:])
+    assert torch.equal(tiny_policy.top1_correct(batch), best == ids[:, 1:])
     assert math.isclose(float(batch.response_mask.sum()), 10)
 
 

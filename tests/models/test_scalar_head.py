@@ -5,39 +5,39 @@ import torch
 from tiny_models import TINY
 from transformers import AutoModelForSequenceClassification
 
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
-from lit_align.rewards.reward_model import TrainedScalar
+from lit_align.models.scalar_head import ScalarHead
+from lit_align.rewards.reward_model import RewardNetwork
 
 
-def texts(left: int = 0, right: int = 0) -> Tokens:
+def texts(left: int = 0, right: int = 0) -> TextBatch:
     """Texts of 6, 3 and 4 tokens with padding on either side."""
     lengths = [6, 3, 4]
     ids = torch.randint(3, 32, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(6) < torch.tensor(lengths).unsqueeze(1)
     pad = torch.nn.functional.pad
     ids, mask = pad(ids.where(mask, 0), (left, right)), pad(mask, (left, right), value=False)
-    return Tokens(tokens=ids, token_mask=mask, loss_mask=mask, lengths=lengths)
+    return TextBatch(tokens=ids, token_mask=mask, target_mask=mask, lengths=lengths)
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 3), (4, 0), (2, 5)])
 def test_scores_do_not_depend_on_padding(left, right):
-    scalar = Scalar(config=dict(TINY))
+    scalar = ScalarHead(config=dict(TINY))
     expected = scalar.scores(texts())
     torch.testing.assert_close(scalar.scores(texts(left, right)), expected, atol=1e-5, rtol=0)
 
 
 def test_the_score_is_the_value_at_the_last_real_token():
-    scalar = Scalar(config=dict(TINY))
+    scalar = ScalarHead(config=dict(TINY))
     values, scores = scalar.values(texts()), scalar.scores(texts())
     assert scores.tolist() == [values[0, 5].item(), values[1, 2].item(), values[2, 3].item()]
 
 
 def test_transformers_loads_what_was_saved_and_scores_the_same(tmp_path):
-    scalar = Scalar(config=dict(TINY))
+    scalar = ScalarHead(config=dict(TINY))
     scalar.network.config.pad_token_id = 0
     scalar.save(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -48,7 +48,7 @@ def test_transformers_loads_what_was_saved_and_scores_the_same(tmp_path):
 
 def test_a_language_model_gets_a_new_head(tmp_path, tiny_policy):
     tiny_policy.save(tmp_path)
-    scalar = Scalar(str(tmp_path))
+    scalar = ScalarHead(str(tmp_path))
     assert scalar.network.score.weight.shape == (1, 32)
     torch.testing.assert_close(
         scalar.network.base_model.embed_tokens.weight,
@@ -59,33 +59,33 @@ def test_a_language_model_gets_a_new_head(tmp_path, tiny_policy):
 def test_an_adapters_trunk_gets_a_new_head_and_is_no_reward_model(tmp_path, tiny_policy, recwarn):
     """What SFT with LoRA has written starts a critic; as a reward model it is refused."""
     tiny_policy.save(tmp_path / "base")
-    policy = Policy(str(tmp_path / "base"), lora=LoRA(rank=2))
+    policy = Policy(str(tmp_path / "base"), lora=LoRA(r=2))
     with torch.no_grad():
         for weight in policy.parameters():
             if weight.requires_grad:
                 weight.fill_(0.1)
     policy.save(tmp_path / "adapter")
-    critic = Scalar(str(tmp_path / "adapter"))
-    assert critic.missing == ["score.weight"]
+    critic = ScalarHead(str(tmp_path / "adapter"))
+    assert critic.missing_weights == ["score.weight"]
     whole = Policy(str(tmp_path / "adapter"))
     for own, expected in zip(
         critic.network.base_model.parameters(), whole.network.base_model.parameters(), strict=True
     ):
         assert torch.equal(own, expected)
     with pytest.raises(ValueError, match=r"lacks .*'score.weight': give a path that has them"):
-        TrainedScalar(str(tmp_path / "adapter"))
+        RewardNetwork(str(tmp_path / "adapter"))
     assert not [warning for warning in recwarn if "adapter keys" in str(warning.message)]
 
 
 def test_a_critics_adapter_is_no_policy(tmp_path):
-    Scalar(config=dict(TINY)).save(tmp_path / "base")
-    Scalar(str(tmp_path / "base"), lora=LoRA(rank=2)).save(tmp_path / "adapter")
+    ScalarHead(config=dict(TINY)).save(tmp_path / "base")
+    ScalarHead(str(tmp_path / "base"), lora=LoRA(r=2)).save(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"trained as a score head's \(SEQ_CLS\) and not"):
         Policy(str(tmp_path / "adapter"))
 
 
 def test_the_head_trains_beside_an_adapter():
-    scalar = Scalar(config=dict(TINY), lora=LoRA(rank=2))
+    scalar = ScalarHead(config=dict(TINY), lora=LoRA(r=2))
     trained = [name for name, weight in scalar.named_parameters() if weight.requires_grad]
     assert any("score" in name for name in trained)
     assert any("lora_A" in name for name in trained)
@@ -95,19 +95,21 @@ def test_the_head_trains_beside_an_adapter():
 def test_a_classifier_without_a_token_level_head_is_refused():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(ValueError, match="no token-level `score` head"):
-        Scalar(config={"model_type": "bert", "vocab_size": 32, "intermediate_size": 16, **sizes})
+        ScalarHead(
+            config={"model_type": "bert", "vocab_size": 32, "intermediate_size": 16, **sizes}
+        )
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    Scalar(config=dict(TINY)).save(tmp_path)
+    ScalarHead(config=dict(TINY)).save(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
     del state["model.norm.weight"]
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights, the first is 'model.norm.weight'"):
-        Scalar(str(tmp_path))
+        ScalarHead(str(tmp_path))
 
 
 def test_blocks_are_the_transformer_blocks():

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import Hydra
 from lit_align.models.policy import Policy
-from lit_align.models.sltrain import SLTrain, SparseLowRankLinear, saves
+from lit_align.models.sltrain import SLTrain, SparseLowRankLinear, saves_memory
 
 SMALL = SLTrain(rank=4, alpha=2, density=0.1)
 IDS = torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -243,19 +243,19 @@ def test_a_new_layer_has_the_bias_dtype_and_sizes_of_the_old_one():
     [(4096, 4096, 0.05, 1945), (2048, 2048, 0.03, 993)],
 )
 def test_break_even(inputs, outputs, density, largest):
-    assert saves(inputs, outputs, largest, density)
-    assert not saves(inputs, outputs, largest + 1, density)
+    assert saves_memory(inputs, outputs, largest, density)
+    assert not saves_memory(inputs, outputs, largest + 1, density)
 
 
 def test_equally_many_numbers_are_no_saving():
     assert (4 + 4) * 1 + int(0.5 * 16) == 16
-    assert not saves(4, 4, 1, 0.5)
-    assert saves(4, 4, 1, 0.4)
+    assert not saves_memory(4, 4, 1, 0.5)
+    assert saves_memory(4, 4, 1, 0.4)
 
 
 def test_grouped_keys_and_values_stay_dense_where_low_rank_is_larger():
-    assert not saves(4096, 1024, 1024, 0.05)
-    assert not saves(4096, 1024, 1024, 0.0)
+    assert not saves_memory(4096, 1024, 1024, 0.05)
+    assert not saves_memory(4096, 1024, 1024, 0.0)
     # of TINY: k and v, 32 x 16, save up to rank 9; q and o, 32 x 32, up to 14; the others more
     with pytest.warns(UserWarning, match=r"leaves 4 of 14 layers dense, such as self_attn.k_proj"):
         policy = tiny(sltrain=SLTrain(rank=12, alpha=3, density=0.1))
@@ -279,6 +279,6 @@ def test_pretrained_weights_and_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"would throw those of .* away: give a config"):
         Policy(str(tmp_path), sltrain=SMALL)
     with pytest.raises(ValueError, match="all weights of a block, and an adapter freezes them"):
-        Policy(config=dict(TINY), lora=LoRA(rank=2), sltrain=SMALL)
+        Policy(config=dict(TINY), lora=LoRA(r=2), sltrain=SMALL)
     with pytest.raises(ValueError, match="all weights of a block, and an adapter freezes them"):
         Hydra(config=dict(TINY), sltrain=SMALL)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_align.models.adapters.sparse_lora import SparseLowRankAdapter
-from lit_align.models.sltrain import SLTrain, SparseLowRankLinear, saves
+from lit_align.models.sltrain import SLTrain, SparseLowRankLinear, saves_memory
 
 # hidden, MLP, blocks, heads, key-value heads; the paper's rank and density
 SIZES = {
@@ -37,7 +37,7 @@ def llama(sizes, num_blocks=None):
 def slim(sizes, rank, density, num_blocks=None):
     network = llama(sizes, num_blocks)
     with torch.device("meta"):
-        SLTrain(rank=rank, alpha=1, density=density).replace(network.model.layers)
+        SLTrain(rank=rank, alpha=1, density=density).replace_linears(network.model.layers)
     return network
 
 
@@ -146,8 +146,8 @@ def test_bytes_in_training_with_grouped_keys_and_values_dense():
 def test_the_largest_rank_that_saves_is_the_formulas(inputs, outputs):
     size = outputs * inputs
     largest = (size - int(0.03 * size) - 1) // (outputs + inputs)
-    assert saves(inputs, outputs, largest, 0.03)
-    assert not saves(inputs, outputs, largest + 1, 0.03)
+    assert saves_memory(inputs, outputs, largest, 0.03)
+    assert not saves_memory(inputs, outputs, largest + 1, 0.03)
 
 
 def test_a_network_without_values_has_positions_without_values():
@@ -166,7 +166,7 @@ def test_bytes_in_training_of_an_adapter(sizes, expected):
     network = llama(sizes)
     base = sum(weight.numel() for weight in network.parameters())
     with torch.device("meta"):
-        SparseLowRankAdapter(rank=128, density=0.01).adapt(network, "CAUSAL_LM")
+        SparseLowRankAdapter(r=128, density=0.01).apply_to(network, "CAUSAL_LM")
     trainable = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     positions = sum(b.numel() for name, b in network.named_buffers() if "lora_sparse" in name)
     frozen = sum(weight.numel() for weight in network.parameters()) - trainable

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, AdamW
 
-from lit_align.optim.galore import GaLoreAdamW, num_state, project, project_back, subspace
+from lit_align.optim.galore import (
+    GaLoreAdamW,
+    leading_singular_vectors,
+    num_state_values,
+    project,
+    project_back,
+)
 
 TALL = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
 EXACT = {"rtol": 0, "atol": 1e-6}
@@ -35,7 +41,7 @@ def galore(param: nn.Parameter, lr: float = 0.1, **group: float) -> GaLoreAdamW:
 
 
 def test_a_tall_gradient_is_projected_from_the_right():
-    basis = subspace(TALL, 1, right=True)
+    basis = leading_singular_vectors(TALL, 1, right=True)
     torch.testing.assert_close(basis, torch.tensor([[0.0], [1.0]]), **EXACT)
     low = project(TALL, basis, right=True)
     torch.testing.assert_close(low, torch.tensor([[0.0], [4.0], [0.0]]), **EXACT)
@@ -44,7 +50,7 @@ def test_a_tall_gradient_is_projected_from_the_right():
 
 
 def test_a_wide_gradient_is_projected_from_the_left():
-    basis = subspace(TALL.mT, 1, right=False)
+    basis = leading_singular_vectors(TALL.mT, 1, right=False)
     low = project(TALL.mT, basis, right=False)
     torch.testing.assert_close(low, torch.tensor([[0.0, 4.0, 0.0]]), **EXACT)
     back = project_back(low, basis, right=False) * 0.25
@@ -62,14 +68,17 @@ def test_the_moments_are_as_long_as_the_larger_side(shape, low):
 
 
 def test_the_reversed_side_has_the_shorter_moments():
-    assert project(TALL.mT, subspace(TALL.mT, 1, right=True), right=True).shape == (2, 1)
+    assert project(TALL.mT, leading_singular_vectors(TALL.mT, 1, right=True), right=True).shape == (
+        2,
+        1,
+    )
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_the_basis_is_of_singular_vectors_largest_first(right):
     gradient = random(7, 5)
     left, sizes, others = torch.linalg.svd(gradient, full_matrices=False)
-    basis = subspace(gradient, 3, right)
+    basis = leading_singular_vectors(gradient, 3, right)
     expected = others[:3].mT if right else left[:, :3]
     torch.testing.assert_close((basis * expected).sum(0).abs(), torch.ones(3).double())
     torch.testing.assert_close(
@@ -80,25 +89,25 @@ def test_the_basis_is_of_singular_vectors_largest_first(right):
 @pytest.mark.parametrize("right", [True, False])
 def test_the_largest_entry_of_each_vector_is_positive(right):
     for seed in range(5):
-        basis = subspace(random(7, 5, seed=seed), 3, right)
+        basis = leading_singular_vectors(random(7, 5, seed=seed), 3, right)
         leading = basis.gather(0, basis.abs().argmax(0, keepdim=True))
         assert (leading > 0).all()
-        assert torch.equal(basis, subspace(-random(7, 5, seed=seed), 3, right))
+        assert torch.equal(basis, leading_singular_vectors(-random(7, 5, seed=seed), 3, right))
 
 
 def test_the_sign_of_entries_of_one_size_does_not_hang_on_rounding():
     rounded = torch.tensor([[1.0, -1.0], [1.0, -1.0]], dtype=torch.float64)
     for change in (-1e-9, 0.0, 1e-9):
         rounded[0, 1] = -1.0 + change
-        basis = subspace(rounded, 1, right=True)
+        basis = leading_singular_vectors(rounded, 1, right=True)
         assert basis[0, 0] > 0 > basis[1, 0]
 
 
 def test_the_singular_vectors_of_half_precision_are_of_the_float32_gradient():
     gradient = random(9, 6, dtype=torch.bfloat16)
-    basis = subspace(gradient, 2, right=True)
+    basis = leading_singular_vectors(gradient, 2, right=True)
     assert basis.dtype == torch.bfloat16
-    assert torch.equal(basis, subspace(gradient.float(), 2, right=True).bfloat16())
+    assert torch.equal(basis, leading_singular_vectors(gradient.float(), 2, right=True).bfloat16())
 
 
 # Steps ------------------------------------------------------------------------------------------
@@ -155,7 +164,7 @@ def test_the_subspace_changes_at_steps_0_gap_and_2_gap(gap):
         bases.append(optimizer.state[param]["projector"])
     for number, basis in enumerate(bases):
         since = random(5, 4, seed=number // gap * gap)
-        assert torch.equal(basis, subspace(since, 1, right=True))
+        assert torch.equal(basis, leading_singular_vectors(since, 1, right=True))
 
 
 def test_the_update_is_linear_in_the_scale():
@@ -228,7 +237,7 @@ def test_within_a_period_the_rotation_of_the_basis_matters():
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7)])
 def test_a_projection_of_full_rank_loses_nothing(shape):
     gradient, right = random(*shape), shape[0] >= shape[1]
-    basis = subspace(gradient, 5, right)
+    basis = leading_singular_vectors(gradient, 5, right)
     one, other = nn.Parameter(random(*shape, seed=2)), nn.Parameter(random(*shape, seed=2))
     optimizers = SGD([one], lr=0.1), SGD([other], lr=0.1)
     for number in range(3):
@@ -241,7 +250,7 @@ def test_a_projection_of_full_rank_loses_nothing(shape):
 
 def test_the_projection_of_a_mean_is_the_mean_of_the_projections():
     parts = [random(5, 4, seed=number) for number in range(4)]
-    basis = subspace(parts[0], 2, right=True)
+    basis = leading_singular_vectors(parts[0], 2, right=True)
     mean = torch.stack([project(part, basis, right=True) for part in parts]).mean(0)
     torch.testing.assert_close(project(torch.stack(parts).mean(0), basis, right=True), mean)
 
@@ -367,7 +376,7 @@ def test_a_rank_or_gap_of_nothing_is_refused(wrong):
     ],
 )
 def test_the_numbers_kept_of_a_matrix(shape, rank, expected):
-    assert num_state(*shape, rank) == expected
+    assert num_state_values(*shape, rank) == expected
 
 
 def kept(optimizer: GaLoreAdamW) -> int:
@@ -437,7 +446,7 @@ def test_the_papers_table_of_bytes(model, rank, billions, table):
     assert number == pytest.approx(billions * 1e9, rel=5e-4)
     projector = moments = plain = 0
     for rows, columns in matrices:
-        kept = num_state(rows, columns, rank)
+        kept = num_state_values(rows, columns, rank)
         if kept < 2 * rows * columns:
             projector += rank * min(rows, columns)
             moments += kept - rank * min(rows, columns)

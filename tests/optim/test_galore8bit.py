@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lit_align.optim.galore import GaLore, num_state
+from lit_align.optim.galore import GaLore, num_state_values
 from lit_align.optim.galore8bit import GaLore8bit
 
 pytest.importorskip("torchao", reason="8-bit moments need torchao")
@@ -59,7 +59,7 @@ def test_a_moment_takes_a_byte_per_number_and_a_scale_per_block():
         sizes = {name: value.nbytes for name, value in state.items()}
         assert sizes["projector"] == 64 * 8 * 4
         assert sum(sizes[name] for name in CODED) == 2 * 512 * 8 * (1 + 4 / 256)
-    numbers = num_state(512, 64, 8) - 64 * 8
+    numbers = num_state_values(512, 64, 8) - 64 * 8
     assert sum(sizes[name] for name in CODED) / numbers == pytest.approx(1.016, abs=5e-4)
 
 
@@ -73,11 +73,13 @@ def test_small_moments_keep_the_type_of_the_weights():
 @pytest.mark.parametrize("signed", [True, False])
 def test_numbers_that_a_code_stands_for_are_kept_exactly(signed):
     _, optimizer = run(GaLore8bit, 0)
-    values = torch.stack([optimizer.map(signed, torch.zeros(())) * size for size in (0.5, 8.0)])
+    values = torch.stack(
+        [optimizer.quantization_map(signed, torch.zeros(())) * size for size in (0.5, 8.0)]
+    )
     codes, scale = torch.zeros(512, dtype=torch.uint8), torch.zeros(2)
-    optimizer.encode(values.flatten(), codes, scale, signed)
+    optimizer.quantize(values.flatten(), codes, scale, signed)
     assert scale.tolist() == [0.5, 8.0]
-    assert torch.equal(optimizer.decode(codes, scale, signed), values.flatten())
+    assert torch.equal(optimizer.dequantize(codes, scale, signed), values.flatten())
 
 
 def test_the_first_step_is_exact():
@@ -96,7 +98,7 @@ def test_later_steps_stay_near_those_of_whole_moments():
 
 def test_a_large_moment_is_taken_in_pieces(monkeypatch):
     whole, _ = run(GaLore8bit)
-    monkeypatch.setattr("lit_align.optim.galore8bit.AT_ONCE", 1024)
+    monkeypatch.setattr("lit_align.optim.galore8bit.FLOAT_CHUNK_SIZE", 1024)
     pieces, _ = run(GaLore8bit)
     assert all(map(torch.equal, whole.parameters(), pieces.parameters()))
 

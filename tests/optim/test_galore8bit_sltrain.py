@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.models.sltrain import SLTrain, SparseLowRankLinear
 from lit_align.optim.galore8bit import GaLore8bit
 
@@ -23,7 +23,7 @@ SHAPE = {
 RANK, DENSITY = 32, 0.13  # 128 x 128 x 0.13 = 2,129 and 320 x 128 x 0.13 = 5,324 entries
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 ONES = torch.ones_like(IDS, dtype=torch.bool)
-TEXTS = Tokens(tokens=IDS, token_mask=ONES, loss_mask=ONES, lengths=[12] * 4)
+TEXTS = TextBatch(tokens=IDS, token_mask=ONES, target_mask=ONES, lengths=[12] * 4)
 
 
 def network(kind=Policy):
@@ -157,7 +157,7 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
 
 
 def test_a_reward_model_learns_with_it():
-    model = network(Scalar)
+    model = network(ScalarHead)
     optimizer = optimizer_of(model, per_layer=True)
     target, losses = torch.tensor([1.0, -1.0, 0.5, 2.0]), []
     for _ in range(30):

@@ -7,7 +7,7 @@ import torch
 from tiny_models import SHARED
 from torch import Tensor, nn
 
-from lit_align.optim.galore import GaLoreAdamW, project, project_back, subspace
+from lit_align.optim.galore import GaLoreAdamW, leading_singular_vectors, project, project_back
 
 RECORD = SHARED / "golden" / "galore_projector.json"
 pytestmark = pytest.mark.skipif(not RECORD.is_file(), reason=f"{RECORD} is not there")
@@ -44,7 +44,7 @@ def test_projections_are_the_released_ones(shape, side):
     right = is_right(shape, side)
     for number, gradient in enumerate(gradients):
         if number % 4 == 0:
-            basis = subspace(gradient, 3, right)
+            basis = leading_singular_vectors(gradient, 3, right)
             theirs = recorded["basis"][number // 4]
             theirs = theirs.mT if right else theirs
             signs = (basis * theirs).sum(0).sign()
@@ -60,7 +60,10 @@ def test_projections_on_both_sides_are_the_released_ones(shape):
     gradients, recorded = golden(shape, "full")
     for number, gradient in enumerate(gradients):
         if number % 4 == 0:
-            left, right = subspace(gradient, 3, False), subspace(gradient, 3, True)
+            left, right = (
+                leading_singular_vectors(gradient, 3, False),
+                leading_singular_vectors(gradient, 3, True),
+            )
         low = project(project(gradient, left, False), right, True)
         assert low.shape == recorded["low_rank"][number].shape
         back = project_back(project_back(low, right, True), left, False) * 0.25

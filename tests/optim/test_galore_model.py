@@ -18,7 +18,7 @@ MATRICES = 7  # q, k, v, o, gate, up, down of a block
 
 def loss(policy: Policy, number: int) -> Tensor:
     batch = RandomTexts().batch(number)
-    return -policy.logprobs(batch).sum() / batch.scored.sum()
+    return -policy.logprobs(batch).sum() / batch.loss_mask.sum()
 
 
 def train(policy: Policy, optimizer: GaLoreAdamW, first: int = 0, last: int = 6) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_align.optim.galore import GaLore, project, subspace
+from lit_align.optim.galore import GaLore, leading_singular_vectors, project
 
 STEPS = 8
 SETTINGS = {"lr": 1e-2, "rank": 2, "update_gap": 3, "weight_decay": 0.1, "targets": "."}
@@ -135,14 +135,14 @@ def share_of(gradient: Tensor) -> DTensor:
 def projected(gradient: Tensor, right: bool) -> tuple[Tensor, Tensor]:
     """(vectors, projected gradient) of a sharded gradient, put together again."""
     share = share_of(gradient)
-    basis = subspace(share, 2, right)
+    basis = leading_singular_vectors(share, 2, right)
     return basis.full_tensor(), project(share, basis, right).full_tensor()
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_the_projection_is_of_the_full_gradient(two_ranks, right):
     gradient = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = subspace(gradient, 2, right)
+    expected = leading_singular_vectors(gradient, 2, right)
     for basis, low in two_ranks(projected, gradient, right):
         torch.testing.assert_close(basis, expected)
         torch.testing.assert_close(low, project(gradient, expected, right))
@@ -150,12 +150,12 @@ def test_the_projection_is_of_the_full_gradient(two_ranks, right):
 
 def alone(gradient: Tensor) -> Tensor:
     """The leading vector of this rank's rows."""
-    return subspace(share_of(gradient).to_local(), 1, right=True)
+    return leading_singular_vectors(share_of(gradient).to_local(), 1, right=True)
 
 
 def test_a_shard_has_other_singular_vectors(two_ranks):
     gradient = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-    assert subspace(gradient, 1, right=True).tolist() == [[0.0], [1.0]]
+    assert leading_singular_vectors(gradient, 1, right=True).tolist() == [[0.0], [1.0]]
     assert [vector.tolist() for vector in two_ranks(alone, gradient)] == [
         [[1.0], [0.0]],
         [[0.0], [1.0]],

@@ -4,15 +4,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_align.plan.architectures import config_of, shapes
+from lit_align.plan.architectures import architecture_config, builtin_architectures
 
 
-@pytest.mark.parametrize("name", shapes())
+@pytest.mark.parametrize("name", builtin_architectures())
 def test_a_shape_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config_of(f"shape:{name}"))
-    assert sum(weight.numel() for weight in network.parameters()) == shapes()[name]["parameters"]
+        network = AutoModelForCausalLM.from_config(architecture_config(f"shape:{name}"))
+    assert (
+        sum(weight.numel() for weight in network.parameters())
+        == builtin_architectures()[name]["parameters"]
+    )
 
 
 def test_a_hub_id_of_a_shape_needs_no_network():
-    assert config_of("meta-llama/Llama-2-7b-hf").hidden_size == 4096
+    assert architecture_config("meta-llama/Llama-2-7b-hf").hidden_size == 4096

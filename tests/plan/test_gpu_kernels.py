@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from lit_align.plan.dispatch_mode import making
-from lit_align.plan.gpu_kernels import KEPT, MIB, counted_on_card, flash_backward
-from lit_align.plan.memory_tracker import Ledger, Place
-from lit_align.plan.simulate import Machine, world
+from lit_align.plan.dispatch_mode import attribute_to
+from lit_align.plan.gpu_kernels import (
+    CUBLAS_WORKSPACE,
+    MIB,
+    flash_backward_scratch,
+    round_to_cuda_block,
+)
+from lit_align.plan.memory_tracker import MemoryLocation, MemoryTracker
+from lit_align.plan.simulate import Machine, simulation
 
 
 @pytest.mark.parametrize(
@@ -24,22 +29,26 @@ from lit_align.plan.simulate import Machine, world
     ],
 )
 def test_blocks_are_counted_as_a_card_rounds_them(asked, counted):
-    assert counted_on_card(asked) == counted
+    assert round_to_cuda_block(asked) == counted
 
 
 def test_a_thread_that_multiplies_keeps_a_workspace():
     """One of the passes, another of backward; none for products on the host."""
-    ledger = Ledger()
-    with world(ledger, Machine()):
+    tracker = MemoryTracker()
+    with simulation(tracker, Machine()):
         left, right = torch.ones(2, 3, requires_grad=True), torch.ones(3, 2)
-        with making(ledger, None, Place.HOST):
+        with attribute_to(tracker, None, MemoryLocation.HOST):
             left @ right
-        assert ledger.total[Place.DEVICE] == 0
-        with making(ledger, None, Place.DEVICE):
+        assert tracker.total[MemoryLocation.DEVICE] == 0
+        with attribute_to(tracker, None, MemoryLocation.DEVICE):
             product = left @ right + left @ right
-            assert KEPT < ledger.total[Place.DEVICE] < 1.01 * KEPT
+            assert CUBLAS_WORKSPACE < tracker.total[MemoryLocation.DEVICE] < 1.01 * CUBLAS_WORKSPACE
             product.sum().backward()
-            assert 2 * KEPT < ledger.total[Place.DEVICE] < 2.01 * KEPT
+            assert (
+                2 * CUBLAS_WORKSPACE
+                < tracker.total[MemoryLocation.DEVICE]
+                < 2.01 * CUBLAS_WORKSPACE
+            )
 
 
 def test_flash_attention_sums_in_fp32_inside_of_its_backward():
@@ -48,8 +57,8 @@ def test_flash_attention_sums_in_fp32_inside_of_its_backward():
     rows = 5 + 2 * 128
     sums = 4 * rows * 4 * (32 + 1)
     given = (query, key, key, query, query, ends)
-    assert flash_backward(query, *given) == sums + 2 * 2 * 5 * 4 * 32
-    assert flash_backward(query, query, query, key, query, query, ends) == sums
+    assert flash_backward_scratch(query, *given) == sums + 2 * 2 * 5 * 4 * 32
+    assert flash_backward_scratch(query, query, query, key, query, query, ends) == sums
 
 
 def test_its_backward_is_given_what_the_count_reads():

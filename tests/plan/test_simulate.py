@@ -1,6 +1,6 @@
 """Simulated peaks are the real ones, of every phase of every algorithm, within 1 %.
 
-The real bytes are the CPU allocator's own events (`CPUAllocations`), never the ledger's that plans.
+The real bytes are the CPU allocator's own events (`CPUAllocations`), never the plan's tracker.
 """
 
 from functools import partial
@@ -34,15 +34,15 @@ from lit_align.data.prompts import PromptData
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import Hydra, JointHydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.models.sltrain import SLTrain
 from lit_align.optim.galore import GaLore
-from lit_align.plan.max_length_data import Longest
-from lit_align.plan.memory_tracker import Place
-from lit_align.plan.patches import OneOfMany, group_of
-from lit_align.plan.simulate import Machine, Run, simulated
-from lit_align.rewards.shared_backbone import BaseReward
+from lit_align.plan.max_length_data import MaxLengthData
+from lit_align.plan.memory_tracker import MemoryLocation
+from lit_align.plan.patches import FakeCluster, fake_process_group
+from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
+from lit_align.rewards.shared_backbone import SharedBackboneReward
 
 SMALL = {
     **TINY,
@@ -63,24 +63,24 @@ def network(kind: type, **settings: Any) -> Any:
     return kind(config=dict(SMALL), **settings)
 
 
-LOW_RANK = {"lora": LoRA(rank=4, alpha=8)}
+LOW_RANK = {"lora": LoRA(r=4, lora_alpha=8)}
 SLIM = {"sltrain": SLTrain(rank=4, alpha=4, density=0.03)}
 GROUP = {"num_samples": 2}
-policy, scalar = partial(network, Policy), partial(network, Scalar)
+policy, scalar = partial(network, Policy), partial(network, ScalarHead)
 adamw, galore = partial(AdamW, lr=1e-3), partial(GaLore, rank=8, lr=1e-3)
 
 CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "SFT": (SFT, {}),
     "SFT by GaLore": (SFT, {"optimizer": galore}),
     "SFT by SLTrain": (SFT, {"policy": partial(policy, **SLIM)}),
-    "SFT with checkpointing": (SFT, {"policy": partial(policy, checkpointing=True)}),
+    "SFT with checkpointing": (SFT, {"policy": partial(policy, activation_checkpointing=True)}),
     "SFT of an adapter": (SFT, {"policy": partial(policy, **LOW_RANK)}),
     "DPO": (DPO, {}),
     "RewardModel": (RewardModel, {"reward_model": scalar}),
-    "HydraSFT": (HydraSFT, {"policy": partial(network, TwoHeaded)}),
+    "HydraSFT": (HydraSFT, {"policy": partial(network, PolicyWithRewardHead)}),
     "ReMax": (ReMax, {}),
     "GRPO": (GRPO, GROUP),
-    "GRPOVI": (GRPOVI, {**GROUP, "low": 0.0, "high": 1.0}),
+    "GRPOVI": (GRPOVI, {**GROUP, "min_score": 0.0, "max_score": 1.0}),
     "RLOO": (RLOO, GROUP),
     "SPR": (SPR, GROUP),
     "PPO": (PPO, {"critic": scalar}),
@@ -110,7 +110,7 @@ ONE = in_tiers(list(CASES), 1)
 TWO = in_tiers([name for name in CASES if " " not in name], 2)
 
 
-def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> Run:
+def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> SimulatedRun:
     """A fit of two batches, whose every row is as long as it may be."""
     kind, settings = CASES[name]
     own = {} if kind is RewardModel else {"policy": policy}
@@ -131,12 +131,12 @@ def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> Run:
             "none", max_tokens=PROMPT + ANSWER, batch_size=ROWS
         )
     )
-    judge = BaseReward() if kind is HydraPPO else Count()
+    reward = SharedBackboneReward() if kind is HydraPPO else Count()
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
         strategy="fsdp2" if ranks > 1 else "auto",
-        plugins=[OneOfMany(ranks, ranks)] if alone else None,
+        plugins=[FakeCluster(ranks, ranks)] if alone else None,
         max_epochs=1,
         limit_val_batches=0,
         logger=False,
@@ -145,30 +145,32 @@ def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> Run:
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        callbacks=[Rollout(max_new_tokens=ANSWER), Reward(judge)] if online else [],
+        callbacks=[Rollout(max_new_tokens=ANSWER), Reward(reward)] if online else [],
     )
-    stored = algorithm.num_stored if online else 0
-    return Run(trainer, algorithm, Longest(data, None, ANSWER, stored, vocabulary=192))
+    num_offline = algorithm.num_offline_samples if online else 0
+    return SimulatedRun(
+        trainer, algorithm, MaxLengthData(data, None, ANSWER, num_offline, vocabulary=192)
+    )
 
 
-def real(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
+def measured_peaks(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
     """What the allocator gave out at most, by phase."""
     torch.set_num_threads(1)
-    made, memory = run(name, folder, ranks, alone=ranks > 1), Memory()
-    made.trainer.callbacks.insert(0, memory)
-    made.trainer.fit(made.algorithm, made.data)
+    fit, memory = run(name, folder, ranks, alone=ranks > 1), Memory()
+    fit.trainer.callbacks.insert(0, memory)
+    fit.trainer.fit(fit.algorithm, fit.data)
     return {phase: peak.peak for phase, peak in memory.peaks.items()}
 
 
-def planned(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
+def planned_peaks(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
     """What the plan says."""
-    machine = Machine(ranks=ranks, is_card=False, grouped=ranks > 1)
+    machine = Machine(ranks=ranks, is_gpu=False, has_process_group=ranks > 1)
     build = partial(run, name, folder, ranks, alone=ranks > 1)
-    heights = simulated(build, machine)
-    return {phase: places[Place.DEVICE].total for phase, places in heights.items()}
+    peaks = simulate_peaks(build, machine)
+    return {phase: locations[MemoryLocation.DEVICE].total for phase, locations in peaks.items()}
 
 
-def compare(expected: dict[str, int], found: dict[str, int]) -> None:
+def assert_peaks_match(expected: dict[str, int], found: dict[str, int]) -> None:
     assert set(expected) == set(found)
     apart = {phase: found[phase] / size - 1 for phase, size in expected.items()}
     assert all(abs(share) < 0.01 for share in apart.values()), str(apart)
@@ -184,17 +186,17 @@ def one_thread():
 
 @pytest.mark.parametrize("name", ONE)
 def test_a_plan_is_within_one_percent_of_the_allocator(name, tmp_path):
-    compare(real(name, str(tmp_path)), planned(name, str(tmp_path)))
+    assert_peaks_match(measured_peaks(name, str(tmp_path)), planned_peaks(name, str(tmp_path)))
 
 
 def test_prompts_that_are_read_in_four_parts_are_counted(monkeypatch, tmp_path):
     """A plan reads the first and the last; prompts are long here and answers are not."""
     for name, tokens in {"PROMPT": 48, "ANSWER": 2}.items():
         monkeypatch.setitem(globals(), name, tokens)
-    at_once = planned("ReMax", str(tmp_path))
-    monkeypatch.setattr("lit_align.models.generation.prefill.READ_AT_ONCE", 2 * 48)
-    in_parts = planned("ReMax", str(tmp_path))
-    compare(real("ReMax", str(tmp_path)), in_parts)
+    at_once = planned_peaks("ReMax", str(tmp_path))
+    monkeypatch.setattr("lit_align.models.generation.prefill.PREFILL_CHUNK_TOKENS", 2 * 48)
+    in_parts = planned_peaks("ReMax", str(tmp_path))
+    assert_peaks_match(measured_peaks("ReMax", str(tmp_path)), in_parts)
     assert in_parts["rollout"] < at_once["rollout"]
 
 
@@ -205,6 +207,6 @@ def test_and_so_it_is_on_the_first_of_two_ranks(name, tmp_path):
     Gloo's threads free blocks, which the profiler hears of the main thread alone: bytes in use
     then seem to grow without end, in any run of two processes.
     """
-    with group_of(2):
-        expected = real(name, str(tmp_path), 2)
-    compare(expected, planned(name, str(tmp_path), 2))
+    with fake_process_group(2):
+        expected = measured_peaks(name, str(tmp_path), 2)
+    assert_peaks_match(expected, planned_peaks(name, str(tmp_path), 2))

@@ -10,9 +10,9 @@ import pytest
 from fake_run_folder import answer, write_run
 
 from lit_align.cli.main import main
-from lit_align.report import completions as kept_answers
-from lit_align.report.build import facts, write_report
-from lit_align.report.completions import Kept
+from lit_align.report import completions as sampled
+from lit_align.report.build import report_data, write_report
+from lit_align.report.completions import SampledResponses
 from lit_align.runs.run_folder import RunFolder
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!-- {{SCRIPT}} \u2028 \ud800"
@@ -35,8 +35,8 @@ class Tags(HTMLParser):
             self.scripts.append(data)
 
 
-def shown(*folders, **settings) -> dict:
-    return facts([RunFolder(folder) for folder in folders])
+def build_report(*folders, **settings) -> dict:
+    return report_data([RunFolder(folder) for folder in folders])
 
 
 def test_a_completion_with_a_script_tag_stays_text(tmp_path):
@@ -70,8 +70,14 @@ def test_the_page_runs_one_script_and_fetches_nothing(tmp_path):
 
 
 def test_a_curve_per_metric_and_the_rest_behind_them(tmp_path):
-    row = {"step": 0, "rollout": 1.0, "reward": 1.0, "policy/clipfrac_avg": 0.1, "own/metric": 2.0}
-    page = shown(write_run(tmp_path / "run", [row]))
+    row = {
+        "step": 0,
+        "iteration": 1.0,
+        "reward": 1.0,
+        "policy/clipfrac_avg": 0.1,
+        "own/metric": 2.0,
+    }
+    page = build_report(write_run(tmp_path / "run", [row]))
     assert [each["metric"] for each in page["panels"]] == ["reward", "policy/clipfrac_avg"]
     assert [each["metric"] for each in page["rest"]] == ["own/metric"]
     assert page["curves"][0]["reward"] == {"x": [1.0], "y": [1.0]}
@@ -80,7 +86,7 @@ def test_a_curve_per_metric_and_the_rest_behind_them(tmp_path):
 def test_seeds_of_one_config_are_one_arm(tmp_path):
     folders = [write_run(tmp_path / f"remax_{seed}", seed=seed) for seed in (0, 1)]
     folders.append(write_run(tmp_path / "other", kl_coef=0.2))
-    page = shown(*folders)
+    page = build_report(*folders)
     assert page["arms"] == [
         {"name": "remax, 2 seeds", "runs": [0, 1]},
         {"name": "other", "runs": [2]},
@@ -91,19 +97,19 @@ def test_seeds_of_one_config_are_one_arm(tmp_path):
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [write_run(tmp_path / parent / "run") for parent in ("a", "b")]
-    assert [run["name"] for run in shown(*folders)["runs"]] == ["a/run", "b/run"]
+    assert [run["name"] for run in build_report(*folders)["runs"]] == ["a/run", "b/run"]
 
 
 def test_worst_best_and_repeated_prompts_are_kept_and_what_is_not_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_answers, "NUM_ROWS", 2)
+    monkeypatch.setattr(sampled, "NUM_ROWS", 2)
     first = [answer(f"p{i}", "a", score=i) for i in range(50)]
     last = [answer("p25", "b"), *[answer(f"q{i}", "b", score=1.0) for i in range(9)]]
     folder = write_run(
         tmp_path / "run", completions={"rollout_00010": first, "rollout_00020": last}
     )
-    kept = Kept(10**6, 1)
+    kept = SampledResponses(10**6, 1)
     kept.add(RunFolder(folder), 0)
-    before = {kept_answers.score({"score": row["s"]}) for row in kept.rows if row["o"] == 0}
+    before = {sampled.row_score({"score": row["s"]}) for row in kept.rows if row["o"] == 0}
     assert before == {0.0, 1.0, 48.0, 49.0, 25.0}
     assert kept.notes == [f"run: {len(kept.rows)} of 60 answers are shown."]
 
@@ -111,7 +117,7 @@ def test_worst_best_and_repeated_prompts_are_kept_and_what_is_not_is_counted(tmp
 def test_held_out_answers_stand_in_the_order_of_training(tmp_path):
     tables = {"held_out_00020": "c", "held_out_00000": "a", "held_out_00010": "b"}
     completions = {name: [answer("p", said)] for name, said in tables.items()}
-    kept = Kept(10**6, 1)
+    kept = SampledResponses(10**6, 1)
     kept.add(RunFolder(write_run(tmp_path / "run", completions=completions)), 0)
     found = [(row["c"], row["t"]) for row in sorted(kept.rows, key=lambda row: row["o"])]
     assert found == [
@@ -125,21 +131,21 @@ def test_answers_stay_within_their_bytes(tmp_path):
     folder = write_run(
         tmp_path / "run", completions={"rollout_00010": [answer(i, "ü" * 400) for i in range(40)]}
     )
-    kept = Kept(9_000, 1)
+    kept = SampledResponses(9_000, 1)
     kept.add(RunFolder(folder), 0)
     assert 8_000 < len(json.dumps([kept.rows, kept.prompts], ensure_ascii=False).encode()) < 9_300
 
 
 def test_of_a_very_long_answer_the_middle_is_left_out_and_said_to_be():
-    text = kept_answers.shortened("a" * 1500 + "b" * 1234 + "c" * 1500)
+    text = sampled.truncate_middle("a" * 1500 + "b" * 1234 + "c" * 1500)
     assert text == "a" * 1500 + "\n[... 1,234 characters left out ...]\n" + "c" * 1500
 
 
 def test_three_runs_of_5000_steps_fit_into_ten_megabytes(tmp_path):
     draw = random.Random(0)
-    names = ["reward", "objective/kl", *[f"metric/{i}" for i in range(20)]]
+    names = ["reward", "kl/per_response_k1", *[f"metric/{i}" for i in range(20)]]
     rows = [
-        {"step": s, "rollout": float(s + 1), **{name: draw.gauss(0, 1) for name in names}}
+        {"step": s, "iteration": float(s + 1), **{name: draw.gauss(0, 1) for name in names}}
         for s in range(5000)
     ]
     said = "".join(draw.choice("abcdefgh ü<") for _ in range(4000))

@@ -70,7 +70,7 @@ class Moments:
 
         def on_train_start(callback: Any, trainer: Any, algorithm: Any) -> None:
             start(callback, trainer, algorithm)
-            algorithm.watchers.append(self)
+            algorithm.phase_listeners.append(self)
             self.algorithm = algorithm
             for network in algorithm.roles.values():
                 embedding = network.network.get_input_embeddings()

@@ -4,16 +4,16 @@ import shutil
 
 import pytest
 import torch
-from run_cli import TWO_RANKS, last, metrics, run, same, saves, succeed, words
+from run_cli import TWO_RANKS, checkpoint_argv, fit_argv, last, metrics, run, same, succeed
 
-from lit_align.runs.checkpoint_files import saved
+from lit_align.runs.checkpoint_files import list_checkpoints
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """A run of one epoch: four iterations, saved after two and after four."""
     folder = tmp_path_factory.mktemp("half")
-    succeed(words(folder / "run", "sft", *saves(2), epochs=1), folder / "log")
+    succeed(fit_argv(folder / "run", "sft", *checkpoint_argv(2), epochs=1), folder / "log")
     return folder / "run"
 
 
@@ -32,20 +32,24 @@ def refused(argv, tmp_path) -> str:
 
 
 def test_a_run_without_a_checkpoint_starts_afresh_and_says_so(tmp_path):
-    said = succeed(words(tmp_path / "run", "sft", "--ckpt_path=last", epochs=1), tmp_path / "log")
+    said = succeed(
+        fit_argv(tmp_path / "run", "sft", "--ckpt_path=last", epochs=1), tmp_path / "log"
+    )
     assert said.count("starts afresh") == 1
 
 
 def test_a_finished_run_says_how_to_extend_it_and_changes_nothing(copy, tmp_path):
     before = last(copy), metrics(copy)
-    said = succeed(words(copy, "sft", *saves(2), "--ckpt_path=last", epochs=1), tmp_path / "log")
+    said = succeed(
+        fit_argv(copy, "sft", *checkpoint_argv(2), "--ckpt_path=last", epochs=1), tmp_path / "log"
+    )
     assert "this run is finished: 4 iterations, max_epochs 1; to extend it, raise" in said
     assert same((last(copy)["state_dict"], metrics(copy)), (before[0]["state_dict"], before[1]))
 
 
 def test_changed_settings_are_listed(copy, tmp_path):
     more = ("--ckpt_path=last", "--model.max_grad_norm=0.5", "--data.seed=7")
-    said = succeed(words(copy, "sft", *saves(2), *more), tmp_path / "log")
+    said = succeed(fit_argv(copy, "sft", *checkpoint_argv(2), *more), tmp_path / "log")
     changed = [line for line in said.splitlines() if line.startswith("changed:")]
     assert sorted(changed) == [
         "changed: data.seed was 0, is 7",
@@ -55,9 +59,9 @@ def test_changed_settings_are_listed(copy, tmp_path):
 
 
 def test_the_last_checkpoint_is_the_newest_that_can_be_read(copy, tmp_path):
-    older, newer = saved(copy / "checkpoints")
+    older, newer = list_checkpoints(copy / "checkpoints")
     newer.write_bytes(newer.read_bytes()[:-100])
-    said = succeed(words(copy, "sft", *saves(2), "--ckpt_path=last"), tmp_path / "log")
+    said = succeed(fit_argv(copy, "sft", *checkpoint_argv(2), "--ckpt_path=last"), tmp_path / "log")
     assert f"{newer} cannot be read: it was cut short" in said
     assert f"going on from {older}, iteration 2" in said
     assert last(copy)["iteration"] == 8
@@ -72,15 +76,17 @@ def test_the_last_checkpoint_is_the_newest_that_can_be_read(copy, tmp_path):
     ],
 )
 def test_a_truncated_or_foreign_file_is_refused(copy, tmp_path, content, reason):
-    _, newer = saved(copy / "checkpoints")
+    _, newer = list_checkpoints(copy / "checkpoints")
     newer.write_bytes(content(newer.read_bytes()))
-    said = refused(words(copy, "sft", f"--ckpt_path={newer}"), tmp_path)
+    said = refused(fit_argv(copy, "sft", f"--ckpt_path={newer}"), tmp_path)
     assert f"{newer} {reason}" in said
 
 
 def test_a_checkpoint_of_another_program_is_refused(tmp_path):
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
-    said = refused(words(tmp_path / "run", "sft", f"--ckpt_path={tmp_path}/other.ckpt"), tmp_path)
+    said = refused(
+        fit_argv(tmp_path / "run", "sft", f"--ckpt_path={tmp_path}/other.ckpt"), tmp_path
+    )
     assert "other.ckpt is not a checkpoint of a lit_align run." in said
 
 
@@ -90,34 +96,41 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
             return (print, ("sprung",))
 
     torch.save({"algorithm": Trap()}, tmp_path / "trap.ckpt")
-    said = refused(words(tmp_path / "run", "sft", f"--ckpt_path={tmp_path}/trap.ckpt"), tmp_path)
+    said = refused(fit_argv(tmp_path / "run", "sft", f"--ckpt_path={tmp_path}/trap.ckpt"), tmp_path)
     assert "cannot be read" in said
     assert "sprung\n" not in (tmp_path / "log").read_text()
 
 
 def test_another_algorithms_checkpoint_is_refused(half, tmp_path):
-    (*_, path) = saved(half / "checkpoints")
-    said = refused(words(tmp_path / "run", "reward_model", f"--ckpt_path={path}"), tmp_path)
+    (*_, path) = list_checkpoints(half / "checkpoints")
+    said = refused(fit_argv(tmp_path / "run", "reward_model", f"--ckpt_path={path}"), tmp_path)
     assert "of a SFT run and cannot go on as RewardModel" in said
 
 
 def test_another_run_in_the_same_folder_sets_checkpoints_aside(copy, tmp_path):
-    said = succeed(words(copy, "sft", *saves(0), "--model.max_grad_norm=0.1"), tmp_path / "log")
+    said = succeed(
+        fit_argv(copy, "sft", *checkpoint_argv(0), "--model.max_grad_norm=0.1"), tmp_path / "log"
+    )
     assert "2 checkpoint(s) of an earlier run" in said
-    assert [path.name for path in saved(copy / "checkpoints")] == ["iteration_000008.ckpt"]
-    assert len(saved(copy / "checkpoints" / "superseded")) == 2
+    assert [path.name for path in list_checkpoints(copy / "checkpoints")] == [
+        "iteration_000008.ckpt"
+    ]
+    assert len(list_checkpoints(copy / "checkpoints" / "superseded")) == 2
     assert len([row for row in metrics(copy) if "loss" in row]) == 8
 
 
 def test_an_older_checkpoint_leads_back_to_its_place(copy, half, tmp_path):
     path = copy / "checkpoints" / "iteration_000002.ckpt"
-    said = succeed(words(copy, "sft", *saves(2), f"--ckpt_path={path}", epochs=1), tmp_path / "log")
+    said = succeed(
+        fit_argv(copy, "sft", *checkpoint_argv(2), f"--ckpt_path={path}", epochs=1),
+        tmp_path / "log",
+    )
     assert "1 checkpoint(s) of an earlier run" in said
     assert same(last(copy)["state_dict"], last(half)["state_dict"])
     assert metrics(copy) == metrics(half)
 
 
-LORA = ("--config", "lora", "--model.policy.lora.rank=4")
+LORA = ("--config", "lora", "--model.policy.lora.r=4")
 
 
 @pytest.mark.parametrize(
@@ -133,10 +146,10 @@ def test_weights_and_optimizer_go_to_another_number_of_ranks(tmp_path, config, m
     folder, log = tmp_path / "run", tmp_path / "log"
     flags = {1: (), 2: TWO_RANKS}
     before, after = ranks
-    succeed(words(folder, config, *more, *flags[before], epochs=1), log, before)
+    succeed(fit_argv(folder, config, *more, *flags[before], epochs=1), log, before)
     saved_there = last(folder)
-    idle = ("--model.optimizer.lr=0", "--ckpt_path=last", *saves(5))
-    said = succeed(words(folder, config, *more, *flags[after], *idle), log, after)
+    idle = ("--model.optimizer.lr=0", "--ckpt_path=last", *checkpoint_argv(5))
+    said = succeed(fit_argv(folder, config, *more, *flags[after], *idle), log, after)
     assert f"saved on {before} rank(s), resumed on {after}: weights, optimizer" in said
     moved = last(folder)
     assert moved["iteration"] == 8
@@ -153,14 +166,16 @@ def test_weights_and_optimizer_go_to_another_number_of_ranks(tmp_path, config, m
 def test_two_ranks_may_write_one_file(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     one_file = (*LORA, *TWO_RANKS, "--trainer.strategy.save_distributed_checkpoint=false")
-    succeed(words(folder, "remax", *one_file, epochs=1), log, 2)
-    (path,) = saved(folder / "checkpoints")
+    succeed(fit_argv(folder, "remax", *one_file, epochs=1), log, 2)
+    (path,) = list_checkpoints(folder / "checkpoints")
     assert path.is_file()
     for more, ranks in ((one_file, 2), (LORA, 1)):
         other = shutil.copytree(folder, tmp_path / f"on {ranks}")
-        succeed(words(other, "remax", *more, "--ckpt_path=last", *saves(5)), log, ranks)
+        succeed(
+            fit_argv(other, "remax", *more, "--ckpt_path=last", *checkpoint_argv(5)), log, ranks
+        )
         assert last(other)["iteration"] == 8
     whole = tmp_path / "whole"
-    succeed(words(whole, "remax", *one_file), log, 2)
+    succeed(fit_argv(whole, "remax", *one_file), log, 2)
     for part in ("state_dict", "optimizer_states"):
         assert same(last(whole)[part], last(tmp_path / "on 2")[part]), part

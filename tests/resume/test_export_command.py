@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from run_cli import TWO_RANKS, last, saves, succeed, words
+from run_cli import TWO_RANKS, checkpoint_argv, fit_argv, last, succeed
 from tiny_models import adapted, tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_align.cli.main import main
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.merge_adapter import merged
+from lit_align.models.merge_adapter import merge_adapter
 from lit_align.models.policy import Policy
 
 LM, SCORER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -55,9 +55,9 @@ def logits_of(folder, role: str, kind=AutoModelForCausalLM) -> torch.Tensor:
     """The same logits, from the newest checkpoint itself."""
     from transformers import LlamaConfig
 
-    from lit_align.cli.overlays import read
+    from lit_align.cli.overlays import read_config
 
-    config = read("toy")["model"]["init_args"]["policy"]["init_args"]["config"]
+    config = read_config("toy")["model"]["init_args"]["policy"]["init_args"]["config"]
     model = kind.from_config(LlamaConfig(**config, num_labels=1)).eval()
     prefix = f"{role}.network."
     state = {k.removeprefix(prefix): v for k, v in last(folder)["state_dict"].items()}
@@ -68,8 +68,8 @@ def logits_of(folder, role: str, kind=AutoModelForCausalLM) -> torch.Tensor:
 
 def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
     run, log, template = tmp_path / "run", tmp_path / "log", "{{ messages[0]['content'] }}!"
-    more = (f"--data.chat_template={template}", *saves(3, 9))
-    succeed(words(run, "remax", *more, epochs=1), log)
+    more = (f"--data.chat_template={template}", *checkpoint_argv(3, 9))
+    succeed(fit_argv(run, "remax", *more, epochs=1), log)
     middle = run / "checkpoints" / "iteration_000003.ckpt"
     assert "wrote" in export(middle, tmp_path / "out", log)
     assert "trained by ReMax with" in (tmp_path / "out" / "README.md").read_text()
@@ -87,7 +87,7 @@ def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
 
 def test_policy_and_critic_of_a_sharded_checkpoint(tmp_path):
     run, log, out = tmp_path / "run", tmp_path / "log", tmp_path / "out"
-    succeed(words(run, "ppo", *TWO_RANKS, epochs=1), log, 2)
+    succeed(fit_argv(run, "ppo", *TWO_RANKS, epochs=1), log, 2)
     assert (run / "checkpoints" / "iteration_000004.ckpt").is_dir()
     export(run, out, log)
     logits, scores = fresh(tmp_path, (LM, out / "policy"), (SCORER, out / "critic"))
@@ -98,9 +98,9 @@ def test_policy_and_critic_of_a_sharded_checkpoint(tmp_path):
 
 def test_an_adapter_and_the_same_adapter_merged(tmp_path):
     run, log, base = tmp_path / "run", tmp_path / "log", tmp_path / "base"
-    succeed(words(base, "sft", epochs=1), log)
-    lora = ("--config", "lora", f"--model.policy.path={base / 'hf'}", "--model.policy.lora.rank=4")
-    succeed(words(run, "remax", *lora, "--model.optimizer.lr=0.01", epochs=1), log)
+    succeed(fit_argv(base, "sft", epochs=1), log)
+    lora = ("--config", "lora", f"--model.policy.path={base / 'hf'}", "--model.policy.lora.r=4")
+    succeed(fit_argv(run, "remax", *lora, "--model.optimizer.lr=0.01", epochs=1), log)
     assert all(".lora_" in name for name in last(run)["state_dict"])
     export(run, tmp_path / "adapter", log)
     export(run, tmp_path / "merged", log, "--merge")
@@ -116,7 +116,7 @@ def test_an_adapter_and_the_same_adapter_merged(tmp_path):
 def test_two_adapters_become_two_models(tmp_path):
     run, log, out = tmp_path / "run", tmp_path / "log", tmp_path / "out"
     more = ("--rollout.max_new_tokens=4", "--model.optimizer.lr=0.01")
-    succeed(words(run, "hydra_ppo", *more, epochs=1), log)
+    succeed(fit_argv(run, "hydra_ppo", *more, epochs=1), log)
     export(run, out, log, "--merge")
     models = [(kind, out / role) for kind in (LM, SCORER) for role in ("actor", "critic")]
     actor, other, reward, scores = fresh(tmp_path, *models)
@@ -127,8 +127,8 @@ def test_two_adapters_become_two_models(tmp_path):
 
 def test_other_frozen_weights_are_refused(tmp_path, capsys):
     run, log = tmp_path / "run", tmp_path / "log"
-    lora = ("--config", "lora", "--model.policy.lora.rank=4")
-    succeed(words(run, "remax", *lora, epochs=1), log)
+    lora = ("--config", "lora", "--model.policy.lora.r=4")
+    succeed(fit_argv(run, "remax", *lora, epochs=1), log)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("seed_everything: 0", "seed_everything: 1"))
     words_ = ["export", "--ckpt_path", str(run), "--out", str(tmp_path / "out")]
@@ -158,7 +158,7 @@ def test_merging_is_computed_in_float32():
     layer = policy.network.model.layers[0].mlp.up_proj
     low_rank = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
     exact = (layer.base_layer.weight.float() + 2 * low_rank).to(torch.bfloat16)
-    plain = merged(policy, "default")
+    plain = merge_adapter(policy, "default")
     assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, exact)
     assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert policy.adapted is not None  # the original stays
@@ -167,10 +167,10 @@ def test_merging_is_computed_in_float32():
 
 def test_only_adapters_that_train_are_saved(tmp_path):
     tiny().save(tmp_path / "base")
-    lent = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
+    lent = Policy(str(tmp_path / "base"), lora=LoRA(r=2, lora_alpha=4))
     lent.save(tmp_path / "lent")
-    policy = Policy(str(tmp_path / "base"), lora=LoRA(rank=2, alpha=4))
-    policy.lend(str(tmp_path / "lent"), "dpo")
+    policy = Policy(str(tmp_path / "base"), lora=LoRA(r=2, lora_alpha=4))
+    policy.adapters.load_frozen_adapter(str(tmp_path / "lent"), "dpo")
     policy.save(tmp_path / "own")
     files = sorted(path.name for path in (tmp_path / "own").rglob("*") if path.is_file())
     assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]

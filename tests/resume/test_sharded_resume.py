@@ -4,13 +4,13 @@ import re
 import shutil
 
 import pytest
-from run_cli import FSDP2, last, metrics, run, same, saves, succeed, words
+from run_cli import FSDP2, checkpoint_argv, fit_argv, last, metrics, run, same, succeed
 
-from lit_align.runs.checkpoint_files import newest, saved
+from lit_align.runs.checkpoint_files import list_checkpoints, newest_readable
 
-PPO = ("--model.kl_target=0.1", "--model.kl_horizon=50", "--model.normalise_scores=true")
-STORED = ("--model.num_stored=3", "--model.stored_decay=4")
-LORA = ("--config=lora", "--model.policy.lora.rank=4")
+PPO = ("--model.kl_target=0.1", "--model.kl_horizon=50", "--model.normalize_scores=true")
+STORED = ("--model.num_offline_samples=3", "--model.offline_half_life=4")
+LORA = ("--config=lora", "--model.policy.lora.r=4")
 WORKERS = ("--data.num_workers=1",)
 RUNS = {
     "sft": ("sft", WORKERS),
@@ -21,11 +21,11 @@ RUNS = {
     "dpo": ("dpo", LORA),
     "dpo, precomputed": ("dpo", ("--model.precompute=true",)),
     "remax": ("remax", WORKERS),
-    "grpo": ("grpo", ("--model.minibatch_size=4", "--model.epochs=2")),
+    "grpo": ("grpo", ("--model.minibatch_size=4", "--model.update_epochs=2")),
     "grpovi": ("grpovi", ("--model.running_bounds=true",)),
     "rloo": ("rloo", LORA),
     "ppo": ("ppo", PPO),
-    "dl_ppo": ("dl_ppo", ()),
+    "dynamic_lora_ppo": ("dynamic_lora_ppo", ()),
     "spr": ("spr", (*STORED, *WORKERS)),
     "hydra_sft": ("hydra_sft", ()),
     "hydra_ppo": ("hydra_ppo", PPO),
@@ -40,12 +40,12 @@ FIRST = {"sft", "ppo"}
 )
 def test_going_on_is_bitwise(tmp_path, name):
     config, more = RUNS[name]
-    more = (*FSDP2, *more, *saves(2, 9))
+    more = (*FSDP2, *more, *checkpoint_argv(2, 9))
     whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
-    succeed(words(whole, config, *more), log, 2)
+    succeed(fit_argv(whole, config, *more), log, 2)
     middle = whole / "checkpoints" / "iteration_000006.ckpt"  # of four in an epoch
     assert middle.is_dir()
-    succeed(words(parts, config, *more, f"--ckpt_path={middle}"), log, 2)
+    succeed(fit_argv(parts, config, *more, f"--ckpt_path={middle}"), log, 2)
     mine, theirs = last(parts), last(whole)
     assert mine["iteration"] == theirs["iteration"] == 8
     for part in ("state_dict", "optimizer_states"):
@@ -60,7 +60,9 @@ def test_going_on_is_bitwise(tmp_path, name):
 def half(tmp_path_factory):
     """A sharded run of one epoch, saved after two iterations and after four."""
     folder = tmp_path_factory.mktemp("half")
-    succeed(words(folder / "run", "sft", *FSDP2, *saves(2), epochs=1), folder / "log", 2)
+    succeed(
+        fit_argv(folder / "run", "sft", *FSDP2, *checkpoint_argv(2), epochs=1), folder / "log", 2
+    )
     return folder / "run"
 
 
@@ -84,10 +86,10 @@ def lose_the_head(path):
 @pytest.mark.parametrize("spoil", [shorten, lose_a_shard, lose_the_index, lose_the_head])
 def test_a_sharded_checkpoint_that_is_not_whole_is_passed_over(half, tmp_path, spoil):
     folder = shutil.copytree(half, tmp_path / "run") / "checkpoints"
-    older, newer = saved(folder)
-    assert newest(folder) == (newer, [])
+    older, newer = list_checkpoints(folder)
+    assert newest_readable(folder) == (newer, [])
     spoil(newer)
-    found, (complaint,) = newest(folder)
+    found, (complaint,) = newest_readable(folder)
     assert found == older
     assert complaint.startswith(f"{newer} cannot be read: ")
 
@@ -95,11 +97,11 @@ def test_a_sharded_checkpoint_that_is_not_whole_is_passed_over(half, tmp_path, s
 @pytest.mark.long
 def test_a_run_goes_on_from_the_newest_folder_that_is_whole(half, tmp_path):
     folder, log = shutil.copytree(half, tmp_path / "run"), tmp_path / "log"
-    older, newer = saved(folder / "checkpoints")
+    older, newer = list_checkpoints(folder / "checkpoints")
     shorten(newer)
-    assert set(run(words(folder, "sft", *FSDP2, f"--ckpt_path={newer}"), log, 2)) <= {2, -9}
+    assert set(run(fit_argv(folder, "sft", *FSDP2, f"--ckpt_path={newer}"), log, 2)) <= {2, -9}
     assert f"lit-align: {newer} cannot be read: " in log.read_text()
-    said = succeed(words(folder, "sft", *FSDP2, "--ckpt_path=last"), log, 2)
+    said = succeed(fit_argv(folder, "sft", *FSDP2, "--ckpt_path=last"), log, 2)
     assert f"going on from {older}, iteration 2" in said
     assert last(folder)["iteration"] == 8
 
@@ -119,8 +121,8 @@ def test_a_run_goes_on_from_the_newest_folder_that_is_whole(half, tmp_path):
     ],
 )
 def test_a_sharded_checkpoint_of_another_model_is_refused(half, tmp_path, config, more, reason):
-    (*_, path) = saved(half / "checkpoints")
-    argv = words(tmp_path / "run", config, *FSDP2, *more, f"--ckpt_path={path}")
+    (*_, path) = list_checkpoints(half / "checkpoints")
+    argv = fit_argv(tmp_path / "run", config, *FSDP2, *more, f"--ckpt_path={path}")
     assert set(run(argv, tmp_path / "log", 2)) <= {2, -9}
     said = (tmp_path / "log").read_text()
     assert re.search(rf"^lit-align: The checkpoint {reason}", said, re.MULTILINE)

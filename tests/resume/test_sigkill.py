@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from killing_points import Moment, Moments, read, spread
-from run_cli import TWO_RANKS, assert_same_run, metrics, run, saves, succeed, words
+from run_cli import TWO_RANKS, assert_same_run, checkpoint_argv, fit_argv, metrics, run, succeed
 
-from lit_align.runs.checkpoint_files import newest, saved
+from lit_align.runs.checkpoint_files import list_checkpoints, newest_readable
 
-PPO = ("--model.kl_target=0.1", "--model.kl_horizon=50", "--model.normalise_scores=true")
+PPO = ("--model.kl_target=0.1", "--model.kl_horizon=50", "--model.normalize_scores=true")
 PHASES = ("save", "rollout", "update")
 
 
@@ -26,8 +26,8 @@ def assert_survives(moment: Moment, whole: Path, argv: list[str], folder: Path, 
     codes = run(argv, log, ranks, before=Moments(folder / "moments", moment.number).watch)
     assert codes[0] == -9, f"{moment}: {codes}, {log.read_text()}"
     assert read(folder / "moments")[-1] == moment
-    there = saved(folder / "run" / "checkpoints")
-    assert newest(folder / "run" / "checkpoints") == (there[-1] if there else None, [])
+    there = list_checkpoints(folder / "run" / "checkpoints")
+    assert newest_readable(folder / "run" / "checkpoints") == (there[-1] if there else None, [])
     succeed([*argv, "--ckpt_path=last"], log, ranks)
     assert_same_run(folder / "run", whole)
     assert not list((folder / "run" / "checkpoints").glob(".*"))
@@ -37,12 +37,12 @@ def assert_all_survive(tmp_path: Path, chosen, *settings: str, ranks: int = 1) -
     """Kills at each of the moments that `chosen` takes of all; those moments."""
     whole = tmp_path / "whole"
     whole.mkdir()
-    moments = whole_run(whole, words(whole / "run", *settings, *saves(2)), ranks)
+    moments = whole_run(whole, fit_argv(whole / "run", *settings, *checkpoint_argv(2)), ranks)
     taken = chosen(moments)
     for moment in taken:
         folder = tmp_path / f"killed at {moment.number}"
         folder.mkdir()
-        argv = words(folder / "run", *settings, *saves(2))
+        argv = fit_argv(folder / "run", *settings, *checkpoint_argv(2))
         assert_survives(moment, whole / "run", argv, folder, ranks)
     rows = [row["step"] for row in metrics(whole / "run") if "loss" in row]
     assert rows == [str(step) for step in range(8)]

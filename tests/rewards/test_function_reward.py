@@ -6,7 +6,7 @@ import torch
 
 from lit_align.batches import Experience
 from lit_align.rewards.base import RewardError
-from lit_align.rewards.function import PythonReward
+from lit_align.rewards.function import FunctionReward
 
 SOURCE = """
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def file(tmp_path) -> str:
 
 
 def test_it_calls_with_trl_s_arguments(batch, file):
-    assert PythonReward(f"{file}:everything")(batch) == (
+    assert FunctionReward(f"{file}:everything")(batch) == (
         ["p", "q"],
         ["a", "bb"],
         [[5, 1], [6, 7, 1]],
@@ -65,20 +65,20 @@ def test_it_calls_with_trl_s_arguments(batch, file):
 
 
 def test_only_arguments_that_are_accepted_are_passed(batch, file):
-    reward = PythonReward(f"{file}:length")
+    reward = FunctionReward(f"{file}:length")
     assert reward.name == "length"
     assert not reward.is_async
     assert reward(batch) == [2.0, 4.0]
 
 
 def test_an_object_that_can_be_called_will_do(batch, file):
-    reward = PythonReward(f"{file}:judge")
+    reward = FunctionReward(f"{file}:judge")
     assert reward.name == "Judge"
     assert reward(batch) == [2.0, 4.0]
 
 
 def test_an_async_function_gives_something_to_await(batch, file):
-    reward = PythonReward(f"{file}:later")
+    reward = FunctionReward(f"{file}:later")
     answer = reward(batch)
     assert reward.is_async
     assert inspect.iscoroutine(answer)
@@ -88,12 +88,12 @@ def test_an_async_function_gives_something_to_await(batch, file):
 def test_modules_of_the_current_folder_are_found(batch, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))  # undone after the test
-    assert PythonReward("judges.length")(batch) == [2.0, 4.0]
+    assert FunctionReward("judges.length")(batch) == [2.0, 4.0]
 
 
 def test_an_argument_that_nothing_provides_is_named(batch, file):
     with pytest.raises(RewardError, match=r"needs the argument 'verdict'.* only: answer, prompts"):
-        PythonReward(f"{file}:wants_more")(batch)
+        FunctionReward(f"{file}:wants_more")(batch)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_an_argument_that_nothing_provides_is_named(batch, file):
 )
 def test_a_function_that_cannot_be_had_is_one_sentence(path, message):
     with pytest.raises(ValueError, match=f"reward function '{path}': {message}") as caught:
-        PythonReward(path)
+        FunctionReward(path)
     assert "\n" not in str(caught.value)
 
 
 def test_an_error_in_the_file_is_named(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(ValueError, match=r"cannot import .*broken.py: ZeroDivisionError"):
-        PythonReward(f"{tmp_path}/broken.py:length")
+        FunctionReward(f"{tmp_path}/broken.py:length")

@@ -10,10 +10,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_align.batches import Experience, Tokens
-from lit_align.models.parallel import offload as parking
+from lit_align.batches import Experience, TextBatch
+from lit_align.models.parallel import offload
 from lit_align.rewards import reward_model as learned
-from lit_align.rewards.reward_model import LearnedReward
+from lit_align.rewards.reward_model import ModelReward
 
 WORDS = ["<unk>", "</s>", "a", "b", "c", "d", "User", "Bot"]
 TEMPLATE = (
@@ -68,7 +68,7 @@ class LastToken:
     def parameters(self) -> list[Tensor]:
         return []
 
-    def scores(self, tokens: Tokens) -> Tensor:
+    def scores(self, tokens: TextBatch) -> Tensor:
         assert tokens.token_mask.sum(1).tolist() == tokens.lengths
         self.passes.append(tokens.lengths)
         last = torch.tensor(tokens.lengths).unsqueeze(1) - 1
@@ -85,10 +85,10 @@ def answered(prompts: list, completions: list, truncated: list[bool]) -> Experie
 
 @pytest.fixture
 def stubbed(folder, monkeypatch):
-    monkeypatch.setattr(learned, "TrainedScalar", LastToken)
+    monkeypatch.setattr(learned, "RewardNetwork", LastToken)
 
-    def make(**settings) -> LearnedReward:
-        reward = LearnedReward(folder, **settings)
+    def make(**settings) -> ModelReward:
+        reward = ModelReward(folder, **settings)
         reward.setup(None)
         return reward
 
@@ -120,7 +120,7 @@ def test_texts_of_similar_length_are_scored_together_and_come_back_in_order(stub
     reward = stubbed(tokens_per_pass=6)
     batch = answered(["a"] * 3, [" b", " b b b d", " c"], truncated=[True] * 3)
     assert reward(batch).tolist() == [3.0, 5.0, 4.0]
-    assert reward.scalar.passes == [[5], [2, 2]]
+    assert reward.network.passes == [[5], [2, 2]]
 
 
 def test_scores_are_the_classifier_s_whatever_the_passes(folder):
@@ -130,48 +130,48 @@ def test_scores_are_the_classifier_s_whatever_the_passes(folder):
     with torch.no_grad():
         expected = [network(each).logits.item() for each in ids]
         for tokens_per_pass in (1, 100):
-            reward = LearnedReward(folder, tokens_per_pass=tokens_per_pass)
+            reward = ModelReward(folder, tokens_per_pass=tokens_per_pass)
             reward.setup(None)
             assert reward(batch).tolist() == pytest.approx(expected, abs=1e-6)
-    assert not any(weight.requires_grad for weight in reward.scalar.parameters())
+    assert not any(weight.requires_grad for weight in reward.network.parameters())
 
 
 def test_it_sleeps_between_its_calls(folder, monkeypatch):
     """As if the CPU were another device."""
     batch = answered(["a", "a b c"], [" b", " d"], truncated=[False, False])
-    reward = LearnedReward(folder)
+    reward = ModelReward(folder)
     reward.setup(None)
     awake = reward(batch).tolist()
-    assert not reward.sleeper.homes
-    monkeypatch.setattr(parking, "movable", lambda tensor: True)
-    asleep, scores = [], reward.scalar.scores
+    assert not reward.offloaded_weights.devices
+    monkeypatch.setattr(offload, "can_offload", lambda tensor: True)
+    asleep, scores = [], reward.network.scores
 
     def watched(tokens):
-        asleep.append(len(reward.sleeper.homes))
+        asleep.append(len(reward.offloaded_weights.devices))
         return scores(tokens)
 
-    monkeypatch.setattr(reward.scalar, "scores", watched)
+    monkeypatch.setattr(reward.network, "scores", watched)
     assert [reward(batch).tolist() for _ in range(3)] == [awake] * 3
     assert asleep == [0, 0, 0]
-    assert len(reward.sleeper.homes) == len(list(reward.scalar.parameters()))
+    assert len(reward.offloaded_weights.devices) == len(list(reward.network.parameters()))
 
 
 def test_setup_loads_once(folder):
-    reward = LearnedReward(folder)
+    reward = ModelReward(folder)
     reward.setup(None)
-    first = reward.scalar
+    first = reward.network
     reward.setup(None)
-    assert reward.scalar is first
+    assert reward.network is first
 
 
 def test_a_language_model_has_no_head_to_score_with(folder, tmp_path):
-    LearnedReward(folder)
+    ModelReward(folder)
     LlamaForCausalLM(tiny()).save_pretrained(tmp_path)
     learned.load_tokenizer(folder).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks 1 weights, the first is 'score.weight'"):
-        LearnedReward(str(tmp_path)).setup(None)
+        ModelReward(str(tmp_path)).setup(None)
 
 
 def test_there_is_room_for_a_token():
     with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
-        LearnedReward("somewhere", max_tokens=0)
+        ModelReward("somewhere", max_tokens=0)

@@ -4,11 +4,11 @@ import csv
 
 import pytest
 
-from lit_align.runs.csv_log import RunLog
+from lit_align.runs.csv_log import ResumableCSVLogger
 
 
-def log(folder, steps, **more) -> RunLog:
-    logger = RunLog(folder)
+def log(folder, steps, **more) -> ResumableCSVLogger:
+    logger = ResumableCSVLogger(folder)
     for step in steps:
         logger.log_metrics({"loss": step / 2, **more}, step)
     logger.save()
@@ -22,14 +22,14 @@ def rows(folder) -> list[tuple[int, str]]:
 
 def test_rows_are_appended_to_those_of_the_past(tmp_path):
     log(tmp_path, [0, 1, 2])
-    RunLog(tmp_path).rewind(2)
+    ResumableCSVLogger(tmp_path).rewind(2)
     log(tmp_path, [2, 3])
     assert rows(tmp_path) == [(0, "0.0"), (1, "0.5"), (2, "1.0"), (3, "1.5")]
 
 
 def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
     log(tmp_path, [0, 1, 2])
-    RunLog(tmp_path).rewind(0)
+    ResumableCSVLogger(tmp_path).rewind(0)
     assert not (tmp_path / "metrics.csv").exists()
 
 
@@ -45,5 +45,5 @@ def test_half_a_line_of_a_killed_run_is_no_row(tmp_path, cut):
     log(tmp_path, [0, 10, 20])  # the last line is "10.0,20"
     file = tmp_path / "metrics.csv"
     file.write_bytes(file.read_bytes().rstrip()[:-cut])
-    RunLog(tmp_path).rewind(100)
+    ResumableCSVLogger(tmp_path).rewind(100)
     assert rows(tmp_path) == [(0, "0.0"), (10, "5.0")]

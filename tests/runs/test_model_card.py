@@ -8,20 +8,21 @@ from fake_run_folder import write_run
 from tiny_models import adapted, tiny
 
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.runs.model_card import write_card
 
 
 @pytest.fixture
 def run(tmp_path):
     rows = [
-        {"step": s, "rollout": s + 1.0, "reward": float(s), "objective/kl": 2.0} for s in range(20)
+        {"step": s, "iteration": s + 1.0, "reward": float(s), "kl/per_response_k1": 2.0}
+        for s in range(20)
     ]
     folder = write_run(tmp_path / "my_run", rows, seed=7)
     with (folder / "config.yaml").open("a") as file:
         file.write("data: {class_path: PromptData, init_args: {path: some/data-set}}\n")
         file.write(
-            "reward: {init_args: {sources: {class_path: a.b.Length, init_args: {target: 5}}}}"
+            "reward: {init_args: {functions: {class_path: a.b.Length, init_args: {target: 5}}}}"
         )
     (folder / "curves.png").write_bytes(b"png")
     (folder / "hf").mkdir()
@@ -66,7 +67,7 @@ def test_it_says_how_the_weights_came_to_be(run):
     [
         (lambda: adapted(Policy), "peft", "text-generation", "AutoPeftModelForCausalLM"),
         (
-            lambda: adapted(Scalar),
+            lambda: adapted(ScalarHead),
             "peft",
             "text-classification",
             "AutoPeftModelForSequenceClassification",
@@ -107,7 +108,7 @@ def test_it_names_the_commands_that_made_it(run):
 
 
 def test_a_merged_adapter_is_a_whole_model(run):
-    text = write_card(run / "hf", run, adapted(Policy), whole=True).read_text()
+    text = write_card(run / "hf", run, adapted(Policy), is_full_model=True).read_text()
     assert front(text)["library_name"] == "transformers"
     assert "| weights | whole |" in text
     assert "from transformers import AutoModelForCausalLM\n" in text

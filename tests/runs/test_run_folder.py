@@ -3,15 +3,15 @@
 import pytest
 from fake_run_folder import answer, write_run
 
-from lit_align.report.build import facts
-from lit_align.report.downsample import edges, thinned
-from lit_align.runs.run_folder import RunFolder, answers
+from lit_align.report.build import report_data
+from lit_align.report.downsample import bucket_edges, downsample
+from lit_align.runs.run_folder import RunFolder, read_responses
 
 
 def test_curves_are_over_rollouts_and_evaluation_stands_at_the_last_one(tmp_path):
     rows = [
-        {"step": 3, "rollout": 1.0, "reward": 0.5},
-        {"step": 7, "rollout": 2.0, "reward": 1.5},
+        {"step": 3, "iteration": 1.0, "reward": 0.5},
+        {"step": 7, "iteration": 2.0, "reward": 1.5},
         {"step": 7, "val/reward": 4.0},
     ]
     run = RunFolder(write_run(tmp_path / "run", rows))
@@ -30,7 +30,7 @@ def test_values_that_are_no_numbers_are_counted_and_in_no_curve(tmp_path):
     rows = [{"step": 0, "loss": 2.0}, {"step": 1, "loss": "nan"}, {"step": 2, "loss": "inf"}]
     run = RunFolder(write_run(tmp_path / "run", rows))
     assert run.curves == {"loss": [(1.0, 2.0)]}
-    assert run.num_odd_values == 2
+    assert run.num_non_finite == 2
 
 
 def test_settings_have_dotted_names(tmp_path):
@@ -50,7 +50,7 @@ def test_memory_is_the_most_of_all_ranks(tmp_path):
 
 def test_seconds_are_means_over_rollouts(tmp_path):
     seconds = {"time/mine": 1.0, "time/prepare": 1.0, "time/update": 5.0}
-    rows = [{"step": s, "rollout": s + 1.0, "time/rollout": 2.0 + s, **seconds} for s in range(3)]
+    rows = [{"step": s, "iteration": s + 1.0, "time/rollout": 2.0 + s, **seconds} for s in range(3)]
     found = RunFolder(write_run(tmp_path / "run", rows)).seconds
     assert list(found.items()) == [
         ("rollout", 3.0),
@@ -66,17 +66,17 @@ def test_files_of_ranks_belong_to_one_rollout(tmp_path):
     run = RunFolder(write_run(tmp_path / "run", completions={**tables, **more}))
     assert [*run.rollouts] == [10, 20]
     assert [*run.held_out] == [0]
-    said = [row["completion"] for row in answers(run.rollouts[20])]
+    said = [row["completion"] for row in read_responses(run.rollouts[20])]
     assert said == ["rollout_00020.rank0", "rollout_00020.rank1"]
 
 
 def test_half_a_line_at_the_end_is_no_answer_and_elsewhere_an_error(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"score": 1}\n{"sco')
-    assert answers([file]) == [{"score": 1}]
+    assert read_responses([file]) == [{"score": 1}]
     file.write_text('{"sco\n{"score": 1}\n')
     with pytest.raises(ValueError, match=r"line 1 of .*x.jsonl is not JSON"):
-        answers([file])
+        read_responses([file])
 
 
 @pytest.mark.parametrize(
@@ -92,25 +92,25 @@ def test_what_is_no_run_folder(files, message, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        facts([RunFolder(tmp_path)])
+        report_data([RunFolder(tmp_path)])
     with pytest.raises(FileNotFoundError, match="no such run folder"):
         RunFolder(tmp_path / "nowhere")
 
 
 def test_a_short_curve_stays_as_it_is():
     points = [(1.0, 3.0), (2.0, 5.0)]
-    assert edges([points], 2) == (1.0, 0.0)
-    assert thinned(points, 1.0, 0.0) == {"x": [1.0, 2.0], "y": [3.0, 5.0]}
+    assert bucket_edges([points], 2) == (1.0, 0.0)
+    assert downsample(points, 1.0, 0.0) == {"x": [1.0, 2.0], "y": [3.0, 5.0]}
 
 
 def test_a_long_curve_becomes_means_with_their_ranges():
     points = [(float(x), float(x % 2)) for x in range(8)]
-    thin = thinned(points, *edges([points], 2))
+    thin = downsample(points, *bucket_edges([points], 2))
     assert thin == {"x": [1.75, 5.25], "y": [0.5, 0.5], "lo": [0.0, 0.0], "hi": [1.0, 1.0]}
 
 
 def test_seeds_are_thinned_at_the_same_places():
     one = [(float(x), 1.0) for x in range(100)]
     other = one[:60]
-    where = edges([one, other], 10)
-    assert thinned(other, *where)["x"] == thinned(one, *where)["x"][:6]
+    where = bucket_edges([one, other], 10)
+    assert downsample(other, *where)["x"] == downsample(one, *where)["x"][:6]

@@ -4,12 +4,14 @@ import csv
 import math
 
 import pytest
-from run_cli import ONLINE, run, words
+from run_cli import ONLINE, fit_argv, run
 
-from lit_align.cli.overlays import packaged_configs, read
+from lit_align.cli.overlays import packaged_configs, read_config
 
 OVERLAYS = [
-    name for name in packaged_configs() if "class_path" not in (read(name).get("model") or {})
+    name
+    for name in packaged_configs()
+    if "class_path" not in (read_config(name).get("model") or {})
 ]
 CONFIGS = [name for name in packaged_configs() if name not in OVERLAYS]
 TWO = "--trainer.devices=2"
@@ -18,8 +20,8 @@ WAYS = {
     "fsdp2_cpu_offload": (TWO, "--trainer.strategy=fsdp2_cpu_offload"),
     "ddp": (TWO, "--trainer.strategy=ddp"),
     "fsdp.yaml": ("--config=fsdp", TWO),
-    "fsdp.yaml, LoRA": ("--config=lora", "--model.policy.lora.rank=4", "--config=fsdp", TWO),
-    "ddp, LoRA": ("--config=lora", "--model.policy.lora.rank=4", "--trainer.strategy=ddp", TWO),
+    "fsdp.yaml, LoRA": ("--config=lora", "--model.policy.lora.r=4", "--config=fsdp", TWO),
+    "ddp, LoRA": ("--config=lora", "--model.policy.lora.r=4", "--trainer.strategy=ddp", TWO),
     "multi_node.yaml": ("--config=multi_node", TWO, "--trainer.num_nodes=1"),
 }
 FIRST = {("hydra_ppo", "ddp"), ("dpo", "fsdp.yaml, LoRA")}
@@ -28,13 +30,18 @@ IN_TIERS = [
     for config in CONFIGS
     for way in WAYS
 ]
-ADAPTED = {"hydra_ppo", "joint_hydra_ppo", "dl_ppo", "lora_ppo"}  # have adapters of their own
+ADAPTED = {
+    "hydra_ppo",
+    "joint_hydra_ppo",
+    "dynamic_lora_ppo",
+    "lora_ppo",
+}  # have adapters of their own
 
 
 def logged(folder, config, more, rows, ranks):
     """What four iterations of so many rows on each rank log."""
     room = ("--rollout.max_new_tokens=8",) if config in ONLINE else ()
-    argv = words(folder, config, *room, f"--data.batch_size={rows}", *more, epochs=1)
+    argv = fit_argv(folder, config, *room, f"--data.batch_size={rows}", *more, epochs=1)
     # far above rounding noise: in its direction AdamW would take a whole step
     argv += ["--model.optimizer.eps=1e-4", "--trainer.enable_checkpointing=false"]
     log = folder.parent / f"{folder.name}.log"

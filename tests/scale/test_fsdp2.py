@@ -14,12 +14,12 @@ from lit_align.algorithms.dpo import DPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.remax import ReMax
-from lit_align.cli.export import Built
-from lit_align.cli.overlays import fit_overlays
+from lit_align.cli.export import ExportCLI
+from lit_align.cli.overlays import resolve_configs
 from lit_align.models.generation import prefill
-from lit_align.models.generation.prefill import Prompts, read
+from lit_align.models.generation.prefill import PromptTensors, prefill_chunk
 from lit_align.models.parallel.fsdp2 import FSDP2
-from lit_align.models.parallel.sharding import largest, shards, whole_size
+from lit_align.models.parallel.sharding import all_reduce_max, fsdp_modules, unsharded_size
 
 CASE = "ReMax, AdamW in float32"
 STRATEGIES = {
@@ -29,8 +29,8 @@ STRATEGIES = {
     "a copy per rank": lambda: FSDP2(num_replicas=2),  # of two
     "a copy per node": lambda: FSDP2(num_replicas=0),
     "shards in host memory": lambda: FSDP2(cpu_offload=True),
-    "inputs of blocks alone": lambda: FSDP2(checkpointing=True),
-    "gradients that are shared out at once": lambda: FSDP2(sum_once=False),
+    "inputs of blocks alone": lambda: FSDP2(activation_checkpointing=True),
+    "gradients that are shared out at once": lambda: FSDP2(sync_every_microbatch=True),
 }
 
 
@@ -43,7 +43,7 @@ def fit_under(folder, name, ranks=2):
     )
     held = []
     for network in (algorithm.policy, algorithm.reference):
-        for part in shards(network):
+        for part in fsdp_modules(network):
             part.reshard()
         held += [weight.to_local().numel() / weight.numel() for weight in network.parameters()]
     return trained, max(held)
@@ -111,7 +111,7 @@ def test_the_words_are_lightnings_own_flags():
 def test_its_class_needs_no_settings(more):
     words = ["fit", "--config", "sft", "--config", "toy", "--trainer.devices", "2"]
     words += ["--trainer.strategy", "lit_align.models.parallel.fsdp2.FSDP2", *more]
-    strategy = Built(fit_overlays(words)).trainer.strategy
+    strategy = ExportCLI(resolve_configs(words)).trainer.strategy
     assert (type(strategy), strategy.num_replicas) == (FSDP2, 2 if more else 1)
 
 
@@ -209,12 +209,12 @@ def answers(folder, gather):
     seen = []
     prepare = algorithm.prepare
     algorithm.prepare = lambda batch: seen.append(batch.responses) or prepare(batch)
-    strategy = "auto" if gather == "one process" else FSDP2(gather=gather)
+    strategy = "auto" if gather == "one process" else FSDP2(gather_for_generation=gather)
     devices = 1 if gather == "one process" else 2
     run = trainer(folder, devices=devices, strategy=strategy, limit_val_batches=0)
     torch.manual_seed(0)
     run.fit(algorithm, RandomPrompts(1, 4 // devices))
-    return seen[0], algorithm.policy.gathers
+    return seen[0], algorithm.policy.shard_state.gather_for_generation
 
 
 @pytest.mark.parametrize("gather", [True, False, None])
@@ -230,7 +230,7 @@ def in_parts(folder):
     """The same where a rank must read its two prompts in two passes, and the other could in one."""
     with pytest.MonkeyPatch.context() as patch:
         at_once = 10**5 if distributed.get_rank() else 5
-        patch.setattr("lit_align.models.generation.prefill.READ_AT_ONCE", at_once)
+        patch.setattr("lit_align.models.generation.prefill.PREFILL_CHUNK_TOKENS", at_once)
         return answers(folder, False)[0]
 
 
@@ -245,13 +245,15 @@ def passes(folder, rows, at_once):
     """How many a rank makes that has so many prompts of five tokens."""
     number = rows[distributed.get_rank()]
     mask = torch.ones(number, 5, dtype=torch.long)
-    prompts, parts = Prompts(mask, mask, mask.cumsum(-1) - 1), []
+    prompts, parts = PromptTensors(mask, mask, mask.cumsum(-1) - 1), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill, "READ_AT_ONCE", at_once)
+        patch.setattr(prefill, "PREFILL_CHUNK_TOKENS", at_once)
         patch.setattr(
-            prefill, "read", lambda network, part: parts.append(part) or read(network, part)
+            prefill,
+            "prefill_chunk",
+            lambda network, part: parts.append(part) or prefill_chunk(network, part),
         )
-        prefill.prefill(tiny().network, prompts, largest)
+        prefill.prefill(tiny().network, prompts, all_reduce_max)
     assert sum(len(part.tokens) for part in parts) == number
     return len(parts)
 
@@ -284,4 +286,4 @@ def test_the_estimate_counts_blocks_as_they_are_gathered(compute, size):
     policy = tiny()
     blocks = sum(w.numel() for block in policy.blocks for w in block.parameters())
     rest = sum(w.numel() for w in policy.parameters()) - blocks
-    assert whole_size(policy, compute) == size * blocks + 4 * rest
+    assert unsharded_size(policy, policy.blocks, compute) == size * blocks + 4 * rest

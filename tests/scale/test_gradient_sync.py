@@ -36,9 +36,9 @@ def run_on_two(folder, strategy, tokens, counted):
     return weights(algorithm.policy), len(passes)
 
 
-def sharded(folder, tokens, sum_once=True):
+def sharded(folder, tokens, sync_every_microbatch=False):
     """Weights, passes, and how often gradients were scattered, once per block and for the root."""
-    strategy = FSDP2(sum_once=sum_once)
+    strategy = FSDP2(sync_every_microbatch=sync_every_microbatch)
     with Scattered() as seen:
         trained, passes = run_on_two(folder, strategy, tokens, lambda model: None)
     return trained, passes, seen.number

@@ -46,7 +46,7 @@ def test_the_word_fsdp_means_fsdp2_and_says_so(tmp_path):
 def test_a_broken_reward_ends_all_processes(tmp_path):
     (tmp_path / "judging.py").write_text(BROKEN)
     words = ("--config", "remax", "--config", "toy", "--trainer.strategy", "fsdp")
-    more = ("--trainer.devices", "2", "--reward.sources.function", "judging.reward")
+    more = ("--trainer.devices", "2", "--reward.functions.function", "judging.reward")
     status, text = ended(lit_align(tmp_path, *words, *more), 240)
     assert status != 0
     assert text.count("--trainer.strategy fsdp means fsdp2 here") == 1

@@ -47,7 +47,7 @@ class LoadedError(Exception):
 
 def load(folder, path, lora):
     """The algorithm as training would begin with it, and the most bytes that it took until then."""
-    algorithm, most = SFT(policy=lambda: Policy(path, lora=LoRA(rank=8) if lora else None)), []
+    algorithm, most = SFT(policy=lambda: Policy(path, lora=LoRA(r=8) if lora else None)), []
 
     def stop() -> None:
         most.append(kib("VmHWM"))

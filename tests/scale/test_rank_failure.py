@@ -46,7 +46,7 @@ def skipping(folder):
     """Weights and metrics of a run in which one rank has no answer left to learn from."""
     algorithm = ReMax(policy=tiny, microbatch_tokens=40)
     run = trainer(folder, devices=2, strategy="fsdp2")
-    run.callbacks[1] = Reward(FailsOn(1), skip_failures=True)
+    run.callbacks[1] = Reward(FailsOn(1), skip_failed_prompts=True)
     run.fit(algorithm, RandomPrompts(2, 2))
     return weights(algorithm.policy), float(run.callback_metrics["rewards/skipped_prompts"])
 
@@ -75,7 +75,7 @@ class UnevenPrompts(RandomPrompts):
 def uneven(folder, gather):
     """Lengths of the answers, and the passes that the update took, by rank."""
     algorithm = GRPO(policy=tiny, num_samples=2, microbatch_tokens=8)
-    run = trainer(folder, devices=2, strategy=FSDP2(gather=gather))
+    run = trainer(folder, devices=2, strategy=FSDP2(gather_for_generation=gather))
     lengths = []
     prepare = algorithm.prepare
     algorithm.prepare = lambda batch: lengths.extend(batch.response_lengths) or prepare(batch)

@@ -9,9 +9,9 @@ from tiny_models import WORDS
 from lit_align.batches import Experience
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
-from lit_align.models.generation.decode import Sampling
+from lit_align.models.generation.decode import SamplingParams
 from lit_align.models.policy import Policy
-from lit_align.tools.chat import Speaker, together
+from lit_align.tools.chat import ChatModel, latest_of_each
 
 TEMPLATE = (
     "{% for turn in messages %}{{ turn['content'] + ' ' }}{% endfor %}"
@@ -34,60 +34,62 @@ def model(tmp_path):
     return save
 
 
-def said(monkeypatch, capsys, argv: list[str], *lines: str) -> str:
+def chat_output(monkeypatch, capsys, argv: list[str], *lines: str) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     assert main(["chat", *argv]) == 0
     return capsys.readouterr().out
 
 
 def test_chunks_say_what_one_call_of_respond_says(model):
-    speaker = Speaker(model("one"), max_new_tokens=20, temperature=0)
-    pieces = list(speaker.answer(PROMPT))
-    ids = speaker.tokenizer(PROMPT)["input_ids"]
-    ids = ids[: len(ids) - (ids[-1] in speaker.stops)]
+    chat_model = ChatModel(model("one"), max_new_tokens=20, temperature=0)
+    pieces = list(chat_model.stream_response(PROMPT))
+    ids = chat_model.tokenizer(PROMPT)["input_ids"]
+    ids = ids[: len(ids) - (ids[-1] in chat_model.stops)]
     prompt = Experience(
         prompts=torch.tensor([ids]),
         prompt_mask=torch.ones(1, len(ids), dtype=torch.bool),
         prompt_lengths=[len(ids)],
     )
     noise = torch.zeros(1, 20)
-    whole = speaker.policy.respond(prompt, noise, [True], speaker.stops, 0, Sampling())
-    assert pieces[-1] == speaker.text(whole.tokens[0].tolist())
+    whole = chat_model.policy.generate(prompt, noise, [True], chat_model.stops, 0, SamplingParams())
+    assert pieces[-1] == chat_model.decode(whole.tokens[0].tolist())
     assert len(pieces) > 1
     assert pieces[-1].startswith(pieces[0])
 
 
 def test_a_conversation_is_remembered_until_it_is_cleared(model):
-    speaker = Speaker(model("one", template=TEMPLATE), max_new_tokens=3, system="good film")
-    answer = [*speaker.answer("the plot")][-1]
-    assert [turn["content"] for turn in speaker.turns] == ["good film", "the plot", answer]
-    speaker.clear()
-    assert [turn["content"] for turn in speaker.turns] == ["good film"]
+    chat_model = ChatModel(model("one", template=TEMPLATE), max_new_tokens=3, system="good film")
+    answer = [*chat_model.stream_response("the plot")][-1]
+    assert [turn["content"] for turn in chat_model.turns] == ["good film", "the plot", answer]
+    chat_model.clear()
+    assert [turn["content"] for turn in chat_model.turns] == ["good film"]
 
 
 def test_an_answer_ends_at_a_stop(model):
-    speaker = Speaker(model("one"), max_new_tokens=40)
-    speaker.stops = list(range(192))
-    assert list(speaker.answer(PROMPT)) == [""]
+    chat_model = ChatModel(model("one"), max_new_tokens=40)
+    chat_model.stops = list(range(192))
+    assert list(chat_model.stream_response(PROMPT)) == [""]
 
 
 def test_one_seed_says_the_same_again(model, monkeypatch, capsys):
     argv = [model("one"), "--max_new_tokens", "12", "--seed", "3"]
-    assert said(monkeypatch, capsys, argv, PROMPT) == said(monkeypatch, capsys, argv, PROMPT)
-    other = said(monkeypatch, capsys, [*argv[:-1], "4"], PROMPT)
-    assert other != said(monkeypatch, capsys, argv, PROMPT)
+    assert chat_output(monkeypatch, capsys, argv, PROMPT) == chat_output(
+        monkeypatch, capsys, argv, PROMPT
+    )
+    other = chat_output(monkeypatch, capsys, [*argv[:-1], "4"], PROMPT)
+    assert other != chat_output(monkeypatch, capsys, argv, PROMPT)
 
 
 def test_two_models_answer_side_by_side(model, monkeypatch, capsys):
-    argv = [model("one"), "--with", model("two", seed=1), "--max_new_tokens", "4"]
-    shown = said(monkeypatch, capsys, argv, PROMPT).replace("\n", "")
+    argv = [model("one"), "--compare_with", model("two", seed=1), "--max_new_tokens", "4"]
+    shown = chat_output(monkeypatch, capsys, argv, PROMPT).replace("\n", "")
     assert "│" in shown
     assert shown.count("template") == 2  # each column breaks the sentence where it is full
 
 
 def test_commands(model, monkeypatch, capsys):
     argv = [model("one"), "--max_new_tokens", "4"]
-    shown = said(
+    shown = chat_output(
         monkeypatch, capsys, argv, "/clear", "/temperature 0.5", "/temperature x",
         "/temperature -1", "/what", "", "/quit", "never read",
     )  # fmt: skip
@@ -98,21 +100,21 @@ def test_commands(model, monkeypatch, capsys):
 
 def test_what_does_not_fit_is_said_and_the_conversation_goes_on(model, monkeypatch, capsys):
     argv = [model("one"), "--max_new_tokens", "100", "--temperature", "0"]
-    shown = said(monkeypatch, capsys, argv, "river " * 60, "/clear")
+    shown = chat_output(monkeypatch, capsys, argv, "river " * 60, "/clear")
     assert "128 tokens, and this takes 61 and 100" in " ".join(shown.split())
     assert "forgotten" in shown
 
 
 def test_letters_that_steer_a_terminal_are_left_out(model, monkeypatch):
-    speaker = Speaker(model("one"))
+    chat_model = ChatModel(model("one"))
     monkeypatch.setattr(
-        type(speaker.tokenizer), "decode", lambda self, ids, **settings: "a\x1b[31mb\n\x07c"
+        type(chat_model.tokenizer), "decode", lambda self, ids, **settings: "a\x1b[31mb\n\x07c"
     )
-    assert speaker.text([1]) == "a[31mb\nc"
+    assert chat_model.decode([1]) == "a[31mb\nc"
 
 
 def test_the_newest_of_each_until_all_have_ended():
-    answers = together([iter("ab"), iter("xyz")])
+    answers = latest_of_each([iter("ab"), iter("xyz")])
     assert list(answers) == [["a", "x"], ["b", "y"], ["b", "z"]]
 
 
@@ -122,7 +124,7 @@ def test_the_newest_of_each_until_all_have_ended():
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, found 0"),
         (("--temperature", "-1"), "temperature must be at least 0, found -1"),
         (("--device", "nowhere"), "--device nowhere is not available here"),
-        (("--with", "./nowhere"), "there is no tokenizer folder './nowhere'"),
+        (("--compare_with", "./nowhere"), "there is no tokenizer folder './nowhere'"),
     ],
 )
 def test_mistakes(more, message, model, capsys):

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm
-from lit_align.algorithms.core.running_statistics import KLController, RunningScale
+from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm
+from lit_align.algorithms.core.running_statistics import KLController, RunningMeanStd
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.functional.kl import k1, k3
-from lit_align.functional.losses import clipped_surrogate, clipped_value
+from lit_align.functional.losses import clip_fractions, clipped_surrogate, clipped_value
 from lit_align.functional.returns import gae, on_last_token
 
 
@@ -26,65 +27,67 @@ class ActorCritic(OnlineAlgorithm):
 
     Args:
         critic_lr: Learning rate of the critic; by default the policy's.
-        critic_warmup: First iterations, in which only the critic learns.
+        critic_warmup_iterations: First iterations, in which only the critic learns.
         kl_coef: Reward lost per nat by which a token exceeds the reference.
         kl_in_loss: Charge the KL in the loss (k3), where the gradient sees it, not in the reward.
         kl_target: Nats per response towards which `kl_coef` is adapted (arXiv:1909.08593).
         kl_horizon: Responses in which an adapted `kl_coef` can change by 20 %.
         clip_low: How far below 1 the ratio of a token to the sampling policy may count.
         clip_high: How far above 1 it may count.
-        value_clip: How far a value may move from that of the sampling time and still earn.
+        value_clip_range: How far a value may move from that of the sampling time and still earn.
         gamma: Discount per token.
-        lam: GAE's lambda, between one-step errors (0) and whole returns (1).
-        whiten: Give the advantages of a rollout mean 0 and standard deviation 1, over all ranks.
-        normalise_scores: Take the scores' mean and standard deviation over the run out of them.
+        gae_lambda: GAE's lambda, between one-step errors (0) and whole returns (1).
+        whiten_advantages: Give a rollout's advantages mean 0 and deviation 1, over all ranks.
+        normalize_scores: Take the scores' mean and standard deviation over the run out of them.
         score_clip: Largest score either way.
         missing_eos_penalty: Score lost by a response that was cut before its end.
-        per_response: Average over each response's tokens first, then over responses.
+        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
+            response's tokens and then over responses, sequence_sum sums each response's tokens
+            and averages over responses.
     """
 
-    several_losses = True
+    has_multiple_losses = True
 
     def __init__(
         self,
         critic_lr: float | None = None,
-        critic_warmup: int = 0,
+        critic_warmup_iterations: int = 0,
         kl_coef: float = 0.02,
         kl_in_loss: bool = False,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
-        value_clip: float = 0.2,
+        value_clip_range: float = 0.2,
         gamma: float = 1.0,
-        lam: float = 0.95,
-        whiten: bool = True,
-        normalise_scores: bool = False,
+        gae_lambda: float = 0.95,
+        whiten_advantages: bool = True,
+        normalize_scores: bool = False,
         score_clip: float | None = None,
         missing_eos_penalty: float = 0.0,
-        per_response: bool = False,
+        loss_aggregation: LossAggregation = "token_mean",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if score_clip is not None and not score_clip > 0:
-            raise ValueError(f"score_clip is a bound above 0, found {score_clip}: leave it out.")
+            raise UserError(f"score_clip is a bound above 0, found {score_clip}: leave it out.")
         if critic_lr is not None and not critic_lr > 0:
-            raise ValueError(f"critic_lr must be above 0, found {critic_lr}.")
-        if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-            raise ValueError(f"gamma and lam lie between 0 and 1, found {gamma} and {lam}.")
-        if min(clip_low, clip_high, value_clip) <= 0:
-            raise ValueError(
-                f"clip_low, clip_high and value_clip must be above 0, found {clip_low}, "
-                f"{clip_high} and {value_clip}."
+            raise UserError(f"critic_lr must be above 0, found {critic_lr}.")
+        if not (0 <= gamma <= 1 and 0 <= gae_lambda <= 1):
+            raise UserError(f"gamma, gae_lambda must be in [0, 1], found {gamma}, {gae_lambda}.")
+        if min(clip_low, clip_high, value_clip_range) <= 0:
+            raise UserError(
+                f"clip_low, clip_high and value_clip_range must be above 0, found {clip_low}, "
+                f"{clip_high} and {value_clip_range}."
             )
-        self.critic_warmup = critic_warmup
-        self.own_lr = {} if critic_lr is None else {"critic": critic_lr}
+        self.critic_warmup_iterations = critic_warmup_iterations
+        self.role_lr = {} if critic_lr is None else {"critic": critic_lr}
         self.kl = KLController(kl_coef, kl_target, kl_horizon)
-        self.scale = RunningScale() if normalise_scores else None
-        self.kl_in_loss, self.gamma, self.lam = kl_in_loss, gamma, lam
-        self.clip_low, self.clip_high, self.value_clip = clip_low, clip_high, value_clip
-        self.whiten, self.score_clip, self.per_response = whiten, score_clip, per_response
-        self.missing_eos_penalty = missing_eos_penalty
+        self.scale = RunningMeanStd() if normalize_scores else None
+        self.kl_in_loss, self.gamma, self.gae_lambda = kl_in_loss, gamma, gae_lambda
+        self.clip_low, self.clip_high, self.value_clip_range = clip_low, clip_high, value_clip_range
+        self.whiten_advantages, self.score_clip = whiten_advantages, score_clip
+        self.missing_eos_penalty, self.loss_aggregation = missing_eos_penalty, loss_aggregation
 
     @abstractmethod
     def state_values(self, batch: Experience) -> Tensor:
@@ -93,92 +96,91 @@ class ActorCritic(OnlineAlgorithm):
     def training_step(self, batch: Experience, batch_idx: int) -> None:
         """One iteration, after which the KL's coefficient follows the KL that was seen."""
         super().training_step(batch, batch_idx)
-        self.kl.follow(*self.seen)
+        self.kl.update(*self.observed_kl)
 
     def prepare(self, batch: Experience) -> Experience:
         """Adds `values`, and `advantages` and `returns` by generalised advantage estimation."""
         batch = super().prepare(batch)
         mask = batch.response_mask
-        (batch.values,) = self.in_parts(batch, lambda part: (self.state_values(part),))
+        (batch.values,) = self.map_microbatches(
+            batch, lambda microbatch: (self.state_values(microbatch),)
+        )
         rewards = self.token_rewards(batch)
-        batch.advantages, batch.returns = gae(rewards, batch.values, mask, self.gamma, self.lam)
-        self.log_credit(batch, rewards)
-        if self.whiten:
-            _, mean, variance = self.moments(batch.advantages, mask)
+        batch.advantages, batch.returns = gae(
+            rewards, batch.values, mask, self.gamma, self.gae_lambda
+        )
+        self.log_rewards(batch, rewards)
+        if self.whiten_advantages:
+            _, mean, variance = self.moments_over_ranks(batch.advantages, mask)
             whitened = (batch.advantages - mean) / (variance + 1e-8).sqrt()
             batch.advantages = whitened.where(mask, 0.0)
         return batch
 
     def token_rewards(self, batch: Experience) -> Tensor:
         """[N, R]: the score on the last token, less the price of each token's KL."""
-        rewards = on_last_token(self.final_scores(batch), batch.response_mask)
-        return rewards if self.kl_in_loss else rewards - self.kl_price(batch)
+        rewards = on_last_token(self.shape_scores(batch), batch.response_mask)
+        return rewards if self.kl_in_loss else rewards - self.kl_penalty(batch)
 
-    def kl_price(self, batch: Experience) -> Tensor:
+    def kl_penalty(self, batch: Experience) -> Tensor:
         """[N, R]: what each token's KL costs."""
         return self.kl.coef * k1(batch.logprobs, batch.ref_logprobs)
 
-    def final_scores(self, batch: Experience) -> Tensor:
+    def shape_scores(self, batch: Experience) -> Tensor:
         """[N]: the raw scores, normalised, clipped and charged for a missing end."""
         scores = batch.scores
         if self.scale is not None:
-            self.scale.add(*self.moments(scores, batch.response_mask.any(-1)))
-            scores = self.scale.normalise(scores)
+            self.scale.update_from_moments(
+                *self.moments_over_ranks(scores, batch.response_mask.any(-1))
+            )
+            scores = self.scale.normalize(scores)
         if self.score_clip is not None:
             scores = scores.clamp(-self.score_clip, self.score_clip)
-        return scores - self.missing_eos_penalty * self.on_device(batch.truncated)
+        return scores - self.missing_eos_penalty * self.as_device_tensor(batch.truncated)
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """[n, R] of the policy, once the critic is warm, then [n, R] of the critic."""
-        if self.iteration >= self.critic_warmup:
-            yield self.policy_loss(batch, *self.policy.score(batch))
+        if self.iteration >= self.critic_warmup_iterations:
+            yield self.policy_loss(batch, *self.policy.logprobs_and_entropy(batch))
         yield self.value_loss(batch, self.state_values(batch))
 
     def policy_loss(self, batch: Experience, logprobs: Tensor, entropy: Tensor) -> Tensor:
         """[n, R]: the clipped surrogate, with the KL where it belongs in the loss."""
         mask, log_ratio = batch.response_mask, (logprobs - batch.logprobs).detach()
-        ratio = log_ratio.exp()
-        loss = clipped_surrogate(
-            logprobs, batch.logprobs, batch.advantages, self.clip_low, self.clip_high
-        )
-        low = (ratio < 1 - self.clip_low) & (batch.advantages < 0)
-        high = (ratio > 1 + self.clip_high) & (batch.advantages > 0)
-        self.note("policy/approxkl_avg", log_ratio.square() / 2, mask)
-        self.note("policy/clipfrac_avg", low | high, mask)
-        self.note("policy/entropy_avg", entropy, mask)
-        self.note("loss/policy_avg", loss, mask)
-        self.note("val/ratio", ratio, mask)
+        clipping = (batch.logprobs, batch.advantages, self.clip_low, self.clip_high)
+        loss = clipped_surrogate(logprobs, *clipping)
+        is_clipped_low, is_clipped_high = clip_fractions(logprobs, *clipping)
+        self.metrics.add("policy/approxkl_avg", log_ratio.square() / 2, mask)
+        self.metrics.add("policy/clipfrac_avg", is_clipped_low | is_clipped_high, mask)
+        self.metrics.add("entropy/update", entropy, mask)
+        self.metrics.add("loss/policy_avg", loss, mask)
+        self.metrics.add("policy/ratio_mean", log_ratio.exp(), mask)
         if self.kl_in_loss:
             loss = loss + self.kl.coef * k3(logprobs, batch.ref_logprobs)
-        return self.each_averaged(loss, batch) if self.per_response else loss
+        return self.aggregate(loss, batch)
 
     def value_loss(self, batch: Experience, values: Tensor) -> Tensor:
         """[n, R]: half the larger of the plain and the clipped squared error."""
-        loss = clipped_value(values, batch.values, batch.returns, self.value_clip)
-        plain = 0.5 * (values - batch.returns).square()
-        moved = (values.detach() - batch.values).abs() > self.value_clip  # not by rounding alone
-        self.note("loss/value_avg", loss, batch.response_mask)
-        self.note("val/clipfrac_avg", moved & (loss > plain), batch.response_mask)
-        return self.each_averaged(loss, batch) if self.per_response else loss
+        loss = clipped_value(values, batch.values, batch.returns, self.value_clip_range)
+        unclipped = 0.5 * (values - batch.returns).square()
+        moved = (values.detach() - batch.values).abs() > self.value_clip_range  # beyond rounding
+        self.metrics.add("loss/value_avg", loss, batch.response_mask)
+        self.metrics.add("value/clipfrac", moved & (loss > unclipped), batch.response_mask)
+        return self.aggregate(loss, batch)
 
-    def count(self, batch: Experience) -> Tensor:
-        """Responses, if each is averaged by itself; else response tokens."""
-        return self.num_responses(batch) if self.per_response else super().count(batch)
-
-    def log_credit(self, batch: Experience, rewards: Tensor) -> None:
+    def log_rewards(self, batch: Experience, rewards: Tensor) -> None:
         """Logs scores, prices and how well the critic knew, under PPO's old names."""
-        mask, answered = batch.response_mask, batch.response_mask.any(-1)
-        price = -self.kl_price(batch).where(mask, 0.0).sum(-1) * float(not self.kl_in_loss)
-        number, kl, _ = self.moments(self.sequence_kl(batch), answered)
-        self.seen = (kl, number)
-        means = {
-            "objective/scores": (batch.scores, answered),
-            "objective/non_score_reward": (price, answered),
-            "objective/rlhf_reward": (rewards.where(mask, 0.0).sum(-1), answered),
-            "objective/entropy": (-batch.logprobs.where(mask, 0.0).sum(-1), answered),
-        }
-        self.log_means(means)
-        _, _, unknown = self.moments(batch.returns - batch.values, mask)
-        _, _, spread = self.moments(batch.returns, mask)
-        self.log("critic/vf_explained_var", 1 - unknown / spread.clamp(min=1e-8))
+        mask, has_response = batch.response_mask, batch.response_mask.any(-1)
+        non_score_reward = -self.kl_penalty(batch).where(mask, 0.0).sum(-1) * float(
+            not self.kl_in_loss
+        )
+        number, kl, _ = self.moments_over_ranks(self.sequence_kl(batch), has_response)
+        self.observed_kl = (kl, number)
+        self.metrics.add("objective/scores", batch.scores, has_response)
+        self.metrics.add("objective/non_score_reward", non_score_reward, has_response)
+        self.metrics.add("objective/rlhf_reward", rewards.where(mask, 0.0).sum(-1), has_response)
+        surprise = -batch.logprobs.where(mask, 0.0).sum(-1)
+        self.metrics.add("objective/entropy", surprise, has_response)
+        _, _, residual_variance = self.moments_over_ranks(batch.returns - batch.values, mask)
+        _, _, return_variance = self.moments_over_ranks(batch.returns, mask)
+        self.log("critic/vf_explained_var", 1 - residual_variance / return_variance.clamp(min=1e-8))
         self.log("objective/kl_coef", self.kl.coef)

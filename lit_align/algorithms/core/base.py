@@ -2,52 +2,70 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from lit_align.algorithms.core.metrics import Measuring
-from lit_align.batches import AnyBatch, microbatches
+from lit_align.algorithms.core.checkpoints import check_algorithm, without_frozen
+from lit_align.algorithms.core.finite_rows import FiniteRows
+from lit_align.algorithms.core.metrics import Means, MetricAccumulator
+from lit_align.algorithms.core.microbatches import (
+    Compute,
+    join_microbatches,
+    split_on_all_ranks,
+    sync_gradients,
+)
+from lit_align.algorithms.core.optimizer_groups import clip_by_role, role_group
+from lit_align.algorithms.core.phases import PhaseListener, run_phase
+from lit_align.algorithms.core.reference_model import ReferenceModel
+from lit_align.algorithms.core.schedule import lr_fraction
+from lit_align.algorithms.core.trainer_checks import check_trainer, find_unused_parameters
+from lit_align.batches import AnyBatch, microbatch_indices
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
-from lit_align.models.parallel.sharding import Model, reshard, shard, synchronise
-from lit_align.models.roles import Role, whole
-from lit_align.models.weights.state_dict_check import check_fit, shapes
+from lit_align.models.parallel.sharding import Sharding, reshard
+from lit_align.models.policy import Policy
+from lit_align.models.roles import Role, single_head_role
+from lit_align.models.weights.state_dict_check import check_state_dict, weight_shapes
+
+Network = TypeVar("Network", bound=Backbone)
 
 
-class Algorithm(Measuring):
-    """A role or more to train, and the losses they learn from.
+class Algorithm(LightningModule):
+    """One or more trained networks and the losses that they are trained on.
 
-    One Lightning batch is one step of the schedule. `update` owns the optimizer step, so that
-    results depend neither on micro-batches nor on the number of ranks.
+    One Lightning batch is one step of the learning rate schedule. An offline algorithm takes one
+    optimizer step on it, an `OnlineAlgorithm` a few. `update` owns the optimizer step, so results
+    depend neither on the micro-batches nor on the number of ranks.
 
     Args:
         optimizer: Optimizer class and settings.
-        warmup: Share of the run over which the learning rate rises from 0.
-        final_lr: Share of the learning rate left at the end of its cosine decay, 1 for no decay.
+        warmup_ratio: Share of the run over which the learning rate rises from 0.
+        final_lr_ratio: Share of the learning rate left at the end of its cosine decay, 1 for none.
         microbatch_tokens: Padded tokens per forward pass. Changes memory, never the result.
         max_grad_norm: Longest gradient of a role that is not scaled down.
     """
 
-    several_losses: bool = False  # `losses` yields more than once: DDP must look for idle weights
+    has_multiple_losses: bool = False  # DDP must look for unused weights
+    trained_roles: tuple[str, ...] = ("policy",)  # networks that train; each is an attribute
+    build_policy: Callable[[], Policy]
+    reference_model: ReferenceModel | None = None  # of algorithms that stay near a reference
 
     def __init__(
         self,
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         ),
-        warmup: float = 0.0,
-        final_lr: float = 1.0,
+        warmup_ratio: float = 0.0,
+        final_lr_ratio: float = 1.0,
         microbatch_tokens: int = 8192,
         max_grad_norm: float = 1.0,
     ):
@@ -55,18 +73,28 @@ class Algorithm(Measuring):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in a checkpoint
         self.build_optimizer = optimizer
-        self.warmup, self.final_lr = warmup, final_lr
+        self.warmup_ratio, self.final_lr_ratio = warmup_ratio, final_lr_ratio
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
-        self.unverified: list[Backbone] = []  # networks whose weights came after they were built
-        self.own_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
+        self.to_verify: list[Backbone] = []  # networks whose weights came after they were built
+        self.role_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
+        self.metrics = MetricAccumulator()
+        self.phase_listeners: list[PhaseListener] = []
+        self.finite_rows: list[FiniteRows] = []  # one per micro-batch of the optimizer step
+        self.grad_norms: dict[str, Tensor] = {}  # gradient norms before clipping, by role
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
     # What an algorithm says ---------------------------------------------------------------------
 
+    def build(self) -> dict[str, Backbone]:
+        """Return the unsharded networks by role: the policy and, if there is one, the reference."""
+        policy = self.build_policy()
+        reference = {} if self.reference_model is None else self.reference_model.build(policy)
+        return {"policy": policy, **reference}
+
     @property
-    @abstractmethod
     def roles(self) -> dict[str, Backbone]:
-        """The networks that train, by role; each is an optimizer group and clipped by itself."""
+        """The networks that train, by role. Each is an optimizer group and clipped by itself."""
+        return {role: getattr(self, role) for role in self.trained_roles}
 
     @abstractmethod
     def losses(self, batch: Any) -> Iterator[Tensor]:
@@ -75,202 +103,213 @@ class Algorithm(Measuring):
         `update` runs backward on each before it asks for the next.
         """
 
-    def count(self, batch: Any) -> Tensor:
-        """What the summed loss is divided by, on this rank: response tokens by default."""
-        count: Tensor = batch.scored.sum()
-        return count
+    def prepare(self, batch: Any) -> Any:
+        """Add what is constant during the update, such as a reference's log-probs."""
+        return batch
 
-    def trained_in(self, role: str) -> list[nn.Parameter]:
+    def loss_denominator(self, batch: AnyBatch) -> Tensor:
+        """Return what the summed loss is divided by, on this rank: response tokens by default."""
+        return batch.loss_mask.sum()
+
+    def trainable_weights(self, role: str) -> list[nn.Parameter]:
         """What trains in a role; roles on one network share it out by name."""
         return [weight for weight in self.roles[role].parameters() if weight.requires_grad]
 
-    def cast(self) -> list[Role]:
-        """Every role, frozen ones too, for the table at the start."""
-        return [whole(role, network) for role, network in self.roles.items()]
+    def all_roles(self) -> list[Role]:
+        """Return all roles, frozen ones too, for the table at the start."""
+        roles = [single_head_role(role, network) for role, network in self.roles.items()]
+        return roles if self.reference_model is None else [*roles, self.reference_model.role()]
 
     # What the base does -------------------------------------------------------------------------
 
-    def placed(self, network: Model) -> Model:
+    def configure_model(self) -> None:
+        """Build, shard and register the networks once: Lightning calls this before every run."""
+        if hasattr(self, self.trained_roles[0]):
+            return
+        with self.phase("load"):
+            networks = {
+                role: self.shard_for_strategy(network) for role, network in self.build().items()
+            }
+            for role, network in networks.items():
+                setattr(self, role, network)
+            if self.reference_model is not None:
+                self.reference_model.register(networks, trained=self.roles)
+
+    def shard_for_strategy(self, network: Network) -> Network:
         """A role's network as the strategy has it: split over the ranks, or as it is."""
         if self.device_mesh is None:
             return network
         strategy = self.trainer.strategy
-        how = strategy.sharding if isinstance(strategy, FSDP2) else None
-        if network.files is not None:
-            self.unverified.append(network)
-        return shard(network, self.device_mesh, how)
+        if network.shard_state.weight_files is not None:
+            self.to_verify.append(network)
+        sharding = strategy.sharding if isinstance(strategy, FSDP2) else Sharding()
+        network.shard(self.device_mesh, sharding)
+        return network
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Prepare a batch and take one optimizer step on it."""
+        with torch.no_grad(), self.phase("prepare"):
+            batch = self.prepare(batch)
+        with self.phase("update"):
+            metrics = self.update(batch)
+        self.end_iteration(metrics)
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
-        """One optimizer step on the summed loss over the count of all ranks and micro-batches.
+        """Take one step on the summed loss over the count; return the loss and gradient norms."""
+        world_size = self.trainer.world_size
+        loss_scale = world_size / self.sum_over_ranks(self.loss_denominator(batch).float()).clamp(
+            min=1.0
+        )
+        row_groups = self.split_microbatches(batch)
+        total_loss, self.finite_rows = loss_scale.new_zeros(()), []
+        for number, rows in enumerate(row_groups, start=1):
+            microbatch = batch.rows(rows).trim_padding()
+            self.set_gradient_sync(number == len(row_groups))
+            for loss in self.losses(microbatch):
+                loss_mask = (
+                    microbatch.loss_mask
+                    if loss.ndim == microbatch.loss_mask.ndim
+                    else microbatch.loss_mask.any(-1)
+                )
+                token_losses = torch.where(loss_mask, loss, 0.0)
+                self.record_finite_rows(microbatch, rows, token_losses)
+                microbatch_loss = token_losses.sum() * loss_scale
+                self.manual_backward(microbatch_loss)
+                total_loss += microbatch_loss.detach()
+        return {"loss": self.sum_over_ranks(total_loss) / world_size, **self.step()}
 
-        Returns:
-            Metrics of the step: the loss, and each role's gradient norm before clipping.
-        """
-        world = self.trainer.world_size
-        share = world / self.over_ranks(self.count(batch).float()).clamp(min=1.0)
-        plan = self.plan(batch)
-        summed, self.judged = share.new_zeros(()), []
-        for number, rows in enumerate(plan, start=1):
-            part = batch.rows(rows).trim()
-            self.synchronise(number == len(plan))
-            for loss in self.losses(part):
-                scored = part.scored if loss.ndim == part.scored.ndim else part.scored.any(-1)
-                each = torch.where(scored, loss, 0.0)
-                self.judge(part, rows, each)
-                total = each.sum() * share
-                self.manual_backward(total)
-                summed += total.detach()
-        return {"loss": self.over_ranks(summed) / world, **self.step()}
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over all ranks."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
 
-    def synchronise(self, last: bool) -> None:
-        """Whether the next backward averages gradients over the ranks, or only adds them up."""
-        for role in self.roles.values():
-            synchronise(role, last)
-        replica = self.trainer.strategy.model
-        if isinstance(replica, DistributedDataParallel):
-            replica.require_backward_grad_sync = last
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Return a context in which listeners know that the phase `name` is running."""
+        return run_phase(name, self.phase_listeners)
+
+    def record_finite_rows(self, batch: AnyBatch, rows: list[int], losses: Tensor) -> None:
+        """Record which `rows` of the step have finite losses [n, r] or [n], reading no value."""
+        finite = losses.detach().isfinite().view(len(rows), -1).all(-1)
+        self.finite_rows.append(FiniteRows(rows, batch.columns, finite))
+
+    def set_gradient_sync(self, is_last: bool) -> None:
+        """Average gradients over the ranks in the last backward of a step, not before."""
+        sync_gradients(self.roles.values(), self.trainer.strategy.model, is_last)
 
     def step(self) -> dict[str, Tensor]:
-        """Clips each role, steps once; the gradient norms before clipping."""
+        """Clip each role, take one optimizer step, and return the gradient norms before it."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
-        self.norms = norms = {}
-        for group in optimizer.param_groups:
-            norm = nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
-            name = "grad_norm" if len(self.roles) == 1 else f"grad_norm/{group['role']}"
-            norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norms = clip_by_role(optimizer.param_groups, self.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return norms
+        return self.grad_norms
 
-    def plan(self, batch: AnyBatch) -> list[list[int]]:
-        """Rows of each micro-batch; every rank makes the same number of passes."""
-        rows = microbatches(batch.lengths, self.microbatch_tokens)
-        if self.trainer.world_size > 1:
-            most = self.trainer.strategy.reduce(
-                torch.tensor(len(rows), device=self.device), reduce_op="max"
-            )
-            rows = microbatches(batch.lengths, self.microbatch_tokens, at_least=int(most))
-        return rows
+    def split_microbatches(self, batch: AnyBatch) -> list[list[int]]:
+        """Return the rows of each micro-batch. All ranks have the same number of micro-batches."""
+        if self.trainer.world_size == 1:
+            return microbatch_indices(batch.lengths, self.microbatch_tokens)
+        return split_on_all_ranks(batch.lengths, self.microbatch_tokens, self.trainer.strategy)
 
-    def in_parts(
-        self, batch: AnyBatch, compute: Callable[[Any], tuple[Tensor, ...]]
-    ) -> list[Tensor]:
-        """What `compute` says of each micro-batch, back in the batch's order and width.
+    def map_microbatches(self, batch: AnyBatch, compute: Compute) -> list[Tensor]:
+        """Return the results of `compute` for each micro-batch, in the batch's order and width.
 
         Args:
             batch: N rows.
-            compute: From a micro-batch to tensors [n, r] or [n].
+            compute: Function of a micro-batch that returns tensors [n, r] or [n].
         """
-        plan, width = self.plan(batch), batch.scored.shape[-1]
-        parts = [compute(batch.rows(rows).trim()) for rows in plan]
-        order = [row for rows in plan for row in rows]
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__)).to(self.device)
-        results = []
-        for column in zip(*parts, strict=True):
-            whole = [
-                nn.functional.pad(part, (0, width - part.shape[1])) if part.ndim > 1 else part
-                for part in column
-            ]
-            results.append(torch.cat(whole)[back])
-        return results
+        row_groups, width = self.split_microbatches(batch), batch.loss_mask.shape[-1]
+        results_by_microbatch = [compute(batch.rows(rows).trim_padding()) for rows in row_groups]
+        return [
+            join_microbatches(results, row_groups, width)
+            for results in zip(*results_by_microbatch, strict=True)
+        ]
 
     # Lightning's hooks --------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Verifies what had no weights when it was built."""
-        while self.unverified:
+        """Verify the networks that had no weights when they were built."""
+        while self.to_verify:
+            network = self.to_verify.pop()
             with self.trainer.precision_plugin.forward_context():
-                network = self.unverified.pop()
-                network.verify()
+                network.verify_weights()
             reshard(network)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
+    def on_train_start(self) -> None:
+        """Offload the frozen networks: Lightning has moved all networks to the device."""
+        if self.reference_model is not None:
+            self.reference_model.offload()
+
     def setup(self, stage: str) -> None:
-        """Refuses what cannot serve a step of ours; tells DDP of weights that a loss leaves out."""
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("16-mixed scales losses, and clipping would not: take bf16-mixed.")
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy):
-            raise ValueError(
-                "FSDPStrategy wraps the whole step and cannot serve one that generates: take "
-                "--trainer.strategy fsdp2, which shards the same way."
-            )
-        if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
-            width = strategy.device_mesh["tensor_parallel"].size()
-            if width > 1:
-                raise ValueError(
-                    f"ModelParallelStrategy splits tensors over {width} ranks, which would see "
-                    f"different rows: take --trainer.strategy fsdp2, which splits none."
-                )
-        if self.several_losses and isinstance(strategy, DDPStrategy):
-            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        """Refuse unsupported trainer settings, and tell DDP of losses that skip some weights."""
+        check_trainer(self.trainer)
+        if self.has_multiple_losses:
+            find_unused_parameters(self.trainer.strategy)
 
     def configure_optimizers(self) -> Optimizer:
-        """One optimizer with a group per role."""
-        groups = []
-        for role, network in self.roles.items():
-            reshard(network)  # a validation before may have left weights whole
-            names = {weight: name for name, weight in network.named_parameters()}
-            weights = [(names[weight], weight) for weight in self.trained_in(role)]
-            own = {"lr": self.own_lr[role]} if role in self.own_lr else {}
-            groups.append(
-                {"params": weights, "role": role, "max_grad_norm": self.max_grad_norm, **own}
+        """Build one optimizer with a group per role."""
+        for network in self.roles.values():
+            reshard(network)  # a validation before this may have left weights unsharded
+        groups = [
+            role_group(
+                role, network, self.trainable_weights(role), self.max_grad_norm, self.role_lr
             )
+            for role, network in self.roles.items()
+        ]
         optimizer = self.build_optimizer(groups)
         self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
         return optimizer
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Sets the learning rates: a function of the iteration, so that no state is to be kept.
-
-        A learning rate changed on the command line holds after a resume, too. (Lightning's
-        schedulers would ask for the run's length before the data's position is restored.)
-        """
+        """Set the learning rates of this iteration (`schedule.py` says why it is no scheduler)."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
-        share = self.lr_share(self.iteration)
+        factor = self.lr_factor(self.iteration)
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rates[group["role"]] * share
+            group["lr"] = self.learning_rates[group["role"]] * factor
         self.log("lr", optimizer.param_groups[0]["lr"])
 
-    def lr_share(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
         """The learning rate at a Lightning batch, as a share of the configured one."""
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            return 1.0
-        rise = self.warmup * steps
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        progress = min((step - rise) / max(steps - rise, 1), 1.0)
-        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return lr_fraction(step, steps, self.warmup_ratio, self.final_lr_ratio)
 
     def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
-        """Logs the last step's metrics and what was noted, and counts the iteration."""
+        """Log the last step's metrics and the means of the iteration, and count the iteration."""
         self.log_dict(dict(metrics))
-        self.log_notes()
+        self.metrics.log_train(self)
         self.iteration += 1
 
+    def derived_eval_metrics(self, means: Means) -> Means:
+        """Return evaluation metrics that are computed from the means of the evaluated rows."""
+        return {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of the validation."""
+        self.metrics.log_eval(self, "val", self.derived_eval_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means of the test."""
+        self.metrics.log_eval(self, "test", self.derived_eval_metrics)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What trains; frozen weights come from their path again."""
-        weights = self.named_parameters(remove_duplicate=False)  # tied ones under each name
-        frozen = {name for name, weight in weights if not weight.requires_grad}
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name not in frozen}
+        """Return the trained weights and the buffers."""
+        return without_frozen(self, super().state_dict(*args, **kwargs))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the iteration, from which sampling and shuffling draw their noise."""
         checkpoint["iteration"] = self.iteration
         checkpoint["algorithm"] = type(self).__name__
+        if self.reference_model is not None:  # identifies the frozen weights, which are not saved
+            checkpoint["frozen_fingerprint"] = self.reference_model.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint holds exactly what trains here."""
-        self.iteration, name = checkpoint["iteration"], type(self).__name__
-        if self.trainer.training and checkpoint["algorithm"] != name:
-            raise ValueError(
-                f"The checkpoint is of a {checkpoint['algorithm']} run and cannot go on as {name}; "
-                f"to start from its weights, give the path of its exported `hf` folder."
-            )
+        self.iteration = checkpoint["iteration"]
+        if self.trainer.training:
+            check_algorithm(checkpoint, type(self).__name__)
         if checkpoint.get("state_dict"):  # `FSDP2` looks at a sharded checkpoint's itself
-            check_fit(self, shapes(checkpoint["state_dict"]))
+            check_state_dict(self, weight_shapes(checkpoint["state_dict"]))
+        if self.trainer.training and self.reference_model is not None:
+            self.reference_model.check_fingerprint(checkpoint)

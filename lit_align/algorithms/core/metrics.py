@@ -1,10 +1,8 @@
-"""What an algorithm says of itself: means over all ranks, in training and in evaluation."""
+"""Metric accumulation over micro-batches, evaluation batches and ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,136 +11,94 @@ from torchmetrics import MeanMetric
 
 from lit_align.batches import AnyBatch
 
-
-class Watcher(Protocol):
-    """Wants to know in which phase a run is: load, rollout, score, prepare or update."""
-
-    def begin(self, phase: str) -> None:
-        """A phase starts."""
-
-    def end(self, phase: str) -> None:
-        """It is over, if nothing was raised."""
+Means = dict[str, Tensor]
 
 
-class Judged(NamedTuple):
-    """Whether the losses of a micro-batch are finite.
+class MetricAccumulator:
+    """Means that an algorithm logs: once per iteration in training, once per epoch in evaluation.
 
-    Args:
-        rows: [n] their places in what the step is made on.
-        columns: The data set's own, if the batch has them.
-        finite: [n] on the device; to be read once per step.
+    Training keeps its own sums. All means of an iteration then take one reduction over the ranks,
+    and no value is read from the device. torchmetrics would gather each mean separately and read
+    each batch to look for NaN. Evaluation can afford both and uses torchmetrics.
+
+    The object holds no weights and no module, so a state dict does not contain it.
+
+    Example:
+        >>> metrics = MetricAccumulator()
+        >>> metrics.add("kl", torch.tensor([[1.0, 9.0]]), torch.tensor([[True, False]]))
+        >>> metrics.add("kl", torch.tensor([[3.0, 5.0]]), torch.tensor([[True, True]]))
+        >>> metrics.sums["kl"]  # the sum of the values, and how many there are
+        tensor([9., 3.])
     """
 
-    rows: list[int]
-    columns: dict[str, list[Any]]
-    finite: Tensor
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # [2] sum and number of this iteration, by name
+        self.eval_means: dict[str, MeanMetric] = {}  # of the evaluation in progress, by name
 
-
-class Measuring(LightningModule):
-    """Collects numbers of micro-batches and ranks, and tells watchers which phase a run is in."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.notes: dict[str, Tensor] = {}  # sum and number of what `losses` noted, by name
-        self.means: dict[str, MeanMetric] = {}  # of the evaluation under way, by name
-        self.watchers: list[Watcher] = []
-        self.judged: list[Judged] = []  # micro-batches of the optimizer step under way
-        self.norms: dict[str, Tensor] = {}  # of its gradients before clipping, by role
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Marks what happens inside as one phase of an iteration.
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add training values to the mean that is logged when the iteration ends.
 
         Args:
-            name: load, rollout, score, prepare or update.
-        """
-        for watcher in self.watchers:
-            watcher.begin(name)
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"{ADVICE[name]} {error}") from error
-        for watcher in self.watchers:
-            watcher.end(name)
-
-    def note(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Adds to a mean that is logged when the iteration ends; for `losses` to call.
-
-        Args:
-            name: Of the metric.
+            name: Name in the log.
             values: [n, R] or [n].
-            mask: Of the same shape, True where a value counts.
+            mask: Same shape, True where a value counts. Other values are not read.
         """
         counted = torch.where(mask, values.detach().float(), 0.0)
-        self.notes[name] = self.notes.get(name, 0.0) + torch.stack([counted.sum(), mask.sum()])
+        total = torch.stack([counted.sum(), mask.sum()])
+        self.sums[name] = self.sums.get(name, 0.0) + total
 
-    def judge(self, batch: AnyBatch, rows: list[int], losses: Tensor) -> None:
-        """Notes which rows have a finite loss, and reads nothing.
+    def add_all(self, means: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add (values, mask) of several means."""
+        for name, (values, mask) in means.items():
+            self.add(name, values, mask)
+
+    def log_train(self, module: LightningModule) -> None:
+        """Log the means over all ranks since the last call, and start again.
 
         Args:
-            batch: A micro-batch.
-            rows: [n] places of its rows in what the step is made on.
-            losses: [n, r] or [n].
+            module: Logs the means. A mean without values is logged as 0.
         """
-        finite = losses.detach().isfinite().view(len(rows), -1).all(-1)
-        self.judged.append(Judged(rows, batch.columns, finite))
-
-    def log_notes(self) -> None:
-        """Logs what was noted since the last time."""
-        if self.notes:
-            totals, numbers = self.over_ranks(torch.stack([*self.notes.values()])).unbind(-1)
+        if self.sums:
+            sums = module.trainer.strategy.reduce(
+                torch.stack([*self.sums.values()]), reduce_op="sum"
+            )
+            totals, numbers = sums.unbind(-1)
             means = totals / numbers.clamp(min=1.0)
-            self.log_dict(dict(zip(self.notes, means, strict=True)))
-            self.notes = {}
+            module.log_dict(dict(zip(self.sums, means, strict=True)))
+            self.sums = {}
 
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all ranks."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
+    def add_eval(self, batch: AnyBatch, **means: tuple[Tensor, Tensor]) -> None:
+        """Add one evaluation batch.
 
-    def log_means(self, means: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Logs the mean of each (values, mask) over the True of all ranks, in one reduction."""
-        sums = [
-            torch.stack([torch.where(mask, values.float(), 0.0).sum(), mask.sum().float()])
-            for values, mask in means.values()
-        ]
-        for name, (total, number) in zip(means, self.over_ranks(torch.stack(sums)), strict=True):
-            self.log(name, total / number.clamp(min=1.0), batch_size=1)
-
-    def measure(self, batch: AnyBatch, **means: tuple[Tensor, Tensor]) -> None:
-        """Adds (values, mask or weights) of one evaluation batch to the means of its epoch.
-
-        Rows that only fill up the last round of the ranks (`counted` False) are left out.
+        Args:
+            batch: Rows with `is_new` False only complete the ranks' last batch and are left out.
+            **means: (values, mask or weights) by name, each [n, R] or [n].
         """
-        counted = torch.tensor(batch.counted, device=self.device)
-        for name, (values, mask) in means.items():
-            if name not in self.means:
-                self.means[name] = MeanMetric().to(self.device).set_dtype(torch.float32)
-            rows = counted.view(-1, *[1] * (mask.ndim - 1))
-            self.means[name].update(values.float().where(mask > 0, 0.0), (mask * rows).float())
+        for name, (values, weights) in means.items():
+            if name not in self.eval_means:  # float32 also where the weights are bf16
+                metric = MeanMetric().to(values.device).set_dtype(torch.float32)
+                self.eval_means[name] = metric
+            counted = torch.tensor(batch.is_new, device=values.device)
+            rows = counted.view(-1, *[1] * (weights.ndim - 1))
+            kept = values.float().where(weights > 0, 0.0)
+            self.eval_means[name].update(kept, (weights * rows).float())
 
-    def evaluation(self) -> dict[str, Tensor]:
-        """The means over all rows of all ranks, by name, and a fresh start."""
-        means = {name: metric.compute() for name, metric in self.means.items()}
-        self.means.clear()
+    def compute_eval(self) -> Means:
+        """Return the means over all evaluated rows of all ranks by name, and start again."""
+        means = {name: metric.compute() for name, metric in self.eval_means.items()}
+        self.eval_means.clear()
         return means
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs what the validation measured."""
-        self.log_dict({f"val/{name}": value for name, value in self.evaluation().items()})
+    def log_eval(
+        self, module: LightningModule, stage: str, derive: Callable[[Means], Means]
+    ) -> None:
+        """Log the means of an evaluation as `<stage>/<name>`.
 
-    def on_test_epoch_end(self) -> None:
-        """Logs what the test measured."""
-        self.log_dict({f"test/{name}": value for name, value in self.evaluation().items()})
-
-
-LIGHTER = "or train adapters (--config lora), or shard over more GPUs (--config fsdp)."
-ADVICE = {  # what to change when memory runs out, by phase
-    "load": f"Out of memory in phase load: set --model.policy.dtype bfloat16, {LIGHTER}",
-    "rollout": "Out of memory in phase rollout: lower --data.batch_size, --model.num_samples or "
-    "--rollout.max_new_tokens.",
-    "score": "Out of memory in phase score: lower --reward.sources.tokens_per_pass, take a smaller "
-    "reward model, or --data.batch_size.",
-    "prepare": f"Out of memory in phase prepare: lower --model.microbatch_tokens, {LIGHTER}",
-    "update": "Out of memory in phase update: lower --model.microbatch_tokens, set "
-    "--model.policy.checkpointing true, or train adapters (--config lora).",
-}
+        Args:
+            module: Logs the means.
+            stage: `val` or `test`.
+            derive: Returns metrics that are computed from the means.
+        """
+        means = self.compute_eval()
+        means |= derive(means)
+        module.log_dict({f"{stage}/{name}": value for name, value in means.items()})

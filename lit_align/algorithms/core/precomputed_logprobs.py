@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_align.batches import Pairs
+from lit_align.batches import PreferenceBatch
+from lit_align.errors import UserError
 
 
-class Precomputed:
+class PrecomputedLogprobs:
     """Summed log-probs of pairs, found by the pairs' fingerprints: order and epoch do not matter.
 
     They are Python numbers on the CPU. A run stores them in its checkpoints.
@@ -22,7 +23,7 @@ class Precomputed:
     def __len__(self) -> int:
         return len(self.sums)
 
-    def keep(self, pairs: Tensor, sums: Tensor) -> None:
+    def store(self, pairs: Tensor, sums: Tensor) -> None:
         """Replaces all by what is given.
 
         Args:
@@ -31,25 +32,25 @@ class Precomputed:
         """
         self.sums = dict(zip(pairs.tolist(), sums.tolist(), strict=True))
 
-    def of(self, pairs: list[int]) -> tuple[Tensor, Tensor]:
+    def lookup(self, pairs: list[int]) -> tuple[Tensor, Tensor]:
         """([B], [B]) nats of the chosen and of the rejected answers of these fingerprints."""
-        strange = sum(pair not in self.sums for pair in pairs)
-        if strange:
-            raise ValueError(
-                f"{strange} pairs of a batch are not among those that precompute scored at the "
+        num_unknown = sum(pair not in self.sums for pair in pairs)
+        if num_unknown:
+            raise UserError(
+                f"{num_unknown} pairs of a batch are not among those that precompute scored at the "
                 f"start: train on the same data with the same tokenizer, and evaluate other data "
                 f"without precompute."
             )
         both = torch.tensor([self.sums[pair] for pair in pairs], dtype=torch.float32)
         return both[:, 0], both[:, 1]
 
-    def state(self) -> dict[str, Tensor]:
-        """What `keep` takes."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `store` takes."""
         sums = torch.tensor([*self.sums.values()], dtype=torch.float32)
         return {"pairs": torch.tensor([*self.sums], dtype=torch.int64), "sums": sums.view(-1, 2)}
 
 
-def share(loader: DataLoader[Any], rank: int, ranks: int) -> Iterator[Pairs]:
+def rank_batches(loader: DataLoader[Any], rank: int, ranks: int) -> Iterator[PreferenceBatch]:
     """Batches of a rank's part of all rows in the data's order, equally many for every rank.
 
     Args:
@@ -61,5 +62,7 @@ def share(loader: DataLoader[Any], rank: int, ranks: int) -> Iterator[Pairs]:
     size, count = loader.batch_size or 1, len(data)
     rows = [(rank + ranks * step) % count for step in range(-(-count // ranks))]
     for start in range(0, len(rows), size):
-        batch: Pairs = loader.collate_fn([data[row] for row in rows[start : start + size]])
+        batch: PreferenceBatch = loader.collate_fn(
+            [data[row] for row in rows[start : start + size]]
+        )
         yield batch

@@ -11,53 +11,58 @@ class LoRA:
     Dropout is always 0: sampling and scoring must see the same network.
 
     Args:
-        rank: Columns of each low-rank factor.
-        alpha: The update is scaled by alpha / rank.
-        targets: Names of the layers that are adapted, or `all-linear` for all but the output head.
-        train_fully: Names of layers that are trained whole and saved beside the adapter.
+        r: Columns of each low-rank factor.
+        lora_alpha: The update is scaled by lora_alpha / r.
+        target_modules: Names of adapted layers, or `all-linear` for all but the output head.
+        modules_to_save: Names of layers that are trained whole and saved beside the adapter.
     """
 
     def __init__(
         self,
-        rank: int = 16,
-        alpha: float = 32.0,
-        targets: str | list[str] = "all-linear",
-        train_fully: list[str] | None = None,
+        r: int = 16,
+        lora_alpha: float = 32.0,
+        target_modules: str | list[str] = "all-linear",
+        modules_to_save: list[str] | None = None,
     ):
-        self.rank, self.alpha = rank, alpha
-        self.targets, self.train_fully = targets, train_fully
+        self.r, self.lora_alpha = r, lora_alpha
+        self.target_modules, self.modules_to_save = target_modules, modules_to_save
 
-    def adapt(self, network: PreTrainedModel, task: str) -> PeftModel:
+    def apply_to(self, network: PreTrainedModel, task_type: str) -> PeftModel:
         """Puts the adapter into `network` itself and returns peft's view of it, which saves it.
 
         Args:
             network: The base; frozen from now on.
-            task: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
+            task_type: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
         """
-        return with_float_heads(get_peft_model(network, self.settings(task, self.train_fully)))
+        return upcast_modules_to_save(
+            get_peft_model(network, self.peft_config(task_type, self.modules_to_save))
+        )
 
-    def settings(
-        self, task: str, train_fully: list[str] | None, exclude: list[str] | None = None
+    def peft_config(
+        self,
+        task_type: str,
+        modules_to_save: list[str] | None,
+        exclude_modules: list[str] | None = None,
     ) -> LoraConfig:
         """What peft is told.
 
         Args:
-            task: peft's name of what the network does.
-            train_fully: Names of layers that are trained whole.
-            exclude: Names of layers that get no adapter.
+            task_type: peft's name of what the network does.
+            modules_to_save: Names of layers that are trained whole.
+            exclude_modules: Names of layers that get no adapter.
         """
         return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
+            r=self.r,
+            lora_alpha=self.lora_alpha,
             lora_dropout=0.0,
-            target_modules=self.targets,
-            exclude_modules=exclude,
-            modules_to_save=train_fully,
-            task_type=task,
+            target_modules=self.target_modules,
+            exclude_modules=exclude_modules,
+            modules_to_save=modules_to_save,
+            task_type=task_type,
         )
 
 
-def with_float_heads(adapted: PeftModel) -> PeftModel:
+def upcast_modules_to_save(adapted: PeftModel) -> PeftModel:
     """Layers that train whole in float32, as peft keeps adapters: bf16 loses small steps."""
     for name, weight in adapted.named_parameters():
         if ".modules_to_save." in name and weight.dtype in (torch.bfloat16, torch.float16):

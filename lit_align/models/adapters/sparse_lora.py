@@ -13,14 +13,15 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_align.errors import UserError
 from lit_align.functional.sparse_low_rank import (
-    assembled,
+    dense_weight,
     draw_support,
     num_sparse,
     sparse_low_rank,
 )
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.sltrain import common_seed
+from lit_align.models.sltrain import rank_zero_seed
 
 
 class SparseLowRankAdapter(LoRA):
@@ -38,46 +39,50 @@ class SparseLowRankAdapter(LoRA):
     def __init__(self, density: float = 0.01, **kwargs: Any):
         super().__init__(**kwargs)
         if not 0 <= density <= 1:
-            raise ValueError(f"density must be from 0 to 1, found {density}.")
+            raise UserError(f"density must be from 0 to 1, found {density}.")
         self.density = density
 
-    def adapt(self, network: PreTrainedModel, task: str) -> PeftModel:
+    def apply_to(self, network: PreTrainedModel, task_type: str) -> PeftModel:
         """Puts the adapter into `network` itself; every rank must call it.
 
         Args:
             network: The base; frozen from now on.
-            task: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
+            task_type: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
         """
-        adapted = super().adapt(network, task)
+        adapted = super().apply_to(network, task_type)
         for name, layer in network.named_modules():
             if isinstance(layer, LoraLayer) and not isinstance(layer, SparseLoraLinear):
-                raise ValueError(
+                raise UserError(
                     f"SparseLowRankAdapter adapts plain linear layers, and {name} is none: name "
-                    f"others as targets, or take LoRA."
+                    f"others as target_modules, or take LoRA."
                 )
         return adapted
 
-    def settings(
-        self, task: str, train_fully: list[str] | None, exclude: list[str] | None = None
+    def peft_config(
+        self,
+        task_type: str,
+        modules_to_save: list[str] | None,
+        exclude_modules: list[str] | None = None,
     ) -> LoraConfig:
         """What peft is told.
 
         Args:
-            task: peft's name of what the network does.
-            train_fully: Names of layers that are trained whole.
-            exclude: Names of layers that get no adapter.
+            task_type: peft's name of what the network does.
+            modules_to_save: Names of layers that are trained whole.
+            exclude_modules: Names of layers that get no adapter.
         """
-        if exclude:
-            raise ValueError(
+        if exclude_modules:
+            raise UserError(
                 "SparseLowRankAdapter is for one role on its base: take LoRA for several."
             )
-        settings = super().settings(task, train_fully)
-        layer = partial(SparseLoraLinear, density=self.density, seed=common_seed())
+        settings = super().peft_config(task_type, modules_to_save)
+        layer = partial(SparseLoraLinear, density=self.density, seed=rank_zero_seed())
+        # peft documents this method in its guide on custom models, as subject to change (peft 0.21)
         settings._register_custom_module({nn.Linear: layer})
         return settings
 
 
-class SparsePart(nn.Module):
+class SparseUpdate(nn.Module):
     """S of a layer's update.
 
     Args:
@@ -111,10 +116,10 @@ class SparseLoraLinear(Linear):
                 joins later has none.
             seed: Of all supports; each layer's follows from it and its name.
         """
-        if "lora_sparse" not in self._modules:
+        if not hasattr(self, "lora_sparse"):
             self.lora_sparse = nn.ModuleDict()
         own = random.Random(f"{seed} {kwargs['target_name']}").getrandbits(63)
-        self.lora_sparse[adapter_name] = SparsePart(self.get_base_layer(), density, own)
+        self.lora_sparse[adapter_name] = SparseUpdate(self.get_base_layer(), density, own)
         super().update_layer(adapter_name, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -124,41 +129,41 @@ class SparseLoraLinear(Linear):
             return outputs
         outputs = self.base_layer(x)
         for adapter in self.active_adapters:
-            outputs = outputs + sparse_low_rank(x, *self.parts(adapter))
+            outputs = outputs + sparse_low_rank(x, *self.factors(adapter))
         return outputs
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """[out, in] the update that peft merges."""
-        return assembled(*self.parts(adapter))
+        return dense_weight(*self.factors(adapter))
 
-    def parts(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """A, B, the values of S, their positions, and the scale."""
         sparse = self.lora_sparse[adapter]
-        assert isinstance(sparse, SparsePart)
+        assert isinstance(sparse, SparseUpdate)
         low_rank = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return *low_rank, sparse.value, sparse.index, self.scaling[adapter]
 
 
-def is_merged_when_saved(network: nn.Module) -> bool:
+def has_sparse_adapter(network: nn.Module) -> bool:
     """Whether a network's adapter is one that plain peft cannot load."""
     return any(isinstance(layer, SparseLoraLinear) for layer in network.modules())
 
 
-def with_update_merged(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_sparse_update(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the plain network that one with such an adapter stands for.
 
     Args:
         network: Has the layers.
         state: Its whole weights, by name.
     """
-    if not is_merged_when_saved(network):
+    if not has_sparse_adapter(network):
         return dict(state)
     plain = dict(state)
     for name, layer in network.named_modules():
         if isinstance(layer, SparseLoraLinear):
             lora_a = plain.pop(f"{name}.lora_A.default.weight")
             exact = torch.promote_types(lora_a.dtype, torch.float32)
-            weight = assembled(
+            weight = dense_weight(
                 lora_a.to(exact),
                 plain.pop(f"{name}.lora_B.default.weight").to(exact),
                 plain.pop(f"{name}.lora_sparse.default.value"),

@@ -10,73 +10,79 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lit_align.models.kernels.compile import eager_trunk
+from lit_align.models.kernels.compile import run_trunk_eager
 
-READ_AT_ONCE = 2**14  # tokens: what more would take is memory alone
+PREFILL_CHUNK_TOKENS = 2**14  # tokens: what more would take is memory alone
 
 
-class Prompts(NamedTuple):
+class PromptTensors(NamedTuple):
     """G prompts of T tokens at most."""
 
     tokens: Tensor  # [G, T] token ids, left-padded
     mask: Tensor  # [G, T] 1 at real tokens
     positions: Tensor  # [G, T]
 
-    def rows(self, rows: Tensor) -> Prompts:
+    def rows(self, rows: Tensor) -> PromptTensors:
         """Those at [n] places."""
-        return Prompts(*(each[rows] for each in self))
+        return PromptTensors(*(each[rows] for each in self))
 
 
-class Begun(NamedTuple):
+class PrefillOutput(NamedTuple):
     """What a network keeps of prompts that it has read."""
 
     cache: Cache
     hidden: Tensor  # [G, H] of the last token
 
 
-def prefill(network: PreTrainedModel, prompts: Prompts, alike: Callable[[int], int] = int) -> Begun:
-    """Reads prompts in as many passes as READ_AT_ONCE asks for.
+def prefill(
+    network: PreTrainedModel, prompts: PromptTensors, max_over_ranks: Callable[[int], int] = int
+) -> PrefillOutput:
+    """Reads prompts in as many passes as PREFILL_CHUNK_TOKENS asks for.
 
     Args:
         network: A causal language model with whole weights, or with shards that each pass gathers.
         prompts: G rows.
-        alike: The largest of a number on all ranks: shards need equally many passes of all.
+        max_over_ranks: The largest of a number on all ranks, which make equally many passes.
     """
     rows = torch.arange(len(prompts.tokens), device=prompts.tokens.device)
-    at_once = max(1, READ_AT_ONCE // prompts.tokens.shape[1]) if splits(network) else len(rows)
-    number = alike(-(-len(rows) // at_once))
-    number = -alike(-min(number, len(rows)))  # a pass of each rank has a row at least
-    parts = read_parts(network, [prompts.rows(part) for part in rows.tensor_split(number)])
-    hidden = torch.cat([part.hidden for part in parts])
-    return Begun(joined([part.cache for part in parts]), hidden)
+    chunk_rows = (
+        max(1, PREFILL_CHUNK_TOKENS // prompts.tokens.shape[1])
+        if has_plain_kv_cache(network)
+        else len(rows)
+    )
+    number = max_over_ranks(-(-len(rows) // chunk_rows))
+    number = -max_over_ranks(-min(number, len(rows)))  # a pass of each rank has a row at least
+    chunks = prefill_chunks(network, [prompts.rows(chunk) for chunk in rows.tensor_split(number)])
+    hidden = torch.cat([chunk.hidden for chunk in chunks])
+    return PrefillOutput(concat_caches([chunk.cache for chunk in chunks]), hidden)
 
 
-def splits(network: PreTrainedModel) -> bool:
+def has_plain_kv_cache(network: PreTrainedModel) -> bool:
     """Whether all that its layers keep are keys and values."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return all(type(layer) in kinds for layer in DynamicCache(config=network.config).layers)
 
 
-def read_parts(network: PreTrainedModel, parts: list[Prompts]) -> list[Begun]:
-    """One pass for each part of the prompts."""
-    return [read(network, part) for part in parts]
+def prefill_chunks(network: PreTrainedModel, chunks: list[PromptTensors]) -> list[PrefillOutput]:
+    """One pass for each chunk of the prompts."""
+    return [prefill_chunk(network, chunk) for chunk in chunks]
 
 
-def read(network: PreTrainedModel, part: Prompts) -> Begun:
+def prefill_chunk(network: PreTrainedModel, chunk: PromptTensors) -> PrefillOutput:
     """A pass over some prompts."""
     cache = DynamicCache(config=network.config)
-    hidden = eager_trunk(
+    hidden = run_trunk_eager(
         network,
-        input_ids=part.tokens,
-        attention_mask=part.mask,
-        position_ids=part.positions,
+        input_ids=chunk.tokens,
+        attention_mask=chunk.mask,
+        position_ids=chunk.positions,
         past_key_values=cache,
         use_cache=True,
     )
-    return Begun(cache, hidden[:, -1].clone())  # the other tokens' need not stay
+    return PrefillOutput(cache, hidden[:, -1].clone())  # the other tokens' need not stay
 
 
-def joined(caches: list[Cache]) -> Cache:
+def concat_caches(caches: list[Cache]) -> Cache:
     """The rows of all caches, whose own layers are given away one by one."""
     first, *others = caches
     for number, layer in enumerate(first.layers):

@@ -12,31 +12,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-KINDS = 64  # of passes: a network, with or without gradients, with one adapter or another
+MIN_RECOMPILE_LIMIT = 64  # networks x gradients x adapters
 
 
-def compile_blocks(blocks: Iterable[nn.Module], recomputed: bool) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], uses_checkpointing: bool) -> None:
     """Lets each block compile itself where it is first called, for texts of any length.
 
     What is compiled for one block serves all that are alike. Keys of a state dict stay.
 
     Args:
         blocks: The transformer blocks of a network.
-        recomputed: Whether they keep their inputs alone and compute the rest again in backward.
+        uses_checkpointing: Whether they keep only their inputs and recompute the rest.
     """
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, KINDS)
+    limits = torch.compiler.config
+    limits.recompile_limit = max(limits.recompile_limit, MIN_RECOMPILE_LIMIT)
     for block in blocks:
+        # The underscored attributes are private; checked with torch 2.13 and transformers 5.23.
+        # torch's `checkpoint_wrapper` would replace them, but its module is private, too. It also
+        # changes the names in `named_parameters`, and checkpoints in eval mode.
         block.compile(dynamic=True)
         compiled = block._compiled_call_impl
-        if recomputed and compiled is not None:
+        if uses_checkpointing and compiled is not None:
             vars(block).update(
-                _gradient_checkpointing_func=recomputed_and_compiled,
-                _compiled_call_impl=partial(by_mode, block, compiled),
+                _gradient_checkpointing_func=compiled_checkpoint,
+                _compiled_call_impl=partial(call_by_mode, block, compiled),
             )
 
 
-def by_mode(block: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call_by_mode(block: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A block that trains as it is, since it compiles itself inside of its checkpoint.
 
     Args:
@@ -48,20 +51,20 @@ def by_mode(block: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs
     return (block._call_impl if block.training else compiled)(*args, **kwargs)
 
 
-def call(function: Callable[..., Any], *args: Any) -> Any:
+def call_function(function: Callable[..., Any], *args: Any) -> Any:
     """`function` of its arguments."""
     return function(*args)
 
 
-compiled_call = torch.compile(call, dynamic=True)
+compiled_call = torch.compile(call_function, dynamic=True)
 
 
-def recomputed_and_compiled(block: Callable[..., Any], *args: Any) -> Any:
+def compiled_checkpoint(block: Callable[..., Any], *args: Any) -> Any:
     """A block that keeps its inputs alone, and is compiled inside of that.
 
     Outside it would not be compiled at all, and would not say so: attention breaks the graph, and
     a checkpoint in a graph must not be broken. torch forbids to compile inside of its
-    `checkpoint`, but not inside of what that wraps.
+    `checkpoint`, but not inside of what that wraps (checked with torch 2.13).
 
     Args:
         block: With its other arguments.
@@ -70,7 +73,7 @@ def recomputed_and_compiled(block: Callable[..., Any], *args: Any) -> Any:
     return unwrap(checkpoint)(compiled_call, block, *args, use_reentrant=False)
 
 
-def trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
+def run_trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
     """[N, t, H]: the last hidden state.
 
     Args:
@@ -81,10 +84,10 @@ def trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
     return hidden
 
 
-compiled_trunk = torch.compile(trunk, fullgraph=True)  # when it is first called
+run_trunk_compiled = torch.compile(run_trunk, fullgraph=True)  # when it is first called
 
 
-def eager_trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
+def run_trunk_eager(network: PreTrainedModel, **inputs: Any) -> Tensor:
     """The same without what blocks have compiled: keys and values that grow are each layer's own.
 
     Args:
@@ -92,15 +95,16 @@ def eager_trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
         **inputs: Of its base model.
     """
     with torch.compiler.set_stance("force_eager"):
-        return trunk(network, **inputs)
+        return run_trunk(network, **inputs)
 
 
-def of_any_size(tensor: Tensor, *dims: int) -> Tensor:
+def mark_dynamic(tensor: Tensor, *dims: int) -> Tensor:
     """The tensor, whose dimensions need not be what they are when it is next compiled for.
 
     Args:
         tensor: Any.
         dims: Which.
     """
+    # torch 2.13; `mark_dynamic` would raise if a dimension turned out to be static
     torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
     return tensor

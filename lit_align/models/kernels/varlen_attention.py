@@ -13,10 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "sdpa_or_packed"  # as transformers knows it
+ATTENTION_NAME = "sdpa_or_packed"  # as transformers knows it
 
 
-class Packed:
+class SequenceLengths:
     """Where the texts of a row end.
 
     Args:
@@ -26,41 +26,42 @@ class Packed:
 
     def __init__(self, lengths: list[int], device: torch.device):
         self.lengths = lengths
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).to(device, non_blocking=True)
-        self.ends = ends.cumsum(0, dtype=torch.int32)  # [n + 1]
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).to(device, non_blocking=True)
+        self.cu_seqlens = starts.cumsum(0, dtype=torch.int32)  # [n + 1]
 
     @property
-    def as_mask(self) -> Tensor:
+    def as_attention_mask(self) -> Tensor:
         """[1, 1, 1, n + 1]: of four dimensions, a mask that transformers hands on unread."""
-        return self.ends.view(1, 1, 1, -1)
+        return self.cu_seqlens.view(1, 1, 1, -1)
 
 
-def let_pack(network: PreTrainedModel) -> bool:
-    """Puts `attention` into a network that is served by it; whether it is.
+def enable_packing(network: PreTrainedModel) -> bool:
+    """Puts `sdpa_or_varlen_attention` into a network that is served by it; whether it is.
 
     That is one whose tokens meet in attention alone, and there see all that stand before them.
     """
+    # The underscored attributes are private to transformers; checked with 5.23.
     settings = network.config.to_dict()
     plain = set(settings.get("layer_types") or ["full_attention"]) == {"full_attention"}
-    packs = (
+    can_pack = (
         network.config._attn_implementation == "sdpa"
         and network._supports_attention_backend
         and not network._is_stateful
         and plain
         and not settings.get("sliding_window")
     )
-    if packs:
-        network.config._attn_implementation = NAME
-    return packs
+    if can_pack:
+        network.config._attn_implementation = ATTENTION_NAME
+    return can_pack
 
 
-def attention(
+def sdpa_or_varlen_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    packed: Packed | None = None,
+    sequence_lengths: SequenceLengths | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -72,24 +73,24 @@ def attention(
         key: [N, fewer heads or as many, T, D].
         value: Of the key's shape.
         mask: Not read where texts are packed.
-        packed: The texts in the row.
+        sequence_lengths: The texts in the row.
         scaling: Of the products; by default one over the root of D.
         **kwargs: For transformers.
 
     Returns:
         [N, T, heads, D].
     """
-    if packed is None and query.shape[2] == 1:
-        return next_token(query, key, value, mask, scaling), None
-    if packed is None:
-        mixed, _ = sdpa_attention_forward(
+    if sequence_lengths is None and query.shape[2] == 1:
+        return next_token_attention(query, key, value, mask, scaling), None
+    if sequence_lengths is None:
+        attended, _ = sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, **kwargs
         )
-        return mixed, None
-    return uncompiled(module, query, key, value, packed, scaling), None
+        return attended, None
+    return varlen_attention_eager(module, query, key, value, sequence_lengths, scaling), None
 
 
-def next_token(
+def next_token_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     """[N, 1, heads, D] of the last token; heads that share keys are read as if they were tokens.
@@ -104,16 +105,16 @@ def next_token(
         scaling: Of the products.
     """
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-    mixed = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
-    return mixed.flatten(1, 2).unsqueeze(1)
+    attended = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    return attended.flatten(1, 2).unsqueeze(1)
 
 
-def text_by_text(
+def varlen_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    packed: Packed,
+    sequence_lengths: SequenceLengths,
     scaling: float | None,
 ) -> Tensor:
     """[1, T, heads, D] with each text by itself.
@@ -123,31 +124,37 @@ def text_by_text(
         query: [1, heads, T, D].
         key: [1, fewer heads or as many, T, D].
         value: Of the key's shape.
-        packed: The texts in the row.
+        sequence_lengths: The texts in the row.
         scaling: Of the products.
     """
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    if has_kernel(kind) and dtype in (torch.float16, torch.bfloat16):
-        return by_kernel(query.to(dtype), key.to(dtype), value.to(dtype), packed, scaling)
-    return run_by_run(module, query, key, value, packed, scaling)
+    device_type = query.device.type
+    dtype = (
+        torch.get_autocast_dtype(device_type)
+        if torch.is_autocast_enabled(device_type)
+        else query.dtype
+    )
+    if has_varlen_kernel(device_type) and dtype in (torch.float16, torch.bfloat16):
+        return flash_varlen(
+            query.to(dtype), key.to(dtype), value.to(dtype), sequence_lengths, scaling
+        )
+    return attention_by_equal_length(module, query, key, value, sequence_lengths, scaling)
 
 
-def has_kernel(kind: str) -> bool:
+def has_varlen_kernel(device_type: str) -> bool:
     """Whether a kind of device reads packed halves in one launch."""
-    return kind == "cuda"
+    return device_type == "cuda"
 
 
 # Compiled, it would be so anew for each list of lengths.
-uncompiled: Callable[..., Tensor] = torch.compiler.disable(text_by_text)
+varlen_attention_eager: Callable[..., Tensor] = torch.compiler.disable(varlen_attention)
 
 
-def run_by_run(
+def attention_by_equal_length(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    packed: Packed,
+    sequence_lengths: SequenceLengths,
     scaling: float | None,
 ) -> Tensor:
     """[1, T, heads, D] by a call for each run of texts that are equally long, on any device.
@@ -157,25 +164,29 @@ def run_by_run(
         query: [1, heads, T, D].
         key: [1, fewer heads or as many, T, D].
         value: Of the key's shape.
-        packed: The texts in the row.
+        sequence_lengths: The texts in the row.
         scaling: Of the products.
     """
-    runs = [(length, len(list(texts))) for length, texts in groupby(packed.lengths)]
+    runs = [(length, len(list(texts))) for length, texts in groupby(sequence_lengths.lengths)]
     if len(runs) == 1:
-        each = (stacked(tensor, *runs[0]) for tensor in (query, key, value))
+        each = (stack_sequences(tensor, *runs[0]) for tensor in (query, key, value))
         alike: Tensor = sdpa_attention_forward(module, *each, None, scaling=scaling)[0]
         return alike.flatten(0, 1).unsqueeze(0)
     sizes = [length * number for length, number in runs]
     split = [each.split(sizes, 2) for each in (query, key, value)]
     parts = []
     for run, *part in zip(runs, *split, strict=True):
-        each = (stacked(tensor, *run) for tensor in part)
+        each = (stack_sequences(tensor, *run) for tensor in part)
         parts.append(sdpa_attention_forward(module, *each, None, scaling=scaling)[0].flatten(0, 1))
     return torch.cat(parts).unsqueeze(0)
 
 
-def by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: float | None
+def flash_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequence_lengths: SequenceLengths,
+    scaling: float | None,
 ) -> Tensor:
     """[1, T, heads, D] in one launch, half precision on a GPU.
 
@@ -183,31 +194,31 @@ def by_kernel(
         query: [1, heads, T, D].
         key: [1, fewer heads or as many, T, D].
         value: Of the key's shape.
-        packed: The texts in the row.
+        sequence_lengths: The texts in the row.
         scaling: Of the products.
     """
-    longest = max(packed.lengths)
-    found = varlen_attn(
+    longest = max(sequence_lengths.lengths)
+    output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        packed.ends,
-        packed.ends,
+        sequence_lengths.cu_seqlens,
+        sequence_lengths.cu_seqlens,
         longest,
         longest,
         scale=scaling,
         window_size=(-1, 0),  # causal
         enable_gqa=True,
     )
-    assert isinstance(found, Tensor)  # nothing else was asked for
-    return found.unsqueeze(0)
+    assert isinstance(output, Tensor)  # nothing else was asked for
+    return output.unsqueeze(0)
 
 
-def stacked(part: Tensor, length: int, number: int) -> Tensor:
+def stack_sequences(part: Tensor, length: int, number: int) -> Tensor:
     """[1, heads, number * length, D] -> [number, heads, length, D]."""
     texts: Tensor = part.squeeze(0).unflatten(1, (number, length))
     return texts.transpose(0, 1)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, sdpa_or_varlen_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

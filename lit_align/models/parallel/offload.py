@@ -17,43 +17,43 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-class Sleeper:
+class OffloadedTensors:
     """Tensors that are on the device while they are used.
 
     Each keeps its page-locked place on the CPU once it has one.
 
     Args:
         tensors: Says which, anew each time: an optimizer's state comes with its first step.
-        frozen: Whether their values never change, so that their places need no second copy.
+        is_frozen: Whether their values never change, so that they are copied to the host once.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]], frozen: bool = False):
-        self.tensors, self.frozen = tensors, frozen
-        self.places = WeakTensorKeyDictionary()  # on the CPU, by tensor
-        self.homes = WeakTensorKeyDictionary()  # the device of each tensor that is asleep
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], is_frozen: bool = False):
+        self.tensors, self.is_frozen = tensors, is_frozen
+        self.host_copies = WeakTensorKeyDictionary()  # on the CPU, by tensor
+        self.devices = WeakTensorKeyDictionary()  # the device of each tensor that is asleep
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Moves them to the CPU; returns when they are there."""
-        leaving = [tensor for tensor in self.tensors() if movable(tensor)]
-        for tensor in leaving:
-            if tensor not in self.places:
-                self.places[tensor] = place_for(tensor).copy_(tensor.data, non_blocking=True)
-            elif not self.frozen:
-                self.places[tensor].copy_(tensor.data, non_blocking=True)
-        if leaving and torch.accelerator.is_available():
+        moving = [tensor for tensor in self.tensors() if can_offload(tensor)]
+        for tensor in moving:
+            if tensor not in self.host_copies:
+                self.host_copies[tensor] = pinned_like(tensor).copy_(tensor.data, non_blocking=True)
+            elif not self.is_frozen:
+                self.host_copies[tensor].copy_(tensor.data, non_blocking=True)
+        if moving and torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        for tensor in leaving:
-            self.homes[tensor] = tensor.device
-            tensor.data = self.places[tensor]
+        for tensor in moving:
+            self.devices[tensor] = tensor.device
+            tensor.data = self.host_copies[tensor]
 
-    def wake(self) -> None:
+    def reload(self) -> None:
         """Moves back those that were parked."""
-        for tensor, home in self.homes.items():
-            tensor.data = tensor.data.to(home, non_blocking=True)
-        self.homes.clear()
+        for tensor, device in self.devices.items():
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        self.devices.clear()
 
 
-class Turns:
+class ExclusiveOffload:
     """Networks that take turns on the device: the one that is called comes, the others leave.
 
     Args:
@@ -61,42 +61,47 @@ class Turns:
     """
 
     def __init__(self, networks: Iterable[nn.Module]):
-        self.sleepers = {
-            network: Sleeper(network.parameters, not any(trained(network))) for network in networks
+        self.offloaded = {
+            network: OffloadedTensors(network.parameters, not any(requires_grad_flags(network)))
+            for network in networks
         }
-        for network in self.sleepers:
-            network.register_forward_pre_hook(lambda network, inputs: self.come(network))
+        for network in self.offloaded:
+            network.register_forward_pre_hook(lambda network, inputs: self.activate(network))
 
-    def come(self, network: nn.Module | None) -> None:
+    def offload_all(self) -> None:
+        """Offload every network."""
+        self.activate(None)
+
+    def activate(self, network: nn.Module | None) -> None:
         """Wakes a network and parks the others; all of them if it is None."""
-        for other, sleeper in self.sleepers.items():
+        for other, tensors in self.offloaded.items():
             if other is not network:
-                sleeper.park()
+                tensors.offload()
         if network is not None:
-            self.sleepers[network].wake()
+            self.offloaded[network].reload()
 
 
-def trained(network: nn.Module) -> Iterator[bool]:
+def requires_grad_flags(network: nn.Module) -> Iterator[bool]:
     """Of each weight, whether it trains."""
     return (weight.requires_grad for weight in network.parameters())
 
 
-def state_of(optimizer: Optimizer) -> Iterator[Tensor]:
+def optimizer_state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """The tensors that an optimizer has beside the weights."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def movable(tensor: Tensor) -> bool:
+def can_offload(tensor: Tensor) -> bool:
     """Whether a tensor is on a device that it can leave."""
-    return tensor.device.type != "cpu" and not stays(tensor)
+    return tensor.device.type != "cpu" and not is_pinned_to_device(tensor)
 
 
-def stays(tensor: Tensor) -> bool:
+def is_pinned_to_device(tensor: Tensor) -> bool:
     """Whether a tensor may not leave its device: a shard, or a weight that trains under DDP."""
     return isinstance(tensor, DTensor) or (tensor.requires_grad and distributed.is_initialized())
 
 
-def place_for(tensor: Tensor) -> Tensor:
+def pinned_like(tensor: Tensor) -> Tensor:
     """An empty tensor of the same kind in page-locked memory of the CPU."""
     return torch.empty_like(tensor, device="cpu", pin_memory=torch.accelerator.is_available())

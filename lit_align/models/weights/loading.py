@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 from transformers.utils import logging as transformers_logging
 
-from lit_align.models.weights.sharded_loading import WeightFiles, empty_network
+from lit_align.errors import UserError
+from lit_align.models.weights.sharded_loading import WeightFiles, build_on_meta
 
 Configure = Callable[[PretrainedConfig], PretrainedConfig]
 
 
 def load_network(
-    auto: type[_BaseAutoModelClass],
+    auto_class: type[_BaseAutoModelClass],
     path: str,
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-    later: bool = False,
+    defer_loading: bool = False,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
     """The network with all of its weights, or one sentence about what is missing.
 
@@ -33,75 +34,79 @@ def load_network(
         that are still to be read, if there are any.
 
     Args:
-        auto: transformers' class with the wanted head.
+        auto_class: transformers' class with the wanted head.
         path: Hub id, folder of weights, or folder of an adapter, which is merged into its base.
         configure: Changes the configuration before the network is built.
         new_weights: What the weights may lack.
         options: For `from_pretrained`.
-        later: Whether weights may stay in their files; an adapter's base is read at once.
+        defer_loading: Leave the weights in their files, to be read when the network is sharded. The
+            base of an adapter is always read at once.
     """
     folder = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not folder.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; give a hub id or a folder of weights.")
-    place = str(folder) if folder.is_dir() else path
+        raise UserError(f"{path}: no such folder; give a hub id or a folder of weights.")
+    source = str(folder) if folder.is_dir() else path
     if (folder / "adapter_config.json").is_file():
-        check_format(place)
-        base = PeftConfig.from_pretrained(place).base_model_name_or_path
-        network, missing, _ = load_network(auto, base, configure, ("score.weight",), options)
-        return *merged(network, missing, place, new_weights), None
+        check_adapter_format(source)
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+        network, missing, _ = load_network(auto_class, base, configure, ("score.weight",), options)
+        return *load_merged(network, missing, source, new_weights), None
     try:
-        with quiet_transformers():
-            network, missing, files = read(auto, place, configure, new_weights, options, later)
+        with silence_transformers():
+            loaded = load_pretrained(
+                auto_class, source, configure, new_weights, options, defer_loading
+            )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} could not be loaded: {reason}") from error
-    check_missing(path, missing, new_weights)
-    return network, missing, files
+        raise UserError(f"{path} could not be loaded: {reason}") from error
+    check_missing_weights(path, loaded[1], new_weights)
+    return loaded
 
 
-def read(
-    auto: type[_BaseAutoModelClass],
-    place: str,
+def load_pretrained(
+    auto_class: type[_BaseAutoModelClass],
+    source: str,
     configure: Configure,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
-    later: bool,
+    defer_loading: bool,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
-    """What transformers makes of a place, with its weights or still without; see `load_network`."""
-    known = {key: options[key] for key in ("revision", "trust_remote_code")}
-    settings = configure(AutoConfig.from_pretrained(place, **known))
-    empty = empty_network(auto, place, settings, new_weights, options) if later else None
-    if empty is not None:
-        return empty
-    network, report = auto.from_pretrained(
-        place, config=settings, output_loading_info=True, use_safetensors=True, **options
+    """What transformers makes of a source, with or without its weights; see `load_network`."""
+    hub_options = {key: options[key] for key in ("revision", "trust_remote_code")}
+    settings = configure(AutoConfig.from_pretrained(source, **hub_options))
+    if defer_loading:
+        empty = build_on_meta(auto_class, source, settings, new_weights, options)
+        if empty is not None:
+            return empty
+    network, report = auto_class.from_pretrained(
+        source, config=settings, output_loading_info=True, use_safetensors=True, **options
     )  # files of pickles are never read
     return network, sorted(report["missing_keys"]), None
 
 
-def merged(
-    network: PreTrainedModel, missing: list[str], place: str, new_weights: tuple[str, ...]
+def load_merged(
+    network: PreTrainedModel, missing: list[str], source: str, new_weights: tuple[str, ...]
 ) -> tuple[PreTrainedModel, list[str]]:
     """The base with a saved adapter in its weights, and what neither of the two has.
 
     Args:
         network: The base.
         missing: Weights that the base lacks.
-        place: The adapter's folder.
+        source: The adapter's folder.
         new_weights: What may be lacking.
     """
-    settings = PeftConfig.from_pretrained(place)
+    settings = PeftConfig.from_pretrained(source)
     heads = [name for name, _ in network.named_children() if name == "score"]
     if heads and settings.task_type == "CAUSAL_LM":  # its class in peft asks for a language head
         settings.task_type, settings.exclude_modules = None, heads
-    adapted = PeftModel.from_pretrained(network, place, config=settings)
+    adapted = PeftModel.from_pretrained(network, source, config=settings)
     saved = settings.modules_to_save or []
     missing = [name for name in missing if name.split(".")[0] not in saved]
-    check_missing(place, missing, new_weights)
+    check_missing_weights(source, missing, new_weights)
     return adapted.merge_and_unload().requires_grad_(True), missing
 
 
-def check_base(folder: str, name: str) -> None:
+def check_adapter_base(folder: str, name: str) -> None:
     """Refuses an adapter that is none, or of another base.
 
     Args:
@@ -109,67 +114,82 @@ def check_base(folder: str, name: str) -> None:
         name: Path of the base that is to wear it.
     """
     if not (Path(folder).expanduser() / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no adapter_config.json, so no adapter is saved there.")
-    check_format(folder)
+        raise UserError(f"{folder}: no adapter_config.json, so no adapter is saved there.")
+    check_adapter_format(folder)
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path or "random weights"
     if base != name and Path(base).resolve() != Path(name).resolve():
-        raise ValueError(
+        raise UserError(
             f"The adapter {folder} was trained on {base}, and the base here is {name}: its "
             f"log-ratios would mean nothing. Take the same base, or give the whole model."
         )
 
 
-def check_format(folder: str) -> None:
+def check_adapter_format(folder: str) -> None:
     """Refuses an adapter whose weights are no safetensors: files of pickles are never read.
 
     Args:
         folder: Of the adapter.
     """
     if not (Path(folder).expanduser() / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{folder}: no adapter_model.safetensors; peft writes one from an older .bin by "
             f"save_pretrained(folder, safe_serialization=True)."
         )
 
 
-def check_task(folder: str, task: str) -> None:
+def check_adapter_task(folder: str, task_type: str) -> None:
     """Refuses an adapter that was trained to score where one is asked to speak.
 
     Args:
         folder: Of the adapter, or of anything else.
-        task: peft's name of what is asked for.
+        task_type: peft's name of what is asked for.
     """
     if not (Path(folder).expanduser() / "adapter_config.json").is_file():
         return
     found = PeftConfig.from_pretrained(folder).task_type
-    if (found, task) == ("SEQ_CLS", "CAUSAL_LM"):
-        raise ValueError(
+    if (found, task_type) == ("SEQ_CLS", "CAUSAL_LM"):
+        raise UserError(
             f"The adapter {folder} was trained as a score head's ({found}) and not as a language "
-            f"model's ({task}): give one that SFT, DPO or an online algorithm has written."
+            f"model's ({task_type}): give one that SFT, DPO or an online algorithm has written."
         )
 
 
-def check_missing(path: str, missing: list[str], new_weights: tuple[str, ...]) -> None:
+def check_missing_weights(path: str, missing: list[str], new_weights: tuple[str, ...]) -> None:
     """Refuses a path that lacks more than it may."""
     absent = [name for name in missing if name not in new_weights]
     if absent:
         wanted = "RewardModel or HydraSFT" if absent[0].startswith("score") else "SFT or HydraSFT"
-        raise ValueError(
+        raise UserError(
             f"{path} lacks {len(absent)} weights, the first is '{absent[0]}': give a path that has "
             f"them, such as the hf folder of a {wanted} run."
         )
 
 
-def data_type(name: str | None) -> torch.dtype:
+def without_dropout(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """Set all dropout rates of a configuration to 0, and the values that a head needs.
+
+    Args:
+        config: Configuration, changed in source.
+        overrides: Values by name.
+    """
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    return config
+
+
+def resolve_dtype(name: str | None) -> torch.dtype:
     """torch's data type of that name; without one the default, which the trainer sets."""
     kind = getattr(torch, name, None) if name else torch.get_default_dtype()
     if not isinstance(kind, torch.dtype):
-        raise ValueError(f"dtype {name} is none of torch's; take float32, bfloat16 or float16.")
+        raise UserError(f"dtype {name} is none of torch's; take float32, bfloat16 or float16.")
     return kind
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """No bars and tables while loading and saving; missing weights are an error of ours."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,22 +14,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-AT_ONCE = 4 * 2**20  # numbers that are read at once
-LATER: ContextVar[bool] = ContextVar("LATER", default=False)
-INSIDE_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
-
-
-@contextmanager
-def weights_later() -> Iterator[None]:
-    """Networks that are built inside get their weights when they are sharded."""
-    before = LATER.set(True)
-    try:
-        yield
-    finally:
-        LATER.reset(before)
+READ_CHUNK_SIZE = 4 * 2**20  # numbers that are read at once
+# Private argument of `cached_file`: return None for a missing file (transformers 5.23).
+MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False}
+PEFT_NAME_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
 
 
 class WeightFiles:
@@ -41,68 +31,73 @@ class WeightFiles:
     """
 
     def __init__(self, files: list[str]):
-        self.places: dict[str, str] = {}  # file, by tensor
+        self.file_of: dict[str, str] = {}  # file, by tensor
         self.shapes: dict[str, list[int]] = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    self.places[name] = path
+                    self.file_of[name] = path
                     self.shapes[name] = file.get_slice(name).get_shape()
 
     @classmethod
-    def of(cls, place: str, revision: str | None) -> WeightFiles | None:
+    def find(cls, source: str, revision: str | None) -> WeightFiles | None:
         """Those of a folder or a hub id; None if it has no safetensors.
 
         Args:
-            place: Folder or hub id.
+            source: Folder or hub id.
             revision: On the hub.
         """
-        options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-        single = cached_file(place, SAFE_WEIGHTS_NAME, **options)
+        options = {"revision": revision, **MAY_BE_MISSING}
+        single = cached_file(source, SAFE_WEIGHTS_NAME, **options)
         if single is not None:
             return cls([single])
-        index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, **options)
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
         if index is None:
             return None
         with open(index) as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-        found = [cached_file(place, name, **options) for name in names]
+        found = [cached_file(source, name, **options) for name in names]
         return cls([path for path in found if path is not None])
 
-    def key(self, name: str, prefix: str) -> str | None:
+    def file_key(self, name: str, prefix: str) -> str | None:
         """What the files call a weight of a network; None if they lack it.
 
         Args:
             name: In the network, perhaps under an adapter.
             prefix: Of the trunk's weights, which some files leave out.
         """
-        plain = INSIDE_PEFT.sub("", name)
+        plain = PEFT_NAME_PARTS.sub("", name)
         names = (plain, plain.removeprefix(f"{prefix}."), f"{prefix}.{plain}")
-        return next((name for name in names if name in self.places), None)
+        return next((name for name in names if name in self.file_of), None)
 
-    def read(self, key: str, start: int, into: Tensor) -> None:
-        """Copies rows from `start` on; safetensors makes copies of its own of what is read at once.
+    def read_rows(self, key: str, start: int, into: Tensor) -> None:
+        """Copy rows from `start` on into a tensor.
 
-        The file is open no longer than that, nor are its pages in memory.
+        safetensors copies the rows that are read at once, so a few are read at a time. The file is
+        closed afterwards, which frees its pages. safetensors creates tensors on torch's default
+        device, which may be meta here (checked with safetensors 0.8).
 
         Args:
-            key: Of a tensor [out, ..] in the files.
+            key: Name of a tensor [out, ..] in the files.
             start: First row.
-            into: [rows, ..] of any type, on any device.
+            into: [rows, ..] of any dtype, on any device.
         """
-        with safe_open(self.places[key], framework="pt") as file:
+        with torch.device("cpu"), safe_open(self.file_of[key], framework="pt") as file:
             if not into.ndim:
                 into.copy_(file.get_tensor(key))
                 return
-            part, size = file.get_slice(key), max(AT_ONCE * len(into) // max(into.numel(), 1), 1)
+            part, size = (
+                file.get_slice(key),
+                max(READ_CHUNK_SIZE * len(into) // max(into.numel(), 1), 1),
+            )
             for row in range(0, len(into), size):
                 stop = min(row + size, len(into))
                 into[row:stop].copy_(part[start + row : start + stop])
 
 
-def empty_network(
-    auto: type[_BaseAutoModelClass],
-    place: str,
+def build_on_meta(
+    auto_class: type[_BaseAutoModelClass],
+    source: str,
     settings: PretrainedConfig,
     new_weights: tuple[str, ...],
     options: dict[str, Any],
@@ -110,8 +105,8 @@ def empty_network(
     """A network on the meta device, its real buffers and new weights, and the files of the rest.
 
     Args:
-        auto: transformers' class with the wanted head.
-        place: Folder or hub id.
+        auto_class: transformers' class with the wanted head.
+        source: Folder or hub id.
         settings: Its configuration.
         new_weights: What the files may lack; initialised as transformers would.
         options: For `from_config`, and the revision.
@@ -121,77 +116,79 @@ def empty_network(
     """
     options = dict(options)
     revision = options.pop("revision")
-    if (files := WeightFiles.of(place, revision)) is None:
+    if (files := WeightFiles.find(source, revision)) is None:
         return None
     with init_empty_weights(include_buffers=False):  # rotary frequencies are in no file
-        network: PreTrainedModel = auto.from_config(settings, **options)
+        network: PreTrainedModel = auto_class.from_config(settings, **options)
     network.tie_weights()  # every weight was registered as one of its own
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    keys = {name: files.key(name, network.base_model_prefix) for name in tensors}
+    keys = {name: files.file_key(name, network.base_model_prefix) for name in tensors}
     missing = sorted(name for name, _ in network.named_parameters() if keys[name] is None)
-    found = [(key, tensors[name]) for name, key in keys.items() if key is not None]
-    fitting = all(files.shapes[key] == list(tensor.shape) for key, tensor in found)
-    if not fitting or set(missing) - set(new_weights):
+    known = [(key, tensors[name]) for name, key in keys.items() if key is not None]
+    shapes_match = all(files.shapes[key] == list(tensor.shape) for key, tensor in known)
+    if not shapes_match or set(missing) - set(new_weights):
         return None
     for name in missing:
-        initialise(network, name)
-    for key, tensor in found:
+        initialize_weight(network, name)
+    for key, tensor in known:
         if not tensor.is_meta:  # a buffer
-            files.read(key, 0, tensor)
-    network.generation_config = generation_config(place, revision, network)
+            files.read_rows(key, 0, tensor)
+    network.generation_config = load_generation_config(source, revision, network)
     return network, missing, files
 
 
-def initialise(network: PreTrainedModel, name: str) -> None:
+def initialize_weight(network: PreTrainedModel, name: str) -> None:
     """Gives a weight memory, and the values with which transformers would start it."""
     owner, _, leaf = name.rpartition(".")
     module, meta = network.get_submodule(owner), network.get_parameter(name)
     module.register_parameter(leaf, nn.Parameter(torch.empty_like(meta, device="cpu")))
-    network._init_weights(module)
+    network._init_weights(module)  # private, transformers 5.23
 
 
-def generation_config(
-    place: str, revision: str | None, network: PreTrainedModel
+def load_generation_config(
+    source: str, revision: str | None, network: PreTrainedModel
 ) -> GenerationConfig | None:
     """How the weights' folder wants answers to end; by default what the configuration says."""
     if not network.can_generate():
         return None
     name = "generation_config.json"
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    if cached_file(place, name, **options) is None:
+    options = {"revision": revision, **MAY_BE_MISSING}
+    if cached_file(source, name, **options) is None:
         return GenerationConfig.from_model_config(network.config)
-    return GenerationConfig.from_pretrained(place, **({"revision": revision} if revision else {}))
+    return GenerationConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
 
 
 @contextmanager
-def light(network: nn.Module) -> Iterator[None]:
-    """Weights on the meta device are numbers spread over their shape, on the CPU, for a while.
+def cpu_placeholders(network: nn.Module) -> Iterator[None]:
+    """Replace weights on the meta device by CPU tensors of stride 0 while the context is open.
 
-    peft moves a new adapter to where its base is: what is on the meta device has no values.
+    peft creates an adapter on the device of its base, and an adapter on meta would have no values.
+    New tensors are created on the CPU, also inside a `torch.device("meta")` context.
     """
-    heavy = [
+    meta_weights = [
         (module, name, weight)
         for module in network.modules()
         for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
         if weight.is_meta
     ]
-    spread = {
+    placeholders = {
         weight: nn.Parameter(weight.new_zeros(1, device="cpu").expand(weight.shape))
-        for _, _, weight in heavy
+        for _, _, weight in meta_weights
     }
-    for module, name, weight in heavy:
-        spread[weight].requires_grad_(weight.requires_grad)
-        module.register_parameter(name, spread[weight])
+    for module, name, weight in meta_weights:
+        placeholders[weight].requires_grad_(weight.requires_grad)
+        module.register_parameter(name, placeholders[weight])
     try:
-        yield
+        with torch.device("cpu"):
+            yield
     finally:
-        for module, name, weight in heavy:
-            weight.requires_grad_(spread[weight].requires_grad)
+        for module, name, weight in meta_weights:
+            weight.requires_grad_(placeholders[weight].requires_grad)
             module.register_parameter(name, weight)
 
 
 @torch.no_grad()
-def fill(network: PreTrainedModel, files: WeightFiles, device: torch.device) -> None:
+def load_shards(network: PreTrainedModel, files: WeightFiles, device: torch.device) -> None:
     """Reads this rank's shares from the files, one tensor after the other.
 
     Args:
@@ -200,20 +197,20 @@ def fill(network: PreTrainedModel, files: WeightFiles, device: torch.device) -> 
         device: Where the shards are to be.
     """
     prefix = network.base_model_prefix
-    done: dict[Tensor, nn.Parameter] = {}  # tied weights stay one
+    loaded: dict[Tensor, nn.Parameter] = {}  # tied weights stay one
     for path, module in network.named_modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            key = files.key(f"{path}.{name}".lstrip("."), prefix)
-            if isinstance(weight, DTensor) and key is not None and weight not in done:
+            key = files.file_key(f"{path}.{name}".lstrip("."), prefix)
+            if isinstance(weight, DTensor) and key is not None and weight not in loaded:
                 if weight.to_local().is_meta:
-                    done[weight] = filled(weight, key, files, device)
+                    loaded[weight] = load_shard(weight, key, files, device)
                 else:  # an adapter's copy of a layer
-                    files.read(key, first_row(weight), weight.to_local())
-            if weight in done:
-                module.register_parameter(name, done[weight])
+                    files.read_rows(key, first_local_row(weight), weight.to_local())
+            if weight in loaded:
+                module.register_parameter(name, loaded[weight])
 
 
-def filled(weight: DTensor, key: str, files: WeightFiles, device: torch.device) -> nn.Parameter:
+def load_shard(weight: DTensor, key: str, files: WeightFiles, device: torch.device) -> nn.Parameter:
     """A weight without memory, with this rank's rows.
 
     Args:
@@ -223,8 +220,8 @@ def filled(weight: DTensor, key: str, files: WeightFiles, device: torch.device) 
         device: Of the memory.
     """
     local = torch.empty_like(weight.to_local(), device=device)
-    files.read(key, first_row(weight), local)
-    whole = DTensor.from_local(
+    files.read_rows(key, first_local_row(weight), local)
+    weight_shards = DTensor.from_local(
         local,
         weight.device_mesh,
         weight.placements,
@@ -232,10 +229,10 @@ def filled(weight: DTensor, key: str, files: WeightFiles, device: torch.device) 
         shape=weight.shape,
         stride=weight.stride(),
     )
-    return nn.Parameter(whole, requires_grad=weight.requires_grad)
+    return nn.Parameter(weight_shards, requires_grad=weight.requires_grad)
 
 
-def first_row(weight: DTensor) -> int:
+def first_local_row(weight: DTensor) -> int:
     """Where this rank's rows of a weight begin: FSDP2 splits evenly, the last may get less."""
     for number, placement in enumerate(weight.placements):
         if placement.is_shard():

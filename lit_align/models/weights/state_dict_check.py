@@ -8,15 +8,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-Shapes = Mapping[str, torch.Size]  # by the weights' names
+from lit_align.errors import UserError
+
+WeightShapes = Mapping[str, torch.Size]  # by the weights' names
 
 
-def shapes(weights: Mapping[str, Tensor]) -> Shapes:
+def weight_shapes(weights: Mapping[str, Tensor]) -> WeightShapes:
     """Those of weights at hand; of sharded ones, the whole's."""
     return {name: weight.shape for name, weight in weights.items()}
 
 
-def shapes_in(folder: Path) -> Shapes:
+def checkpoint_shapes(folder: Path) -> WeightShapes:
     """Those of a sharded checkpoint, by its index.
 
     Args:
@@ -30,18 +32,18 @@ def shapes_in(folder: Path) -> Shapes:
     }
 
 
-def check_fit(module: nn.Module, found: Shapes) -> None:
+def check_state_dict(module: nn.Module, found: WeightShapes) -> None:
     """Refuses weights that are not exactly those of `module.state_dict()`.
 
     Args:
         module: Is to get them.
         found: What there is.
     """
-    expected = shapes(module.state_dict())
+    expected = weight_shapes(module.state_dict())
     names = {*expected, *found}
-    strange = sorted(name for name in names if expected.get(name) != found.get(name))
-    if strange:
-        raise ValueError(
-            f"The checkpoint does not fit this model: {len(strange)} weights are unknown, "
-            f"missing or of another shape, such as '{strange[0]}'."
+    mismatched = sorted(name for name in names if expected.get(name) != found.get(name))
+    if mismatched:
+        raise UserError(
+            f"The checkpoint does not fit this model: {len(mismatched)} weights are unknown, "
+            f"missing or of another shape, such as '{mismatched[0]}'."
         )

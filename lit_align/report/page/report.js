@@ -9,7 +9,7 @@ function make(tag, settings = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(settings)) {
     if (name === "text") element.textContent = value;
-    else if (name === "colour") element.style.background = value;
+    else if (name === "color") element.style.background = value;
     else element.setAttribute(name, value);
   }
   element.append(...children);
@@ -41,8 +41,8 @@ function bytes(value) {
   return `${figures(value)} ${units[place]}`;
 }
 
-const colour = (place) => `var(--c${place % 8})`;
-const armOf = data.runs.map((_, run) => data.arms.findIndex((arm) => arm.runs.includes(run)));
+const color = (place) => `var(--c${place % 8})`;
+const armIndex = data.runs.map((_, run) => data.arms.findIndex((arm) => arm.runs.includes(run)));
 let weight = 0.6;
 
 // Curves ------------------------------------------------------------------------------------------
@@ -86,12 +86,12 @@ function range(values) {
   for (const value of values) { if (value < low) low = value; if (value > high) high = value; }
   if (!isFinite(low)) return [0, 1];
   if (low === 0 && high === 0) return [0, 1];
-  if (low === high) { const room = Math.abs(low) * 0.1 || 1; return [low - room, high + room]; }
-  const room = (high - low) * 0.05;
-  return [low - room, high + room];
+  if (low === high) { const margin = Math.abs(low) * 0.1 || 1; return [low - margin, high + margin]; }
+  const margin = (high - low) * 0.05;
+  return [low - margin, high + margin];
 }
 
-const room = (figure) => Math.max(260, Math.round(figure.clientWidth) - 26 || 340);
+const figureWidth = (figure) => Math.max(260, Math.round(figure.clientWidth) - 26 || 340);
 
 function plane(figure, width, xs, ys, height, axis) {
   const left = 48, right = 10, top = 8, bottom = 32;
@@ -107,8 +107,8 @@ function plane(figure, width, xs, ys, height, axis) {
     draw(svg, "text", { x: X(x), y: height - bottom + 15, "text-anchor": "middle" }, figures(x));
   }
   draw(svg, "text", { x: width - right, y: height - 3, "text-anchor": "end" }, axis);
-  const back = (place) => x0 + (place * width - left) / (width - left - right) * (x1 - x0);
-  return { svg, X, Y, back, top, bottom: height - bottom };
+  const toX = (place) => x0 + (place * width - left) / (width - left - right) * (x1 - x0);
+  return { svg, X, Y, toX, top, bottom: height - bottom };
 }
 
 const line = (x, y, on) => x.map((place, i) => `${i ? "L" : "M"}${on.X(place).toFixed(1)} ${on.Y(y[i]).toFixed(1)}`).join("");
@@ -121,7 +121,7 @@ function panels(place, metrics) {  // all frames first: their width is one layou
     return { title, metric, reading, figure: make("figure", { "data-metric": metric }, caption) };
   });
   place.replaceChildren(...frames.map((frame) => frame.figure));
-  const width = frames.length ? room(frames[0].figure) : 0;
+  const width = frames.length ? figureWidth(frames[0].figure) : 0;
   for (const frame of frames) panel(frame, width);
 }
 
@@ -135,7 +135,7 @@ function panel({ title, metric, reading, figure }, width) {
   const on = plane(figure, width, span, range(arms.flatMap((arm) => [...arm.low, ...arm.high, ...raw(arm)])), 190, data.axis);
   on.svg.setAttribute("aria-label", `${title}: ${arms.map((arm) => `${arm.name} ends at ${figures(arm.mean.at(-1))}`).join(", ")}`);
   for (const arm of arms) {
-    const ink = colour(arm.number);
+    const ink = color(arm.number);
     for (const curve of arm.curves) {
       if (single && curve.lo) draw(on.svg, "path", { d: area(curve.x, curve.lo, curve.hi, on), fill: ink, opacity: 0.13 });
       else if (single && weight > 0) draw(on.svg, "path", { d: line(curve.x, curve.y, on), fill: "none", stroke: ink, opacity: 0.28 });
@@ -148,14 +148,14 @@ function panel({ title, metric, reading, figure }, width) {
 }
 
 function follow(on, arms, reading) {
-  const tell = (words) => reading.replaceChildren(...arms.map((arm, i) => make("span", { class: "key", title: arm.name }, make("i", { colour: colour(arm.number) }), words(arm, i))));
+  const showValues = (words) => reading.replaceChildren(...arms.map((arm, i) => make("span", { class: "key", title: arm.name }, make("i", { color: color(arm.number) }), words(arm, i))));
   const most = Math.max(...arms.flatMap((arm) => arm.mean.map(Math.abs)));
   const plain = (value) => figures(Math.abs(value) < 1e-5 * most ? 0 : value);  // smoothing never forgets
-  const rest = () => tell((arm) => arm.mean.length < 2 ? plain(arm.mean[0]) : `${plain(arm.mean[0])} \u2192 ${plain(arm.mean.at(-1))}`);
+  const rest = () => showValues((arm) => arm.mean.length < 2 ? plain(arm.mean[0]) : `${plain(arm.mean[0])} \u2192 ${plain(arm.mean.at(-1))}`);
   const ruler = draw(on.svg, "line", { class: "axis", y1: on.top, y2: on.bottom, visibility: "hidden" });
   on.svg.addEventListener("pointermove", (event) => {
-    const box = on.svg.getBoundingClientRect(), x = on.back((event.clientX - box.left) / box.width);
-    tell((arm) => {
+    const box = on.svg.getBoundingClientRect(), x = on.toX((event.clientX - box.left) / box.width);
+    showValues((arm) => {
       const i = arm.x.reduce((best, place, j) => Math.abs(place - x) < Math.abs(arm.x[best] - x) ? j : best, 0);
       const spread = arm.curves.length > 1 ? ` (${figures(arm.low[i])} to ${figures(arm.high[i])})` : "";
       ruler.setAttribute("x1", on.X(arm.x[i])); ruler.setAttribute("x2", on.X(arm.x[i]));
@@ -177,23 +177,23 @@ function curves() {
 // Frontier ----------------------------------------------------------------------------------------
 
 function frontier() {
-  const both = data.curves.map((each) => each.reward && each["objective/kl"]);
+  const both = data.curves.map((each) => each.reward && each["kl/per_response_k1"]);
   at("s-frontier").hidden = !both.some(Boolean);
   at("frontier").replaceChildren();
   if (at("s-frontier").hidden) return;
   const clouds = data.runs.map((_, run) => {
     if (!both[run]) return null;
-    const { reward, "objective/kl": kl } = data.curves[run];
+    const { reward, "kl/per_response_k1": kl } = data.curves[run];
     const scores = new Map(smoothed(reward.y).map((value, i) => [reward.x[i], value])), nats = smoothed(kl.y);
     return kl.x.map((x, i) => ({ x: nats[i], y: scores.get(x) })).filter((point) => point.y !== undefined);
   });
   const points = clouds.flatMap((cloud) => cloud || []);
   const figure = make("figure", {});
   at("frontier").append(figure);
-  const on = plane(figure, room(figure), range(points.map((p) => p.x)), range(points.map((p) => p.y)), 320, "KL to the reference, nats per response");
+  const on = plane(figure, figureWidth(figure), range(points.map((p) => p.x)), range(points.map((p) => p.y)), 320, "KL to the reference, nats per response");
   on.svg.setAttribute("aria-label", "Reward over KL to the reference, one point per rollout");
   clouds.forEach((cloud, run) => (cloud || []).forEach((p, i) => draw(on.svg, "circle", {
-    cx: on.X(p.x).toFixed(1), cy: on.Y(p.y).toFixed(1), r: 2.4, fill: colour(armOf[run]), opacity: (0.12 + 0.5 * i / cloud.length).toFixed(2),
+    cx: on.X(p.x).toFixed(1), cy: on.Y(p.y).toFixed(1), r: 2.4, fill: color(armIndex[run]), opacity: (0.12 + 0.5 * i / cloud.length).toFixed(2),
   })));
   data.arms.forEach((arm, number) => {
     const sorted = arm.runs.flatMap((run) => clouds[run] || []).sort((a, b) => a.x - b.x);
@@ -203,7 +203,7 @@ function frontier() {
       d += d ? `H${on.X(p.x).toFixed(1)}V${on.Y(p.y).toFixed(1)}` : `M${on.X(p.x).toFixed(1)} ${on.Y(p.y).toFixed(1)}`;
       best = p.y;
     }
-    if (d) draw(on.svg, "path", { d: `${d}H${on.X(sorted.at(-1).x).toFixed(1)}`, fill: "none", stroke: colour(number), "stroke-width": 1.8 });
+    if (d) draw(on.svg, "path", { d: `${d}H${on.X(sorted.at(-1).x).toFixed(1)}`, fill: "none", stroke: color(number), "stroke-width": 1.8 });
   });
 }
 
@@ -223,7 +223,7 @@ function summary() {
       const n = Math.max(1, Math.floor(values.length / 10)), mean = (part) => part.reduce((a, b) => a + b, 0) / part.length;
       return values.length < 2 ? figures(values[0]) : `${figures(mean(values.slice(0, n)))} \u2192 ${figures(mean(values.slice(-n)))}`;
     };
-    const key = make("span", { class: "key" }, make("i", { colour: colour(armOf[number]) }), run.name);
+    const key = make("span", { class: "key" }, make("i", { color: color(armIndex[number]) }), run.name);
     const cells = shown.map(({ metric }) => make("td", { class: "number", text: data.curves[number][metric] ? tenth(data.curves[number][metric].y) : "" }));
     at("summary").append(row([make("td", { class: "text" }, key), run.algorithm, run.seed, make("td", { class: "number", text: figures(Number(run.last), 6) }), ...cells]));
   });
@@ -234,12 +234,12 @@ function summary() {
 
 const PARTS = ["parameters", "optimizer_state", "gradients", "other"];
 
-function bars(title, unit, rows, show, ink) {  // rows: [name, [[part, size], ...]]; ink: first colour
+function bars(title, unit, rows, show, ink) {  // rows: [name, [[part, size], ...]]; ink: first color
   const figure = make("figure", {}, make("figcaption", {}, make("h3", { text: title }), make("span", { text: unit })));
   at("phases").append(figure);
   const names = [...new Set(rows.flatMap(([, parts]) => parts.map(([name]) => name)))];
-  if (names.length > 1) figure.append(make("p", { class: "keys" }, ...names.map((name, i) => make("span", { class: "key" }, make("i", { colour: colour(ink + i) }), name.replace("_", " ")))));
-  const width = room(figure), left = 74, right = 82;
+  if (names.length > 1) figure.append(make("p", { class: "keys" }, ...names.map((name, i) => make("span", { class: "key" }, make("i", { color: color(ink + i) }), name.replace("_", " ")))));
+  const width = figureWidth(figure), left = 74, right = 82;
   const most = Math.max(...rows.map(([, parts]) => parts.reduce((sum, [, size]) => sum + size, 0))) || 1;
   const svg = draw(figure, "svg", { viewBox: `0 0 ${width} ${rows.length * 26}`, role: "img", "aria-label": `${title}: ${rows.map(([name, parts]) => `${name} ${show(parts.reduce((sum, [, size]) => sum + size, 0))}`).join(", ")}` });
   rows.forEach(([name, parts], i) => {
@@ -247,7 +247,7 @@ function bars(title, unit, rows, show, ink) {  // rows: [name, [[part, size], ..
     draw(svg, "text", { x: left - 8, y: i * 26 + 17, "text-anchor": "end" }, name);
     for (const [part, size] of parts) {
       const wide = size / most * (width - left - right);
-      draw(svg, "rect", { x, y: i * 26 + 4, width: Math.max(0, wide), height: 18, fill: colour(ink + names.indexOf(part)) });
+      draw(svg, "rect", { x, y: i * 26 + 4, width: Math.max(0, wide), height: 18, fill: color(ink + names.indexOf(part)) });
       x += wide;
     }
     draw(svg, "text", { x: x + 6, y: i * 26 + 17 }, show(parts.reduce((sum, [, size]) => sum + size, 0)));
@@ -262,7 +262,7 @@ function phases() {
     const memory = Object.entries(run.memory).map(([phase, sizes]) => [phase, PARTS.map((part) => [part, sizes[part] || 0])]);
     const seconds = Object.entries(run.seconds).map(([phase, value]) => [phase, [["seconds", value]]]);
     if (memory.length) bars(`Memory${suffix}`, "largest peak of a phase", memory, bytes, 2);
-    if (seconds.length) bars(`Time${suffix}`, "mean seconds per rollout", seconds, (value) => `${figures(value)} s`, armOf[number]);
+    if (seconds.length) bars(`Time${suffix}`, "mean seconds per rollout", seconds, (value) => `${figures(value)} s`, armIndex[number]);
   });
   at("s-phases").hidden = !at("phases").children.length;
 }
@@ -287,14 +287,14 @@ const ORDERS = { "worst first": (a, b) => a.low - b.low, "best first": (a, b) =>
 const PAGE = 12;
 const moments = new Map();  // by run and prompt, when it was answered
 for (const { r, p, t } of data.answers) moments.set(`${r} ${p}`, (moments.get(`${r} ${p}`) || new Set()).add(t));
-const again = new Set([...moments].filter(([, when]) => when.size > 1).map(([key]) => Number(key.split(" ")[1])));
+const repeatedPrompts = new Set([...moments].filter(([, when]) => when.size > 1).map(([key]) => Number(key.split(" ")[1])));
 let limit = PAGE;
 
 function cards() {
   const words = at("find").value.trim().toLowerCase(), run = at("which-run").value, moment = at("which-moment").value;
   const groups = new Map();
   for (const answer of data.answers) {
-    if (at("again").checked && !again.has(answer.p)) continue;
+    if (at("again").checked && !repeatedPrompts.has(answer.p)) continue;
     if (run !== "" && answer.r !== Number(run)) continue;
     if (moment !== "" && answer.t !== moment) continue;
     if (words && !data.prompts[answer.p].toLowerCase().includes(words) && !answer.c.toLowerCase().includes(words)) continue;
@@ -326,7 +326,7 @@ function card({ prompt, answers }) {
       answer.k === undefined ? "" : `KL ${figures(answer.k)} nats`, ...answer.m.map((mark) => mark === "truncated" ? "cut off" : mark)];
     about.append(facts.filter(Boolean).join(" \u00b7 "));
     const side = make("div", { class: "side" }, about, make("p", { text: answer.c || "(nothing)" }));
-    side.style.borderColor = colour(armOf[answer.r]);
+    side.style.borderColor = color(armIndex[answer.r]);
     return side;
   });
   const lines = data.runs.map((_, run) => make("div", { class: "sides" }, ...sides.filter((_, i) => kept[i].r === run))).filter((line) => line.children.length);
@@ -344,8 +344,8 @@ function start() {
   choices("which-run", [["", "all"], ...data.runs.map((run, i) => [String(i), run.name])]);
   const times = [...new Set([...data.answers].sort((a, b) => a.o - b.o).map((answer) => answer.t))];
   choices("which-moment", [["", "all"], ...times.map((time) => [time, time])]);
-  at("again").checked = again.size > 0;
-  at("again-label").hidden = !again.size;
+  at("again").checked = repeatedPrompts.size > 0;
+  at("again-label").hidden = !repeatedPrompts.size;
   choices("order", Object.keys(ORDERS).map((name) => [name, name]));
   at("s-answers").hidden = !data.answers.length;
   at("more").hidden = !data.rest.length;

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_align.algorithms.core.minibatches import shuffled
+from lit_align.algorithms.core.minibatches import shuffle_rows
 
 PROMPTS, SAMPLES = 12, 3
 
@@ -11,7 +11,7 @@ def steps_of(world, size, seed="0"):
     """The rows of all ranks in each optimizer step, as one process numbers them."""
     steps = []
     for rank in range(world):
-        rows = shuffled(PROMPTS * SAMPLES // world, SAMPLES, rank, world, seed)
+        rows = shuffle_rows(PROMPTS * SAMPLES // world, SAMPLES, rank, world, seed)
         places = [divmod(row, SAMPLES) for row in rows]
         ours = [(prompt * world + rank) * SAMPLES + sample for prompt, sample in places]
         steps.append([ours[start : start + size] for start in range(0, len(ours), size)])
@@ -33,14 +33,14 @@ def test_every_row_comes_once(size):
 
 
 def test_another_seed_is_another_order():
-    assert len({tuple(shuffled(36, 3, 0, 1, str(seed))) for seed in range(100)}) > 90
+    assert len({tuple(shuffle_rows(36, 3, 0, 1, str(seed))) for seed in range(100)}) > 90
 
 
 def test_any_row_may_come_first():
-    first = {shuffled(36, 3, 0, 1, str(seed))[0] for seed in range(1000)}
+    first = {shuffle_rows(36, 3, 0, 1, str(seed))[0] for seed in range(1000)}
     assert first == set(range(36))
 
 
 def test_a_single_prompt_has_its_samples_shuffled():
-    orders = {tuple(shuffled(3, 3, 0, 1, str(seed))) for seed in range(100)}
+    orders = {tuple(shuffle_rows(3, 3, 0, 1, str(seed))) for seed in range(100)}
     assert len(orders) == 6

@@ -11,16 +11,16 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_align.algorithms.remax import ReMax
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.adapters.sparse_lora import SparseLoraLinear, SparseLowRankAdapter
 from lit_align.models.policy import Policy
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.scalar_head import ScalarHead
 
-SMALL = SparseLowRankAdapter(rank=2, alpha=4, density=0.1)
+SMALL = SparseLowRankAdapter(r=2, lora_alpha=4, density=0.1)
 IDS = torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(0))
 ONES = torch.ones_like(IDS, dtype=torch.bool)
-TEXTS = Tokens(tokens=IDS, token_mask=ONES, loss_mask=ONES, lengths=[9, 9])
+TEXTS = TextBatch(tokens=IDS, token_mask=ONES, target_mask=ONES, lengths=[9, 9])
 
 
 def learnt(network):
@@ -47,19 +47,19 @@ def test_the_update_is_low_rank_plus_sparse_and_switched_off_as_one():
     policy, base = learnt(tiny(lora=SMALL)), tiny()
     layer = policy.network.model.layers[0].mlp.down_proj
     inputs, weight = torch.randn(3, 64), base.network.model.layers[0].mlp.down_proj.weight
-    lora_a, lora_b, value, index, scale = layer.parts("default")
+    lora_a, lora_b, value, index, scale = layer.factors("default")
     sparse = torch.zeros(32 * 64).index_put((index.long(),), value).view(32, 64)
     expected = inputs @ (weight + 2 * lora_b @ lora_a + sparse).T
     assert (len(value), scale) == (204, 2)
     torch.testing.assert_close(layer(inputs), expected)
     assert (policy.logprobs(TEXTS) - base.logprobs(TEXTS)).abs().max() > 0.1
-    with policy.adapters_off():
+    with policy.adapters.disabled():
         assert torch.equal(policy.logprobs(TEXTS), base.logprobs(TEXTS))
 
 
 def test_only_the_update_trains_and_a_pass_of_the_reference_does_not_change_that():
     policy = tiny(lora=SMALL)
-    with policy.adapters_off():
+    with policy.adapters.disabled():
         policy.logprobs(TEXTS)
     policy.logprobs(TEXTS).sum().backward()
     trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
@@ -88,7 +88,7 @@ def test_every_layer_has_a_support_of_its_own_and_the_same_one_again():
 
 def test_a_policy_is_saved_whole_with_the_update_in_its_weights(tmp_path):
     policy = learnt(tiny(lora=SMALL))
-    assert policy.saved_whole
+    assert policy.saves_full_model
     policy.save(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
@@ -99,7 +99,7 @@ def test_a_policy_is_saved_whole_with_the_update_in_its_weights(tmp_path):
 
 def test_a_reward_model_is_saved_whole_with_the_head_that_trained(tmp_path):
     torch.manual_seed(0)
-    scalar = learnt(Scalar(config=dict(TINY), lora=SMALL))
+    scalar = learnt(ScalarHead(config=dict(TINY), lora=SMALL))
     scalar.network.config.pad_token_id = 0
     (head,) = (w for n, w in scalar.named_parameters() if "score" in n and w.requires_grad)
     head.data.normal_()
@@ -128,8 +128,8 @@ def test_peft_merges_both_parts():
 
 
 def test_other_adapters_are_saved_as_before(tmp_path):
-    policy = tiny(lora=LoRA(rank=2))
-    assert not policy.saved_whole
+    policy = tiny(lora=LoRA(r=2))
+    assert not policy.saves_full_model
     policy.save(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "model.safetensors").exists()
@@ -137,15 +137,15 @@ def test_other_adapters_are_saved_as_before(tmp_path):
 
 def test_a_plain_adapter_can_be_lent_to_it(tmp_path):
     tiny().save(tmp_path / "base")
-    other = Policy(str(tmp_path / "base"), lora=LoRA(rank=2))
+    other = Policy(str(tmp_path / "base"), lora=LoRA(r=2))
     for name, weight in other.named_parameters():
         if "lora_B" in name:
             weight.data.normal_()
     other.save(tmp_path / "adapter")
     policy = learnt(Policy(str(tmp_path / "base"), lora=SMALL))
     before = policy.logprobs(TEXTS)
-    policy.lend(str(tmp_path / "adapter"), "dpo")
-    with torch.no_grad(), policy.wearing("dpo"):
+    policy.adapters.load_frozen_adapter(str(tmp_path / "adapter"), "dpo")
+    with torch.no_grad(), policy.adapters.use_adapter("dpo"):
         torch.testing.assert_close(policy.logprobs(TEXTS), other.logprobs(TEXTS))
     assert torch.equal(policy.logprobs(TEXTS), before)
     policy.save(tmp_path / "whole")
@@ -157,7 +157,7 @@ def test_the_reference_is_the_base_and_costs_nothing(run):
     policy = partial(tiny, lora=SMALL)
     algorithm = ReMax(policy=policy, optimizer=partial(AdamW, lr=1e-2))
     metrics = run(algorithm, num_batches=1).callback_metrics
-    assert float(metrics["objective/kl"]) == 0
+    assert float(metrics["kl/per_response_k1"]) == 0
     assert "reference" not in dict(algorithm.named_children())
     for layer in layers(algorithm.policy):
         assert layer.lora_B["default"].weight.any()
@@ -186,7 +186,7 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"density must be from 0 to 1, found 1.5"):
         SparseLowRankAdapter(density=1.5)
     with pytest.raises(ValueError, match="for one role on its base: take LoRA for several"):
-        SMALL.settings("CAUSAL_LM", None, exclude=["score"])
+        SMALL.peft_config("CAUSAL_LM", None, exclude_modules=["score"])
     gpt2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
     with pytest.raises(ValueError, match=r"plain linear layers, and transformer.h.0\S* is none"):
         Policy(config=gpt2, lora=SMALL)

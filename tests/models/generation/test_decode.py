@@ -5,8 +5,8 @@ import torch
 from tiny_models import TINY, tiny
 
 from lit_align.batches import Experience
-from lit_align.models.generation.decode import Context, Sampling
-from lit_align.models.generation.static_cache import FixedContext
+from lit_align.models.generation.decode import DecodeState, SamplingParams
+from lit_align.models.generation.static_cache import StaticDecodeState
 from lit_align.models.policy import Policy
 
 
@@ -25,7 +25,7 @@ def watched(policy: Policy) -> list[tuple[int, ...]]:
 
 def respond(policy: Policy, prompts: Experience, stops: list[int], length: int = 6):
     noise = torch.rand(len(prompts), length, generator=torch.Generator().manual_seed(5))
-    return policy.respond(prompts, noise, [False] * len(prompts), stops, 0, Sampling())
+    return policy.generate(prompts, noise, [False] * len(prompts), stops, 0, SamplingParams())
 
 
 def test_a_prompt_is_read_once_however_many_rows_answer_it(tiny_policy, prompts):
@@ -42,7 +42,7 @@ def test_a_prompt_is_read_once_however_many_rows_answer_it(tiny_policy, prompts)
 
 KINDS = {
     "full attention": {},
-    "fixed places": {"fixed_cache": True},
+    "fixed places": {"static_kv_cache": True},
     "a window": {"config": {**TINY, "model_type": "mistral", "sliding_window": 4}},
 }
 
@@ -52,7 +52,7 @@ def test_no_part_has_more_tokens_than_are_read_at_once(monkeypatch, prompts, at_
     """Of five prompts of five tokens; one is the least."""
     policy = tiny()
     sizes = watched(policy)
-    monkeypatch.setattr("lit_align.models.generation.prefill.READ_AT_ONCE", at_once)
+    monkeypatch.setattr("lit_align.models.generation.prefill.PREFILL_CHUNK_TOKENS", at_once)
     respond(policy, prompts.rows([0, 1, 2, 3, 0]), [], 2)
     parts = [rows for rows, tokens in sizes if tokens == 5]
     assert (max(parts), sum(parts)) == (most, 5)
@@ -65,7 +65,7 @@ def test_many_prompts_are_read_in_parts(monkeypatch, prompts, kind):
     policy = tiny(**KINDS[kind])
     at_once = respond(policy, rows, [])
     sizes = watched(policy)
-    monkeypatch.setattr("lit_align.models.generation.prefill.READ_AT_ONCE", 10)
+    monkeypatch.setattr("lit_align.models.generation.prefill.PREFILL_CHUNK_TOKENS", 10)
     in_parts = respond(policy, rows, [])
     assert sizes[:2] == [(2, 5), (1, 5)]
     assert all(size == (7, 1) for size in sizes[2:])
@@ -77,7 +77,7 @@ def test_what_is_more_than_keys_and_values_is_read_at_once(monkeypatch, prompts)
     """A state that a layer carries on."""
     layers = ["linear_attention", "full_attention"]
     policy = tiny(config={**TINY, "model_type": "qwen3_next", "layer_types": layers})
-    monkeypatch.setattr("lit_align.models.generation.prefill.READ_AT_ONCE", 10)
+    monkeypatch.setattr("lit_align.models.generation.prefill.PREFILL_CHUNK_TOKENS", 10)
     sizes = watched(policy)
     respond(policy, prompts, [])
     assert sizes[0] == (4, 5)
@@ -101,7 +101,7 @@ def test_rows_that_have_stopped_leave_the_batch(tiny_policy, prompts):
 def alone_of(policy: Policy, prompts: Experience, row: int, stops: list[int]):
     """One row answered by itself, with its own noise."""
     noise = torch.rand(len(prompts), 16, generator=torch.Generator().manual_seed(5))[[row]]
-    said = policy.respond(prompts.rows([row]), noise, [False], stops, 0, Sampling())
+    said = policy.generate(prompts.rows([row]), noise, [False], stops, 0, SamplingParams())
     return said.tokens[0], said.logprobs[0]
 
 
@@ -113,7 +113,7 @@ def test_a_fixed_cache_says_the_same(prompts):
     greedy = [row % 2 == 1 for row in range(32)]
     stops = list(range(0, 32, 4))
     said = [
-        tiny(fixed_cache=fixed).respond(rows, noise, greedy, stops, 0, Sampling())
+        tiny(static_kv_cache=fixed).generate(rows, noise, greedy, stops, 0, SamplingParams())
         for fixed in (False, True)
     ]
     assert torch.equal(said[0].tokens, said[1].tokens)
@@ -127,7 +127,9 @@ def test_a_fixed_cache_says_the_same_in_mixed_precision(prompts):
     noise = torch.rand(4, 6, generator=torch.Generator().manual_seed(5))
     with torch.autocast("cpu", torch.bfloat16):
         said = [
-            tiny(fixed_cache=fixed).respond(prompts, noise, [False] * 4, [2], 0, Sampling())
+            tiny(static_kv_cache=fixed).generate(
+                prompts, noise, [False] * 4, [2], 0, SamplingParams()
+            )
             for fixed in (False, True)
         ]
     assert torch.equal(said[0].tokens, said[1].tokens)
@@ -136,28 +138,28 @@ def test_a_fixed_cache_says_the_same_in_mixed_precision(prompts):
 
 def test_a_fixed_cache_keeps_its_places(tiny_policy, prompts):
     """What a graph reads and writes stays where it was when it was recorded."""
-    context = FixedContext(Context(tiny_policy.network, prompts), 3)
-    mine = [context.tokens, context.positions, context.mask, context.cache.layers[0].keys]
+    state = StaticDecodeState(DecodeState(tiny_policy.network, prompts), 3)
+    mine = [state.tokens, state.positions, state.mask, state.cache.layers[0].keys]
     places = [tensor.data_ptr() for tensor in mine]
     for _ in range(3):
-        context.append(torch.tensor([3, 4, 5, 6]))
-    mine = [context.tokens, context.positions, context.mask, context.cache.layers[0].keys]
+        state.append(torch.tensor([3, 4, 5, 6]))
+    mine = [state.tokens, state.positions, state.mask, state.cache.layers[0].keys]
     assert places == [tensor.data_ptr() for tensor in mine]
-    seen = (context.mask == 0).sum(-1).flatten().tolist()
+    seen = (state.mask == 0).sum(-1).flatten().tolist()
     assert seen == [int(n) + 3 for n in prompts.prompt_mask.sum(-1)]
 
 
 def test_a_fixed_cache_frees_what_it_has_copied(tiny_policy, prompts):
     """Keys and values are never there twice, but for one layer's."""
-    begun = Context(tiny_policy.network, prompts)
+    begun = DecodeState(tiny_policy.network, prompts)
     before = [layer.keys for layer in begun.cache.layers]
     old = begun.cache
-    fixed = FixedContext(begun, 3)
+    fixed = StaticDecodeState(begun, 3)
     assert [layer.keys.numel() for layer in old.layers] == [0] * len(before)
     copied = fixed.cache.layers[0].keys
-    assert torch.equal(copied[:, :, : fixed.filled - 0], before[0])
+    assert torch.equal(copied[:, :, : fixed.num_cached - 0], before[0])
 
 
 def test_a_fixed_cache_is_refused_where_a_layer_looks_back_only_so_far():
-    with pytest.raises(ValueError, match="leave out fixed_cache"):
-        tiny(fixed_cache=True, attention="eager")
+    with pytest.raises(ValueError, match="leave out static_kv_cache"):
+        tiny(static_kv_cache=True, attn_implementation="eager")

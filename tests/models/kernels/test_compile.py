@@ -9,12 +9,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lit_align.algorithms.grpo import GRPO
-from lit_align.batches import Experience, Tokens
+from lit_align.batches import Experience, TextBatch
 from lit_align.models.adapters.lora import LoRA
-from lit_align.models.generation import static_cache as fixed_context
-from lit_align.models.generation.decode import Sampling
+from lit_align.models.generation import static_cache
+from lit_align.models.generation.decode import SamplingParams
 from lit_align.models.kernels import compile as compiling
-from lit_align.models.kernels.compile import trunk
+from lit_align.models.kernels.compile import run_trunk
 from lit_align.runs.allocations import CPUAllocations
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]  # which writes C++
@@ -31,22 +31,22 @@ def compiler(request, monkeypatch):
         module._compiled_call_impl = torch.compile(module._call_impl, **options, **given)
 
     monkeypatch.setattr(nn.Module, "compile", compile_module)
-    inside = torch.compile(compiling.call, dynamic=True, **given)
+    inside = torch.compile(compiling.call_function, dynamic=True, **given)
     monkeypatch.setattr(compiling, "compiled_call", inside)
-    step = torch.compile(trunk, fullgraph=True, **given)
-    monkeypatch.setattr(fixed_context, "compiled_trunk", step)
+    step = torch.compile(run_trunk, fullgraph=True, **given)
+    monkeypatch.setattr(static_cache, "run_trunk_compiled", step)
     yield
     torch._dynamo.reset()
 
 
-def texts(lengths: list[int]) -> Tokens:
+def texts(lengths: list[int]) -> TextBatch:
     """Random texts, padded behind."""
     ids = torch.randint(3, 32, (len(lengths), max(lengths)))
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Tokens(tokens=ids, token_mask=real, loss_mask=real.clone(), lengths=lengths)
+    return TextBatch(tokens=ids, token_mask=real, target_mask=real.clone(), lengths=lengths)
 
 
-def passed(policy, batch: Tokens) -> list[torch.Tensor]:
+def passed(policy, batch: TextBatch) -> list[torch.Tensor]:
     """Log-probs, and the gradient of each weight."""
     logprobs = policy.logprobs(batch)
     logprobs.sum().backward()
@@ -55,11 +55,12 @@ def passed(policy, batch: Tokens) -> list[torch.Tensor]:
     return [logprobs.detach(), *found]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_say_the_same(compiler, checkpointing):
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_compiled_blocks_say_the_same(compiler, activation_checkpointing):
     batches = [texts(lengths) for lengths in ([7, 7, 3], [9], [5, 5, 5, 2], [4, 6])]
     plain, compiled = (
-        tiny(compile=wanted, checkpointing=checkpointing) for wanted in (False, True)
+        tiny(compile=wanted, activation_checkpointing=activation_checkpointing)
+        for wanted in (False, True)
     )
     for batch in batches:
         for mine, other in zip(passed(compiled, batch), passed(plain, batch), strict=True):
@@ -75,10 +76,13 @@ def test_a_reference_that_is_a_copy_compiles(compiler):
     assert counters["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_frozen_networks_compile_too(compiler, checkpointing):
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_frozen_networks_compile_too(compiler, activation_checkpointing):
     """They compute nothing again, whatever the strategy says."""
-    policy, batch = tiny(compile=True, checkpointing=checkpointing), texts([7, 7, 3])
+    policy, batch = (
+        tiny(compile=True, activation_checkpointing=activation_checkpointing),
+        texts([7, 7, 3]),
+    )
     with torch.no_grad():
         expected = tiny().logprobs(batch)
         torch.testing.assert_close(policy.eval().logprobs(batch), expected, atol=1e-5, rtol=1e-5)
@@ -86,9 +90,9 @@ def test_frozen_networks_compile_too(compiler, checkpointing):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_longer_texts_are_not_compiled_anew(compiler, checkpointing):
-    policy = tiny(compile=True, checkpointing=checkpointing)
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_longer_texts_are_not_compiled_anew(compiler, activation_checkpointing):
+    policy = tiny(compile=True, activation_checkpointing=activation_checkpointing)
     for lengths in ([7, 7, 3], [9, 2], [5, 5, 4]):
         passed(policy, texts(lengths))
     before = counters["stats"]["unique_graphs"]
@@ -101,16 +105,19 @@ def test_longer_texts_are_not_compiled_anew(compiler, checkpointing):
 def test_compiled_blocks_that_are_computed_again_keep_their_inputs_alone(compiler):
     """Bytes that are held between the two passes."""
     held = {}
-    for checkpointing in (False, True):
-        policy, batch = tiny(compile=True, checkpointing=checkpointing), texts([9] * 8)
+    for activation_checkpointing in (False, True):
+        policy, batch = (
+            tiny(compile=True, activation_checkpointing=activation_checkpointing),
+            texts([9] * 8),
+        )
         passed(policy, batch)
-        heard = CPUAllocations()
-        heard.resume()
-        heard.begin()
+        allocations = CPUAllocations()
+        allocations.start()
+        allocations.begin()
         logprobs = policy.logprobs(batch)
-        heard.end()
-        held[checkpointing] = heard.used
-        heard.pause()
+        allocations.end()
+        held[activation_checkpointing] = allocations.bytes_in_use
+        allocations.stop()
         logprobs.sum().backward()
     assert held[True] < 0.4 * held[False]
 
@@ -118,7 +125,7 @@ def test_compiled_blocks_that_are_computed_again_keep_their_inputs_alone(compile
 @pytest.mark.long
 def test_an_adapter_goes_on_and_off(compiler):
     """With one adapter and without it, the compiled blocks are those of their moment."""
-    lora = LoRA(4, alpha=8)
+    lora = LoRA(4, lora_alpha=8)
     plain, compiled = (tiny(lora=lora, compile=wanted) for wanted in (False, True))
     compiled.load_state_dict(plain.state_dict())
     with torch.no_grad():
@@ -130,7 +137,7 @@ def test_an_adapter_goes_on_and_off(compiler):
     with torch.no_grad():
         for _ in range(2):
             on, same_on = plain.logprobs(batch), compiled.logprobs(batch)
-            with plain.adapters_off(), compiled.adapters_off():
+            with plain.adapters.disabled(), compiled.adapters.disabled():
                 off, same_off = plain.logprobs(batch), compiled.logprobs(batch)
             assert (on - off).abs().max() > 0.01
             torch.testing.assert_close(same_on, on, atol=1e-5, rtol=0)
@@ -141,7 +148,7 @@ def test_an_adapter_goes_on_and_off(compiler):
 
 def test_a_compiled_step_says_the_same_and_serves_all_sizes(compiler):
     """Of rows, some of which leave the batch, of prompts and of answers."""
-    plain, compiled = tiny(fixed_cache=True), tiny(fixed_cache=True, compile=True)
+    plain, compiled = tiny(static_kv_cache=True), tiny(static_kv_cache=True, compile=True)
     for rows, width, room in ((8, 10, 16), (16, 10, 16), (16, 70, 12)):
         generator = torch.Generator().manual_seed(rows + width)
         ids = torch.randint(3, 32, (rows, width), generator=generator)
@@ -150,7 +157,7 @@ def test_a_compiled_step_says_the_same_and_serves_all_sizes(compiler):
         prompts = Experience(prompts=ids, prompt_mask=real, prompt_lengths=lengths)
         noise = torch.rand(rows, room, generator=generator)
         said = [
-            policy.respond(prompts, noise, [False] * rows, range(4), 0, Sampling())
+            policy.generate(prompts, noise, [False] * rows, range(4), 0, SamplingParams())
             for policy in (plain, compiled)
         ]
         assert torch.equal(said[0].tokens, said[1].tokens)
@@ -162,7 +169,7 @@ def test_a_network_that_compiles_answers_without_a_fixed_cache(compiler, prompts
     """Its blocks are not compiled for keys and values that grow."""
     noise = torch.rand(len(prompts), 6)
     said = [
-        tiny(compile=wanted).respond(prompts, noise, [False] * 4, [2], 0, Sampling())
+        tiny(compile=wanted).generate(prompts, noise, [False] * 4, [2], 0, SamplingParams())
         for wanted in (False, True)
     ]
     assert torch.equal(said[0].tokens, said[1].tokens)

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lit_align.models.kernels.rms_norm import RMSNorm, replace_norms
-from lit_align.plan.dispatch_mode import making
-from lit_align.plan.memory_tracker import Ledger, Place
-from lit_align.plan.simulate import Machine, world
+from lit_align.models.kernels.rms_norm import RMSNorm, replace_rms_norms
+from lit_align.plan.dispatch_mode import attribute_to
+from lit_align.plan.memory_tracker import MemoryLocation, MemoryTracker
+from lit_align.plan.simulate import Machine, simulation
 
 NORMS = {"llama": 5, "qwen3": 9, "olmo2": 9, "granite": 5}  # of two blocks; some also of heads
 
@@ -41,7 +41,7 @@ def passed(model):
 @pytest.mark.parametrize("name", NORMS)
 def test_networks_say_the_same(name):
     theirs, ours = network(name), network(name)
-    replace_norms(ours)
+    replace_rms_norms(ours)
     assert replaced(ours) == NORMS[name]
     assert list(ours.state_dict()) == list(theirs.state_dict())
     (logits, grads), (expected, others) = passed(ours), passed(theirs)
@@ -57,7 +57,7 @@ def test_norms_that_say_something_else_stay(name):
     settings = {**TINY, "model_type": name, "head_dim": 16, **config.get(name, {})}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     kinds = [type(module) for module in model.modules()]
-    replace_norms(model)
+    replace_rms_norms(model)
     gates = [kind for kind in kinds if "Gated" in kind.__name__]
     after = [type(module) for module in model.modules()]
     assert [kind for kind in after if "Gated" in kind.__name__] == gates
@@ -77,7 +77,7 @@ def test_types_are_those_of_transformers(kind, weight, given):
     torch.nn.init.uniform_(theirs.weight)
     x = torch.randn(3, 8).to(given)
     holder = torch.nn.ModuleList([theirs])
-    replace_norms(holder)
+    replace_rms_norms(holder)
     said, expected = holder[0](x), theirs(x)
     assert isinstance(holder[0], RMSNorm)
     assert said.dtype == expected.dtype
@@ -119,7 +119,7 @@ class Elsewhere(Qwen3RMSNorm):
 
 def test_a_norm_that_adds_eps_elsewhere_stays():
     holder = torch.nn.ModuleList([Elsewhere(8)])
-    replace_norms(holder)
+    replace_rms_norms(holder)
     assert isinstance(holder[0], Elsewhere)
 
 
@@ -151,22 +151,25 @@ def test_by_hand():
 
 def test_networks_without_values_are_told_apart_too():
     """In a plan, where nothing has values."""
-    with world(Ledger(), Machine()):
+    with simulation(MemoryTracker(), Machine()):
         llama, gemma = network("llama"), network("gemma")
-        replace_norms(llama)
-        replace_norms(gemma)
+        replace_rms_norms(llama)
+        replace_rms_norms(gemma)
     assert (replaced(llama), replaced(gemma)) == (5, 0)
 
 
 def test_a_plan_counts_one_kernel():
     """Of 1,000 rows of 512 halves a GPU keeps the input and a float each; the CPU does more."""
     norm, kept = RMSNorm(Qwen3RMSNorm(512), 1e-6).bfloat16(), {}
-    for is_card in (True, False):
-        ledger = Ledger()
-        with world(ledger, Machine(is_card=is_card)), making(ledger, None, Place.DEVICE):
+    for is_gpu in (True, False):
+        tracker = MemoryTracker()
+        with (
+            simulation(tracker, Machine(is_gpu=is_gpu)),
+            attribute_to(tracker, None, MemoryLocation.DEVICE),
+        ):
             x = torch.zeros(1000, 512, dtype=torch.bfloat16, requires_grad=True)
-            before = ledger.total[Place.DEVICE]
+            before = tracker.total[MemoryLocation.DEVICE]
             normed = norm(x)
-            kept[is_card] = ledger.total[Place.DEVICE] - before - normed.nbytes
+            kept[is_gpu] = tracker.total[MemoryLocation.DEVICE] - before - normed.nbytes
     assert kept[True] == 4000
     assert kept[False] > 2 * 1000 * 512

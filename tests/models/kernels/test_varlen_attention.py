@@ -6,7 +6,8 @@ from tiny_models import TINY, RandomTexts, ragged_rollout, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_align.algorithms.sft import SFT
-from lit_align.models.kernels.varlen_attention import NAME, Packed, by_kernel
+from lit_align.models.hidden_states import padded_hidden_states
+from lit_align.models.kernels.varlen_attention import ATTENTION_NAME, SequenceLengths, flash_varlen
 from lit_align.models.policy import Policy
 
 KINDS = ["llama", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi", "phi3", "gemma", "granite"]
@@ -21,20 +22,20 @@ def difference(policy: Policy) -> float:
     """The largest of hidden states with padding from those without."""
     batch = ragged_rollout()
     real = batch.token_mask
-    distance = policy.hidden(batch)[real] - policy.masked_hidden(batch)[real]
+    distance = policy.hidden_states(batch)[real] - padded_hidden_states(policy.network, batch)[real]
     return float(distance.detach().abs().max())
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_architectures_with_full_attention_pack(name):
     policy = kind(name)
-    assert policy.packs
+    assert policy.uses_packing
     assert difference(policy) < 1e-5
 
 
 def test_gpt2_packs():
     policy = kind("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=64)
-    assert policy.packs
+    assert policy.uses_packing
     assert difference(policy) < 1e-5
 
 
@@ -49,12 +50,12 @@ def test_gpt2_packs():
 )
 def test_what_sees_other_tokens_by_another_way_keeps_its_padding(name, settings):
     policy = kind(name, **settings)
-    assert not policy.packs
+    assert not policy.uses_packing
 
 
 def test_the_users_choice_of_attention_is_kept():
-    policy = tiny(attention="eager")
-    assert not policy.packs
+    policy = tiny(attn_implementation="eager")
+    assert not policy.uses_packing
     assert difference(policy) == 0
 
 
@@ -65,15 +66,15 @@ def test_the_losses_of_sft_are_those_of_each_text_alone():
     algorithm.policy = policy
     (packed,) = algorithm.losses(batch)
     for row, length in enumerate(batch.lengths):
-        (alone,) = algorithm.losses(batch.rows([row]).trim())
+        (alone,) = algorithm.losses(batch.rows([row]).trim_padding())
         torch.testing.assert_close(packed[row, : length - 1], alone[0], atol=1e-5, rtol=0)
         assert packed[row, length - 1 :].abs().sum() == 0
 
 
 def test_a_packed_network_recomputes_its_blocks_in_backward():
     grads = []
-    for checkpointing in (False, True):
-        policy = tiny(checkpointing=checkpointing)
+    for activation_checkpointing in (False, True):
+        policy = tiny(activation_checkpointing=activation_checkpointing)
         policy.logprobs(ragged_rollout()).sum().backward()
         grads.append([weight.grad for weight in policy.parameters()])
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=0)
@@ -84,7 +85,7 @@ def test_halves_on_a_gpu_go_to_the_kernel_for_texts_of_any_length():
     with FakeTensorMode():
         query = torch.empty(1, 4, 10, 16, dtype=torch.bfloat16, requires_grad=True)
         key = torch.empty(1, 2, 10, 16, dtype=torch.bfloat16, requires_grad=True)
-        found = by_kernel(query, key, key, Packed([3, 3, 4], query.device), 0.25)
+        found = flash_varlen(query, key, key, SequenceLengths([3, 3, 4], query.device), 0.25)
         found.sum().backward()
     assert found.shape == (1, 10, 4, 16)
     assert found.dtype == torch.bfloat16
@@ -94,4 +95,4 @@ def test_halves_on_a_gpu_go_to_the_kernel_for_texts_of_any_length():
 
 def test_a_saved_configuration_does_not_know_of_packing(tmp_path):
     tiny().save(tmp_path)
-    assert NAME not in (tmp_path / "config.json").read_text()
+    assert ATTENTION_NAME not in (tmp_path / "config.json").read_text()

@@ -19,18 +19,18 @@ from transformers import AutoModelForCausalLM
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.sft import SFT
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models import merge_adapter as merging
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.adapters.sparse_lora import SparseLowRankAdapter
 from lit_align.models.hydra import ACTOR, CRITIC, Hydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.roles import table
-from lit_align.models.scalar_head import Scalar
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.roles import role_table
+from lit_align.models.scalar_head import ScalarHead
 from lit_align.models.sltrain import SLTrain
 from lit_align.models.weights import torchao as torchao_weights
-from lit_align.models.weights.quantization import QuantisedLinear
+from lit_align.models.weights.quantization import QuantizedLinear
 from lit_align.models.weights.torchao import Int8Weights, NF4Weights
 
 torchao = pytest.importorskip("torchao.quantization", reason="codes are made by torchao")
@@ -39,7 +39,7 @@ SCHEMES = [Int8Weights, NF4Weights]
 LOUD = {**TINY, "initializer_range": 0.2}  # so that answers hang on the blocks
 IDS = torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(0))
 ONES = torch.ones_like(IDS, dtype=torch.bool)
-TEXTS = Tokens(tokens=IDS, token_mask=ONES, loss_mask=ONES, lengths=[9, 9])
+TEXTS = TextBatch(tokens=IDS, token_mask=ONES, target_mask=ONES, lengths=[9, 9])
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,16 @@ def build(scheme, kind=Policy, **settings):
     """The same random base each time, coded or whole, with adapters of rank 2 that do something."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        lora = LoRA(rank=2, alpha=4)
-        network = kind(**{"config": dict(LOUD), "lora": lora, **settings}, quantisation=scheme)
+        lora = LoRA(r=2, lora_alpha=4)
+        network = kind(**{"config": dict(LOUD), "lora": lora, **settings}, quantization=scheme)
         for name, weight in network.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(weight, std=0.3)
     return network
 
 
-def linears(network) -> dict[str, QuantisedLinear]:
-    return {n: m for n, m in network.named_modules() if isinstance(m, QuantisedLinear)}
+def linears(network) -> dict[str, QuantizedLinear]:
+    return {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def weights_of(network) -> list[nn.Parameter]:
@@ -95,19 +95,19 @@ def twin(coded, kind=Policy):
 def test_eight_bits_by_hand():
     """The largest number of a row is 127.5 steps; 2.55 is coded as 127 steps of 0.02."""
     weight = torch.tensor([[2.55, 1.0, -0.3], [0.0, -1.275, 0.005]])
-    codes, scale = Int8Weights().code(weight)
+    codes, scale = Int8Weights().quantize(weight)
     assert codes.tolist() == [[127, 50, -15], [0, -128, 0]]
     torch.testing.assert_close(scale, torch.tensor([[0.02], [0.01]]))
 
 
 def test_four_bits_by_hand():
     """Blocks of one size, 2: each of the 16 numbers times 2 is coded without a loss."""
-    table = NF4Weights().code(torch.ones(1, 64))[-1]
+    table = NF4Weights().quantize(torch.ones(1, 64))[-1]
     weight = 2 * table.repeat(8).view(2, 64)
-    codes, scales, factor, mean, _ = parts = NF4Weights().code(weight)
+    codes, scales, factor, mean, _ = parts = NF4Weights().quantize(weight)
     assert codes[:8].tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]
     assert (scales.tolist(), factor.tolist(), mean.tolist()) == ([0, 0], [1.0], [2.0])
-    assert torch.equal(NF4Weights().decode(parts, torch.float32).view(2, 64), weight)
+    assert torch.equal(NF4Weights().dequantize(parts, torch.float32).view(2, 64), weight)
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (96, 320), (256, 256)])
@@ -117,14 +117,14 @@ def test_weights_are_decoded_as_torchao_decodes_them(shape):
     blocks = weight.numel() // 64
     four = torchao.to_nf4(weight, 64, math.gcd(blocks, 256)).get_original_weight()
     for scheme, expected in ((Int8Weights(), eight), (NF4Weights(), four)):
-        decoded = scheme.decode(scheme.code(weight), torch.float32).view(shape)
+        decoded = scheme.dequantize(scheme.quantize(weight), torch.float32).view(shape)
         assert torch.equal(decoded, expected)
 
 
 def test_eight_bits_are_off_by_half_a_step_at_most():
     weight = torch.randn(50, 80, generator=torch.Generator().manual_seed(1))
     scheme = Int8Weights()
-    off = (scheme.decode(scheme.code(weight), torch.float32) - weight).abs()
+    off = (scheme.dequantize(scheme.quantize(weight), torch.float32) - weight).abs()
     assert (off / weight.abs().amax(-1, keepdim=True)).max() <= 1 / 255 + 1e-6
 
 
@@ -147,7 +147,7 @@ def test_bytes_are_those_of_the_formula(scheme, dtype):
 
 def test_a_layer_of_llama_shrinks_to_a_quarter_and_an_eighth():
     layer = nn.Linear(1024, 1024, bias=False)
-    shares = [size(QuantisedLinear(layer, s()).parameters()) / (4 * 1024**2) for s in SCHEMES]
+    shares = [size(QuantizedLinear(layer, s()).parameters()) / (4 * 1024**2) for s in SCHEMES]
     assert shares == pytest.approx([0.2510, 0.1290], abs=1e-4)
 
 
@@ -155,7 +155,7 @@ def test_the_table_of_roles_counts_the_codes():
     coded = build(Int8Weights())
     algorithm = ReMax(policy=lambda: coded)
     algorithm.configure_model()
-    first = table(algorithm.cast())[1]
+    first = role_table(algorithm.all_roles())[1]
     assert int(first.split()[-1].replace(",", "")) == size(coded.parameters())
 
 
@@ -199,7 +199,7 @@ def test_nothing_dense_is_kept_for_backward(scheme):
 
 
 def test_autocast_sets_the_type_of_the_product():
-    layer = QuantisedLinear(nn.Linear(64, 32), Int8Weights())
+    layer = QuantizedLinear(nn.Linear(64, 32), Int8Weights())
     inputs = torch.randn(3, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = layer(inputs)
@@ -212,7 +212,7 @@ def test_autocast_sets_the_type_of_the_product():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_blocks_that_are_computed_again_have_the_same_gradients(scheme):
-    plain, again = build(scheme()), build(scheme(), checkpointing=True)
+    plain, again = build(scheme()), build(scheme(), activation_checkpointing=True)
     for network in (plain, again):
         network.logprobs(TEXTS).sum().backward()
     grads = [[w.grad for w in weights_of(network)] for network in (plain, again)]
@@ -223,7 +223,7 @@ def test_blocks_that_are_computed_again_have_the_same_gradients(scheme):
 def test_the_base_is_what_remains_when_adapters_are_off(scheme):
     coded = build(scheme())
     stirred = coded.logprobs(TEXTS)
-    with coded.adapters_off():
+    with coded.adapters.disabled():
         base = coded.logprobs(TEXTS)
     assert not torch.equal(base, stirred)
     for name, weight in coded.named_parameters():
@@ -231,7 +231,7 @@ def test_the_base_is_what_remains_when_adapters_are_off(scheme):
             nn.init.zeros_(weight)
     assert torch.equal(coded.logprobs(TEXTS), base)
     whole = twin(coded)
-    with whole.adapters_off():
+    with whole.adapters.disabled():
         assert torch.equal(whole.logprobs(TEXTS), base)
 
 
@@ -266,7 +266,7 @@ def test_adapters_learn_and_the_base_does_not_move(scheme, tmp_path):
 def test_a_checkpoint_holds_adapters_alone_and_is_of_this_base(run, tmp_path):
     algorithm = ReMax(policy=lambda: build(Int8Weights()))
     done = run(algorithm, 1)
-    assert algorithm.frozen_fingerprint == build(Int8Weights()).fingerprint
+    assert algorithm.reference_model.fingerprint == build(Int8Weights()).fingerprint
     done.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
     assert len(saved) == 2 * 28  # under the network's name and under peft's
@@ -279,7 +279,7 @@ def base(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("two_headed")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        TwoHeaded(config=dict(LOUD)).save(folder)
+        PolicyWithRewardHead(config=dict(LOUD)).save(folder)
     return str(folder)
 
 
@@ -297,8 +297,8 @@ def test_saved_is_an_adapter_that_names_its_base(base, tmp_path):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_merged_it_is_a_plain_network_of_the_decoded_weights(scheme, tmp_path):
-    coded = build(scheme(), lora=LoRA(rank=2, alpha=4, targets=["q_proj", "up_proj"]))
-    merging.merged(coded, "default").save_pretrained(tmp_path)
+    coded = build(scheme(), lora=LoRA(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
+    merging.merge_adapter(coded, "default").save_pretrained(tmp_path)
     plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     torch.testing.assert_close(plain(IDS).logits, coded.network(IDS).logits, rtol=0, atol=1e-5)
@@ -316,8 +316,8 @@ def test_an_adapters_folder_is_merged_before_its_base_is_coded(base, tmp_path):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_critic_stands_on_one(scheme):
-    coded = build(scheme(), Scalar)
-    values, whole = coded.values(TEXTS), twin(coded, Scalar).values(TEXTS)
+    coded = build(scheme(), ScalarHead)
+    values, whole = coded.values(TEXTS), twin(coded, ScalarHead).values(TEXTS)
     assert torch.equal(values, whole)
     values.sum().backward()
     assert all(weight.grad is not None for weight in weights_of(coded))
@@ -331,7 +331,7 @@ def test_four_roles_stand_on_one(scheme, base, prompts):
     prompts.responses = torch.randint(3, 32, (4, 4), generator=torch.Generator().manual_seed(3))
     prompts.response_lengths = [4] * 4
     prompts.response_mask = torch.ones(4, 4, dtype=torch.bool)
-    scores, reference = hydra.base_scores(prompts)
+    scores, reference = hydra.scores_and_ref_logprobs(prompts)
     assert not torch.equal(hydra.logprobs(prompts), reference)
     hydra.logprobs(prompts).sum().backward()
     assert all(w.grad is not None for w in hydra.adapter_weights(ACTOR))
@@ -341,14 +341,14 @@ def test_four_roles_stand_on_one(scheme, base, prompts):
         for name in (ACTOR, CRITIC):
             for weight in hydra.adapter_weights(name):
                 weight -= 0.1 * weight.grad
-    again = hydra.base_scores(prompts)
+    again = hydra.scores_and_ref_logprobs(prompts)
     assert torch.equal(again[0], scores)
     assert torch.equal(again[1], reference)
     assert all(torch.equal(value, frozen(hydra)[name]) for name, value in before.items())
 
 
 def test_hydra_brings_its_own_adapters(base):
-    hydra = Hydra(base, quantisation=Int8Weights())
+    hydra = Hydra(base, quantization=Int8Weights())
     assert len(linears(hydra)) == 14
 
 
@@ -356,8 +356,8 @@ def test_hydra_brings_its_own_adapters(base):
 
 REFUSED = {
     "no adapter": ({"lora": None}, "nothing to train: add lora"),
-    "SLTrain": ({"lora": None, "sltrain": SLTrain(rank=2)}, "quantised ones are frozen: drop one"),
-    "an adapter that is merged": ({"lora": SparseLowRankAdapter(rank=2)}, "take LoRA"),
+    "SLTrain": ({"lora": None, "sltrain": SLTrain(rank=2)}, "quantized ones are frozen: drop one"),
+    "an adapter that is merged": ({"lora": SparseLowRankAdapter(r=2)}, "take LoRA"),
 }
 
 
@@ -365,12 +365,12 @@ REFUSED = {
 def test_what_cannot_be(case):
     settings, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        tiny(**settings, quantisation=Int8Weights())
+        tiny(**settings, quantization=Int8Weights())
 
 
 def test_blocks_of_64_must_fit():
     with pytest.raises(ValueError, match=r"a layer of \(3, 5\) does not divide"):
-        NF4Weights().code(torch.ones(3, 5))
+        NF4Weights().quantize(torch.ones(3, 5))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

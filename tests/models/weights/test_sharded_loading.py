@@ -1,29 +1,34 @@
 """Sharded networks read their weights from files, each rank its own share."""
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 from rank_equality_cases import fit_three_batches
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, RandomPairs, RandomPrompts, RandomTexts, distance, trainer, weights
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from lit_align.algorithms.dpo import DPO
 from lit_align.algorithms.hydra_ppo import HydraPPO
+from lit_align.algorithms.hydra_sft import HydraSFT
 from lit_align.algorithms.ppo import PPO
 from lit_align.algorithms.reward_model import RewardModel
 from lit_align.algorithms.rto import RTO
 from lit_align.algorithms.sft import SFT
-from lit_align.batches import Tokens
+from lit_align.batches import TextBatch
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.backbone import Backbone
 from lit_align.models.hydra import Hydra
 from lit_align.models.policy import Policy
-from lit_align.models.policy_with_reward_head import TwoHeaded
-from lit_align.models.scalar_head import Scalar
-from lit_align.models.weights.sharded_loading import WeightFiles, weights_later
+from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
+from lit_align.models.scalar_head import ScalarHead
+from lit_align.models.weights.sharded_loading import WeightFiles
+from lit_align.models.weights.torchao import Int8Weights
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
@@ -71,7 +76,7 @@ def without_prefix(folder):
 
 def new_head(folder, **settings):
     path = saved(folder, Policy)
-    return RewardModel(reward_model=lambda: Scalar(path, **settings), optimizer=adam)
+    return RewardModel(reward_model=lambda: ScalarHead(path, **settings), optimizer=adam)
 
 
 def ppo(folder):
@@ -84,7 +89,7 @@ def lent(folder):
     path, place = saved(folder, Policy), folder / "adapter"
     if not place.is_dir():
         torch.manual_seed(1)
-        base = Policy(path, lora=LoRA(rank=2, alpha=64))
+        base = Policy(path, lora=LoRA(r=2, lora_alpha=64))
         for name, weight in base.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
@@ -100,8 +105,8 @@ def on_an_adapter(folder):
 
 
 def hydra(folder):
-    path = saved(folder, TwoHeaded)
-    policy = partial(Hydra, path, lora=LoRA(rank=2, alpha=4))
+    path = saved(folder, PolicyWithRewardHead)
+    policy = partial(Hydra, path, lora=LoRA(r=2, lora_alpha=4))
     return HydraPPO(policy=policy, optimizer=adam, microbatch_tokens=40)
 
 
@@ -112,13 +117,13 @@ CASES = {
     "scaled rotary frequencies": (partial(dpo, name="long rope"), RandomPairs),
     "sizes that ranks cannot share evenly": (partial(dpo, name="odd sizes"), RandomPairs),
     "names without the trunk's prefix": (without_prefix, RandomPairs),
-    "LoRA": (partial(dpo, lora=LoRA(rank=2, alpha=4)), RandomPairs),
+    "LoRA": (partial(dpo, lora=LoRA(r=2, lora_alpha=4)), RandomPairs),
     "layers that train beside LoRA": (
-        partial(dpo, lora=LoRA(rank=2, alpha=4, train_fully=["lm_head"])),
+        partial(dpo, lora=LoRA(r=2, lora_alpha=4, modules_to_save=["lm_head"])),
         RandomPairs,
     ),
     "a new head": (new_head, RandomPairs),
-    "a new head beside LoRA": (partial(new_head, lora=LoRA(rank=2, alpha=4)), RandomPairs),
+    "a new head beside LoRA": (partial(new_head, lora=LoRA(r=2, lora_alpha=4)), RandomPairs),
     "a critic on the policy's trunk": (ppo, RandomPrompts),
     "an adapter lent to the reference": (lent, RandomPrompts),
     "a base with an adapter in it": (on_an_adapter, RandomPairs),
@@ -132,7 +137,9 @@ def run(folder, case, ranks):
     algorithm = build(folder)
     more = {"devices": ranks, "strategy": "fsdp2"} if ranks > 1 else {}
     trained, _ = fit_three_batches(folder, algorithm, data(3, 4 // ranks), **more)
-    return trained, algorithm.frozen_fingerprint if hasattr(algorithm, "reference") else 0.0
+    return trained, algorithm.reference_model.fingerprint if hasattr(
+        algorithm, "reference"
+    ) else 0.0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,12 +150,64 @@ def test_shares_of_files_train_as_a_whole_load_does(two_ranks, tmp_path, case):
         assert same == pytest.approx(fingerprint, rel=1e-9)
 
 
+def quantized(folder):
+    """An adapter on int8 codes, which are made of the unsharded weights on each rank."""
+    return dpo(folder, lora=LoRA(r=2, lora_alpha=4), quantization=Int8Weights())
+
+
+def new_reward_head(folder):
+    """A language model that gets a reward head with random weights."""
+    path = saved(folder, Policy)
+    return HydraSFT(policy=lambda: PolicyWithRewardHead(path), optimizer=adam)
+
+
+LOAD_CASES = {
+    **CASES,
+    "a new reward head on a policy": (new_reward_head, RandomPairs),
+    "quantized": (quantized, RandomPairs),
+}
+
+
+def loaded(folder, case, ranks):
+    """Name -> value of each parameter and buffer before the first step, unsharded."""
+    build, data = LOAD_CASES[case]
+    algorithm, found = build(folder), {}
+
+    def record() -> None:
+        for source in (algorithm.named_parameters, algorithm.named_buffers):
+            for name, tensor in source(remove_duplicate=False):
+                full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                found[name] = full.detach().clone(), tensor.requires_grad
+
+    algorithm.on_fit_start = record
+    torch.manual_seed(0)
+    more = {"devices": ranks, "strategy": "fsdp2"} if ranks > 1 else {}
+    fit = trainer(folder, max_steps=0, limit_val_batches=0, **more)
+    fit.callbacks.clear()
+    fit.fit(algorithm, data(1))
+    return found
+
+
+@pytest.mark.parametrize("case", LOAD_CASES)
+def test_a_sharded_load_equals_a_plain_load(two_ranks, tmp_path, case):
+    if case == "quantized" and find_spec("torchao") is None:
+        pytest.skip("torchao makes the codes")
+    plain = loaded(tmp_path, case, 1)
+    for sharded in two_ranks(loaded, tmp_path, case, 2):
+        assert list(sharded) == list(plain)
+        for name, (tensor, trains) in plain.items():
+            other: Tensor = sharded[name][0]
+            assert (other.dtype, other.device) == (tensor.dtype, tensor.device), name
+            assert torch.equal(other, tensor), name
+            assert sharded[name][1] == trains, name
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_has_memory_before_it_is_sharded(tmp_path, name):
     path = saved(tmp_path, Policy, name)
-    with weights_later():
-        policy = Policy(path, lora=LoRA(rank=2))
-        critic = Scalar.on_trunk(Policy(path)) if name != "gpt2" else Scalar(path)
+    with torch.device("meta"):
+        policy = Policy(path, lora=LoRA(r=2))
+        critic = ScalarHead.from_backbone(Policy(path)) if name != "gpt2" else ScalarHead(path)
     real = {n for n, weight in policy.network.named_parameters() if not weight.is_meta}
     assert all(".lora_" in n for n in real)
     assert [n for n, weight in critic.network.named_parameters() if not weight.is_meta] == [
@@ -164,7 +223,7 @@ def logits(folder, name):
     seen = []
     tokens = torch.arange(3, 15)[None]
     ones = torch.ones_like(tokens, dtype=torch.bool)
-    text = Tokens(tokens=tokens, token_mask=ones, loss_mask=ones, lengths=[12])
+    text = TextBatch(tokens=tokens, token_mask=ones, target_mask=ones, lengths=[12])
     algorithm.on_fit_start = lambda: seen.append(algorithm.policy.logprobs(text).detach())
     done = trainer(folder, devices=2, strategy="fsdp2", max_steps=0)
     done.callbacks.clear()
@@ -203,22 +262,22 @@ def test_files_with_names_of_their_own_are_left_to_transformers(tmp_path):
     weights = load_file(f"{path}/model.safetensors")
     weights["model.strange.weight"] = weights.pop("model.norm.weight")
     save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
-    with weights_later(), pytest.raises(ValueError, match="lacks 1 weights"):
+    with torch.device("meta"), pytest.raises(ValueError, match="lacks 1 weights"):
         Policy(path)
 
 
 def test_a_slice_of_a_file_is_read_alone(tmp_path):
     path = saved(tmp_path, Policy, files=3)
-    files = WeightFiles.of(path, None)
+    files = WeightFiles.find(path, None)
     whole = Policy(path).network.lm_head.weight
     rows = torch.empty(4, 32)
-    files.read("lm_head.weight", 3, rows)
+    files.read_rows("lm_head.weight", 3, rows)
     assert torch.equal(rows, whole[3:7])
-    assert files.key("base.lm_head.base_layer.weight", "base") == "lm_head.weight"
-    assert files.key("lm_head.lora_A.default.weight", "model") is None
+    assert files.file_key("base.lm_head.base_layer.weight", "base") == "lm_head.weight"
+    assert files.file_key("lm_head.lora_A.default.weight", "model") is None
 
 
 def test_networks_are_whole_outside_of_sharded_training(tmp_path):
     policy: Backbone = Policy(saved(tmp_path, Policy))
-    assert policy.files is None
+    assert policy.shard_state.weight_files is None
     assert not any(weight.is_meta for weight in policy.parameters())
