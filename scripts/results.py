@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 import transformers
-from compare_predictions import read, summarise
+from compare_predictions import summarize
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.cli.main import main as lit_align
+from lit_align.evaluation.statistics import read_predictions
 
 PAGE = Path("docs/results.md")
 OVERLAY = "docs/examples/stories.yaml"
@@ -141,7 +142,9 @@ class Results:
 
     def generate(self, config: str, name: str, options: str = "") -> list[dict[str, Any]]:
         """Return a model's responses to the held-out prompts, with their scores."""
-        return read(self.command("predict", config, name, options) / "predictions.jsonl")
+        return read_predictions(
+            self.command("predict", config, name, options) / "predictions.jsonl"
+        )
 
     def prepare(self) -> None:
         """Make preference pairs, and train a DPO adapter and a Hydra-SFT model on them."""
@@ -170,7 +173,7 @@ class Results:
         options = f"{run.options}{self.limit} --trainer.callbacks+ {CLOCK}"
         place = self.command("fit", run.config, run.folder, options)
         after = self.generate(run.config, run.folder, f"{run.options} --ckpt_path last")
-        figures = summarise(read(self.folder / run.start / "predictions.jsonl"), after)
+        figures = summarize(read_predictions(self.folder / run.start / "predictions.jsonl"), after)
         return {
             "title": run.title,
             "seconds": float((place / "seconds.txt").read_text()),

@@ -142,7 +142,7 @@ def test_remax_makes_stories_cheerful(tmp_path):
     aligned = ("--model.policy.path", str(tmp_path / "hf"), *start)
     after = predictions("real_remax", tmp_path / "after", *aligned)
     script = runpy.run_path(str(ROOT / "scripts" / "compare_predictions.py"))
-    figures = script["summarise"](before, after)
+    figures = script["summarize"](before, after)
     assert figures["prompts"] >= 200
     assert figures["gain in standard deviations"] >= 1
     assert figures["gain, 95 % low"] > 0

@@ -28,8 +28,8 @@ class Rollout(Callback):
             policy's own, and its gradient is biased (papers' note on ReMax, pitfall 1).
         top_k: Likeliest tokens that may be sampled, 0 for all.
         predict_greedy: `predict` takes the likeliest tokens instead of sampling.
-        predict_samples: Responses that `predict` num_samples per prompt. Different models get the same
-            noise. Must be 1 with `predict_greedy`.
+        predict_samples: Responses per prompt in `predict`. All models get the same sampling noise.
+            Must be 1 with `predict_greedy`.
     """
 
     def __init__(

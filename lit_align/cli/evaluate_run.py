@@ -15,15 +15,22 @@ from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.cli.evaluate import ABOUT, add_options
-from lit_align.cli.overlays import Settings, chosen_class, cut, inline, read, split_option
+from lit_align.cli.overlays import (
+    Settings,
+    chosen_class,
+    drop_unsupported,
+    read_config,
+    split_option,
+    to_inline_yaml,
+)
 from lit_align.cli.settings_parser import SettingsParser
 from lit_align.data.base import TextDataModule
 from lit_align.data.prompts import PromptData
 from lit_align.errors import UserError
-from lit_align.evaluation.compare import compared, shown, write
-from lit_align.evaluation.generate import answered
+from lit_align.evaluation.compare import compare_models, model_comparison_table, write_evaluation
+from lit_align.evaluation.generate import predict_responses
 from lit_align.evaluation.judge import judge_pairs
-from lit_align.evaluation.lm_eval import Benchmarks, device_of
+from lit_align.evaluation.lm_eval import LMEvalTasks, torch_device
 from lit_align.tools.resolve_model import resolve_model
 
 
@@ -37,21 +44,21 @@ def run_evaluation(args: list[str]) -> int:
     models = list(dict.fromkeys(map(resolve_model, options.models)))
     reference = resolve_model(options.reference or models[0])
     tasks = [task for task in options.tasks.split(",") if task]
-    benchmarks = [Benchmarks(tasks, options.tasks_limit, options.tasks_folder)] if tasks else []
+    benchmarks = [LMEvalTasks(tasks, options.tasks_limit, options.tasks_folder)] if tasks else []
     responses = {}
     for model in models:
         seed_everything(options.seed, verbose=False)
-        responses[model] = answered(
+        responses[model] = predict_responses(
             model, reference, built.data, built.rollout, built.reward,
             options.temperature, options.accelerator, options.precision,
         )  # fmt: skip
         print(f"{model}: {len(responses[model])} responses")
     judge = partial(judge_pairs, options.judge) if options.judge else None
-    figures = compared(responses, built.rollout.num_samples, judge)
+    figures = compare_models(responses, built.rollout.predict_samples, judge)
     for model, each in product(models, benchmarks):
-        figures[model] |= each.figures(model, device_of(options.accelerator))
-    Console().print(shown(figures))
-    write(figures, reference, Path(options.out))
+        figures[model] |= each.evaluate(model, torch_device(options.accelerator))
+    Console().print(model_comparison_table(figures))
+    write_evaluation(figures, reference, Path(options.out))
     print(f"wrote {options.out}")
     return 0
 
@@ -86,18 +93,18 @@ def fit_sections(args: list[str]) -> list[str]:
     """The words with each `--config` of a run cut to what an evaluation needs of it."""
     argv = [part for word in args for part in split_option(word)]
     places = [i + 1 for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
-    configs = {place: read(argv[place]) for place in places}
+    configs = {place: read_config(argv[place]) for place in places}
     kind = chosen_class("data", TextDataModule, list(configs.values()), argv)
     if kind is None or not issubclass(kind, PromptData):
         kind = PromptData  # which reads the prompts of any other data module's rows
     for place, settings in configs.items():
-        argv[place] = inline(needed(settings, kind))
+        argv[place] = to_inline_yaml(evaluation_sections(settings, kind))
     return argv
 
 
-def needed(settings: Settings, data: type) -> Settings:
+def evaluation_sections(settings: Settings, data: type) -> Settings:
     """The sections of a run's config that an evaluation has, too."""
-    left = cut(settings, {"model": OnlineAlgorithm, "data": data})
+    left = drop_unsupported(settings, {"model": OnlineAlgorithm, "data": data})
     trainer = left.get("trainer") or {}
     kept = {name: left[name] for name in ("data", "reward", "rollout") if left.get(name)}
     if "rollout" in kept:

@@ -21,8 +21,8 @@ from lit_align.errors import UserError
 from lit_align.plan.max_length_data import MaxLengthData
 from lit_align.plan.patches import FakeCluster
 from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
-from lit_align.plan.suggestions import candidates, changes
-from lit_align.plan.table import Plan, as_json, table, verdict
+from lit_align.plan.suggestions import candidate_arguments, try_suggestions
+from lit_align.plan.table import MemoryPlan, as_json, plan_table, verdict
 
 DISTRIBUTED_STRATEGIES = ("fsdp", "ddp")  # how words of strategies begin for which ranks talk
 
@@ -126,7 +126,7 @@ def count_devices(devices: Any) -> int:
 
 @contextmanager
 def disable_logging() -> Iterator[None]:
-    """Suppress log output of the simulate_peaks run except errors."""
+    """Suppress log output of the simulated run except errors."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -149,7 +149,7 @@ def run_plan(words: list[str], options: argparse.Namespace) -> int:
     """
     cli, plan = plan_once(words, options)
     if not options.json:
-        Console(width=max(Console().width, 110)).print(table(plan))
+        Console(width=max(Console().width, 110)).print(plan_table(plan))
         print(verdict(plan))
     others = [] if plan.fits else plan_suggestions(words, options, cli)
     if options.json:
@@ -157,7 +157,7 @@ def run_plan(words: list[str], options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlanCLI, Plan]:
+def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlanCLI, MemoryPlan]:
     """A run, and what it takes.
 
     Args:
@@ -166,7 +166,7 @@ def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlanCLI, P
     """
     cli = PlanCLI(resolve_configs(words), options.prompt_tokens)
     machine = cli.machine._replace(memory=options.gpu_memory)
-    return cli, Plan(simulate_peaks(cli.build, machine), options.gpu_memory)
+    return cli, MemoryPlan(simulate_peaks(cli.build, machine), options.gpu_memory)
 
 
 def plan_suggestions(
@@ -180,9 +180,9 @@ def plan_suggestions(
         cli: The run as it is.
     """
     found: list[dict[str, object]] = []
-    more = list(candidates(cli.config.fit, cli.machine.ranks))
-    for change in changes(more, lambda added: plan_once([*words, *added], options)[1]):
-        line, plan = " ".join(change.words), change.plan
+    more = list(candidate_arguments(cli.config.fit, cli.machine.ranks))
+    for change in try_suggestions(more, lambda added: plan_once([*words, *added], options)[1]):
+        line, plan = " ".join(change.argv), change.plan
         told = f"refused: {plan}" if isinstance(plan, str) else verdict(plan)
         size = {} if isinstance(plan, str) else {"peak": plan.peak[1].total, "phase": plan.peak[0]}
         found.append({"words": line, "fits": change.fits, "told": told, **size})

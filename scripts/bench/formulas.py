@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lit_align.optim.galore import num_state
+from lit_align.optim.galore import num_state_values
 
 RANK, DENSITY, ADAPTER = 16, 0.03, 4  # of GaLore and SLTrain; rank of LoRA
 
@@ -106,7 +106,7 @@ def state(size: Size, tensors: list[int], rank: int | None) -> int:
     """
     if rank is None:
         return sum(8 * number + 4 for number in tensors)
-    projected = sum(4 * num_state(*layer, rank) for layer in size.linears)
+    projected = sum(4 * num_state_values(*layer, rank) for layer in size.linears)
     return projected + sum(8 * number for number in size.outside) + 8 * len(tensors)
 
 

@@ -14,7 +14,7 @@ from lit_align.algorithms.dpo import DPO
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.hydra_ppo import HydraPPO
 from lit_align.algorithms.remax import ReMax
-from lit_align.cli.export import ExportCLI
+from lit_align.cli.align import ExportCLI
 from lit_align.cli.overlays import resolve_configs
 from lit_align.models.generation import prefill
 from lit_align.models.generation.prefill import PromptTensors, prefill_chunk

@@ -31,7 +31,7 @@ from lit_align.algorithms.core.trainer_checks import check_trainer, find_unused_
 from lit_align.batches import AnyBatch, microbatch_indices
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
-from lit_align.models.parallel.sharding import Sharding, reshard
+from lit_align.models.parallel.sharding import ShardingConfig, reshard
 from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, single_head_role
 from lit_align.models.weights.state_dict_check import check_state_dict, weight_shapes
@@ -142,7 +142,7 @@ class Algorithm(LightningModule):
         strategy = self.trainer.strategy
         if network.shard_state.weight_files is not None:
             self.to_verify.append(network)
-        sharding = strategy.sharding if isinstance(strategy, FSDP2) else Sharding()
+        sharding = strategy.sharding if isinstance(strategy, FSDP2) else ShardingConfig()
         network.shard(self.device_mesh, sharding)
         return network
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_align.batches import microbatch_indices
 from lit_align.models.backbone import Backbone
-from lit_align.models.parallel.sharding import synchronise
+from lit_align.models.parallel.sharding import set_gradient_sync
 
 Compute = Callable[[Any], tuple[Tensor, ...]]  # from a micro-batch to tensors [n, r] or [n]
 
@@ -61,6 +61,6 @@ def sync_gradients(networks: Iterable[Backbone], replica: nn.Module | None, last
         last: No micro-batch of the step follows.
     """
     for network in networks:
-        synchronise(network, network.shard_state, last)
+        set_gradient_sync(network, network.shard_state, last)
     if isinstance(replica, DistributedDataParallel):
         replica.require_backward_grad_sync = last

@@ -7,7 +7,6 @@ import pytest
 
 from lit_align.cli.discovery import import_all
 from lit_align.cli.main import main
-from lit_align.cli.plan import muted, plan_parser, sweep_size
 from lit_align.cli.sweep import SWEEP_SIZES, TRACED_BLOCKS, SweepSize, trace_with_blocks
 from lit_align.plan.extrapolate import extrapolate_peaks
 from lit_align.plan.memory_tracker import MemoryKind, MemoryLocation, MemoryTracker
