@@ -1,7 +1,7 @@
-"""What flows through a training step: rows of tensors, and the Python facts that belong to them.
+"""Batches of a training step: tensors, and lists of Python values with one entry per row.
 
-B prompts, G samples of each, N = B*G rows, P prompt tokens, R response tokens, T = tokens of a
-whole text. A row of `PreferenceBatch` is a pair of texts. Masks are bool, True = real.
+B prompts, G samples of each prompt, N = B*G rows, P prompt tokens, R response tokens, T tokens of
+a text. A row of `PreferenceBatch` is a pair of texts. Masks are bool, True = real.
 """
 
 from __future__ import annotations
@@ -14,37 +14,56 @@ from torch import Tensor
 
 
 class Batch:
-    """Rows that stay in step: tensors, Python lists with one entry per row, and data columns.
+    """Rows of tensors, of Python lists and of the columns of the data set.
 
-    A field that nobody wrote does not exist: reading it is an AttributeError that names what
-    does. Never None, so never a check for None.
+    A field that is not written does not exist. Reading it raises an AttributeError with the names
+    of the written fields. A field is never None, so that no code checks for None.
 
     Args:
-        columns: The data set's own columns, one entry per row; only rewards and tables read it.
+        columns: Columns of the data set, one entry per row. Only rewards and tables read them.
         fields: Tensors [N, ...] or lists of N Python values.
+
+    Example:
+        >>> batch = Batch({"solution": ["4", "9"]}, scores=torch.tensor([1.0, 0.0]))
+        >>> len(batch), batch.scores.tolist(), batch.columns["solution"]
+        (2, [1.0, 0.0], ['4', '9'])
     """
 
     columns: dict[str, list[Any]]
-    is_new: list[bool]  # [N] False on rows that only fill up a round of evaluation; data module
+    is_new: list[bool]  # [N] False for rows that fill the last evaluation batch; data module
 
     def __init__(self, columns: dict[str, list[Any]] | None = None, **fields: Tensor | list[Any]):
         self.columns = columns or {}
         vars(self).update(fields)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"'{name}' is not written yet; so far: {', '.join(vars(self))}")
+        raise AttributeError(f"'{name}' is not written yet. Written: {', '.join(vars(self))}.")
 
     def __len__(self) -> int:
         return len(next(field for name, field in vars(self).items() if name != "columns"))
 
     def fields(self) -> dict[str, Any]:
-        """Everything but the columns, by name."""
+        """Return all tensors and lists by name, without the columns.
+
+        Example:
+            >>> Batch({"id": [7]}, lengths=[3]).fields()
+            {'lengths': [3]}
+        """
         return {name: field for name, field in vars(self).items() if name != "columns"}
 
     def map(
         self, tensors: Callable[[Tensor], Tensor], lists: Callable[[list[Any]], list[Any]] = list
     ) -> Self:
-        """A batch of the same kind with each tensor and each list changed."""
+        """Return a batch of the same class with changed tensors, lists and columns.
+
+        Args:
+            tensors: Function of a tensor [N, ...].
+            lists: Function of a list or a column; the default copies it.
+
+        Example:
+            >>> Batch(scores=torch.tensor([1.0, 2.0])).map(lambda x: 10 * x).scores.tolist()
+            [10.0, 20.0]
+        """
         return type(self)(
             columns={name: lists(column) for name, column in self.columns.items()},
             **{
@@ -54,25 +73,60 @@ class Batch:
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        """The tensors on `device`; lists and columns stay where they are."""
+        """Return the batch with its tensors on `device`.
+
+        Args:
+            device: Target device.
+            non_blocking: Do not wait for copies from pinned memory.
+
+        Example:
+            >>> Batch(scores=torch.ones(2)).to(torch.device("meta")).scores.is_meta
+            True
+        """
         return self.map(lambda field: field.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The tensors in page-locked host memory, from which a GPU copies without waiting."""
+        """Return the batch with its tensors in pinned host memory, for copies without waiting."""
         return self.map(Tensor.pin_memory)
 
     def rows(self, index: Sequence[int]) -> Self:
-        """The rows at `index`, in its order."""
+        """Return the rows at `index`, in its order.
+
+        Args:
+            index: Row numbers; a row may occur several times.
+
+        Example:
+            >>> Batch({"id": ["a", "b"]}, lengths=[3, 5], x=torch.eye(2)).rows([1, 1]).fields()
+            {'lengths': [5, 5], 'x': tensor([[0., 1.],
+                    [0., 1.]])}
+        """
+        # the index is copied without waiting, since the GPU may still work on earlier steps
         device = next(field.device for field in self.fields().values() if isinstance(field, Tensor))
         rows = torch.tensor(index, dtype=torch.long).to(device, non_blocking=True)
         return self.map(lambda field: field[rows], lambda column: [column[i] for i in index])
 
     def repeat_interleave(self, times: int) -> Self:
-        """Each row `times` times, the copies of a row side by side."""
+        """Return each row `times` times, the copies of a row next to each other.
+
+        Args:
+            times: Copies of each row.
+
+        Example:
+            >>> Batch({"id": ["a", "b"]}, x=torch.zeros(2)).repeat_interleave(2).columns
+            {'id': ['a', 'a', 'b', 'b']}
+        """
         return self.rows([row for row in range(len(self)) for _ in range(times)])
 
     def concat(self, other: Self) -> Self:
-        """The rows of both, the other's behind; both have the same columns and fields."""
+        """Return the rows of this batch, followed by the rows of the other.
+
+        Args:
+            other: Batch with the same columns and fields.
+
+        Example:
+            >>> Batch(lengths=[3, 5]).concat(Batch(lengths=[4])).lengths
+            [3, 5, 4]
+        """
         ours, theirs = self.fields(), other.fields()
         return type(self)(
             columns={name: column + other.columns[name] for name, column in self.columns.items()},
@@ -85,18 +139,28 @@ class Batch:
         )
 
     def replace_with(self, other: Batch) -> None:
-        """Takes on all rows and fields of `other`: a callback cannot return a new batch."""
+        """Replace all columns and fields in place, since a callback cannot return a new batch.
+
+        Args:
+            other: Batch whose columns and fields are taken.
+
+        Example:
+            >>> batch = Batch(lengths=[3, 5])
+            >>> batch.replace_with(Batch(scores=[1.0]))
+            >>> batch.fields()
+            {'scores': [1.0]}
+        """
         vars(self).clear()
         vars(self).update(vars(other))
 
 
 class OfflineResponse(NamedTuple):
-    """An answer that came with the data.
+    """Response that came with the data set.
 
     Args:
-        tokens: Token ids, the stop included.
-        score: The reward of the answer, where it is known.
-        logprob: Nats of the answer under whoever gave it, summed over its tokens, where known.
+        tokens: Token ids, stop token included.
+        score: Score of the response, None if unknown.
+        logprob: Nats of the response under its sampler, summed over its tokens; None if unknown.
     """
 
     tokens: Sequence[int]
@@ -105,74 +169,109 @@ class OfflineResponse(NamedTuple):
 
 
 class Experience(Batch):
-    """N rows, each one prompt of P tokens and, once answered, one response of R tokens.
+    """N rows of one prompt (P tokens) and, after the rollout, one response (R tokens).
 
     Fields are written from top to bottom.
+
+    Example:
+        >>> row = Experience(prompts=torch.tensor([[0, 5]]), prompt_lengths=[1])
+        >>> row.responses, row.response_lengths = torch.tensor([[7, 2, 0]]), [2]  # 2 stops, 0 pads
+        >>> row.tokens.tolist(), row.lengths
+        ([[0, 5, 7, 2, 0]], [3])
     """
 
-    prompts: Tensor  # [N, P] token ids, left-padded                          data module
-    prompt_mask: Tensor  # [N, P] bool                                        data module
-    prompt_lengths: list[int]  # [N] tokens                                   data module
-    offline_responses: list[
-        list[OfflineResponse]
-    ]  # [N] those in the data, of each prompt data.OfflineResponseData
-    responses: Tensor  # [N, R] token ids, right-padded                       callbacks.Rollout
-    response_mask: Tensor  # [N, R] bool, True through the first stop         callbacks.Rollout
-    response_lengths: list[int]  # [N] tokens                                 callbacks.Rollout
-    truncated: list[bool]  # [N] no stop within R tokens                      callbacks.Rollout
-    is_greedy: list[bool]  # [N] decoded greedily                                callbacks.Rollout
-    is_offline: list[bool]  # [N] came with the data                              callbacks.Rollout
-    offline_scores: list[float | None]  # [N] the data's, where known          callbacks.Rollout
-    offline_logprobs: list[float | None]  # [N] nats, the data's, where known  callbacks.Rollout
-    group: list[int]  # [N] which prompt of the rollout a row answers         callbacks.Rollout
-    sampling_logprobs: Tensor  # [N, R] nats, as seen while sampling          callbacks.Rollout
-    scores: Tensor  # [N] reward of the whole response                        callbacks.Reward
-    logprobs: Tensor  # [N, R] nats, under the sampling policy                OnlineAlgorithm
-    entropy: Tensor  # [N, R] nats, of the sampling policy at each token      OnlineAlgorithm
-    ref_logprobs: Tensor  # [N, R] nats, under the reference                  OnlineAlgorithm
-    advantages: Tensor  # [N, R] credit of each response token                every algorithm
-    values: Tensor  # [N, R] the critic's, before each token                  PPO
-    returns: Tensor  # [N, R] what the values should have been                PPO
-    weights: Tensor  # [N] of a whole response in the SFT loss                SPR
+    # The data module.
+    prompts: Tensor  # [N, P] token ids, left-padded
+    prompt_mask: Tensor  # [N, P] bool
+    prompt_lengths: list[int]  # [N] tokens
+    offline_responses: list[list[OfflineResponse]]  # [N] responses of the data set to each prompt
+
+    # callbacks.Rollout.
+    responses: Tensor  # [N, R] token ids, right-padded
+    response_mask: Tensor  # [N, R] bool, True through the first stop
+    response_lengths: list[int]  # [N] tokens
+    truncated: list[bool]  # [N] True without a stop in R tokens
+    is_greedy: list[bool]  # [N] True if decoded greedily
+    is_offline: list[bool]  # [N] True if the response came with the data set
+    offline_scores: list[float | None]  # [N] scores of the data set, None if unknown
+    offline_logprobs: list[float | None]  # [N] nats of the data set, None if unknown
+    group: list[int]  # [N] index of the row's prompt in the rollout
+    sampling_logprobs: Tensor  # [N, R] nats, computed while sampling
+
+    # callbacks.Reward.
+    scores: Tensor  # [N] scores of the responses
+
+    # OnlineAlgorithm.
+    logprobs: Tensor  # [N, R] nats, under the sampling policy
+    entropy: Tensor  # [N, R] nats, of the sampling policy at each token
+    ref_logprobs: Tensor  # [N, R] nats, under the reference
+
+    # The algorithm.
+    advantages: Tensor  # [N, R] advantages of the tokens; every one but SPR
+    values: Tensor  # [N, R] predictions of the critic before each token; PPO
+    returns: Tensor  # [N, R] targets of the critic; PPO
+    weights: Tensor  # [N] weights of the responses in the SFT loss; SPR
 
     @property
     def lengths(self) -> list[int]:
-        """[N] tokens of prompt and response together."""
+        """Tokens of prompt and response together [N]."""
         pairs = zip(self.prompt_lengths, self.response_lengths, strict=True)
         return [prompt + response for prompt, response in pairs]
 
     @property
     def is_sampled(self) -> list[bool]:
-        """[N] whether the policy has sampled it: neither decoded greedily nor from the data."""
+        """True [N] for rows that the policy sampled: neither greedy nor offline.
+
+        Example:
+            >>> Experience(is_greedy=[True, False], is_offline=[False, False]).is_sampled
+            [False, True]
+        """
         return [not (a or b) for a, b in zip(self.is_greedy, self.is_offline, strict=True)]
 
     @property
     def tokens(self) -> Tensor:
-        """[N, P+R] token ids of prompt and response."""
+        """Token ids of prompt and response [N, P+R]."""
         return torch.cat([self.prompts, self.responses], 1)
 
     @property
     def token_mask(self) -> Tensor:
-        """[N, P+R] bool, what attention sees: holes in `response_mask` are seen, not scored."""
+        """Mask [N, P+R] bool of the tokens that attention reads.
+
+        It includes the tokens in holes of `response_mask`, which are not scored.
+
+        Example:
+            >>> row = Experience(prompt_mask=torch.tensor([[False, True]]), response_lengths=[1])
+            >>> row.prompts, row.responses = torch.tensor([[0, 5]]), torch.tensor([[2, 0]])
+            >>> row.token_mask.tolist()
+            [[False, True, True, False]]
+        """
         ends = torch.tensor(self.response_lengths).to(self.prompts.device, non_blocking=True)
         steps = torch.arange(self.responses.shape[1], device=self.prompts.device)
         return torch.cat([self.prompt_mask, steps < ends.unsqueeze(1)], 1)
 
     @property
     def num_context_tokens(self) -> int:
-        """P: tokens before the first scored one."""
+        """Number of tokens before the first scored token, P."""
         return self.prompts.shape[1]
 
     @property
     def loss_mask(self) -> Tensor:
-        """[N, R] bool: where a loss counts."""
+        """Mask [N, R] bool of the tokens that enter the loss."""
         return self.response_mask
 
     def trim_padding(self) -> Experience:
-        """The same rows without the columns that are padding in every one of them."""
+        """Return the same rows without the columns that are padding in all of them.
+
+        Example:
+            >>> row = Experience(prompts=torch.tensor([[0, 0, 5]]), prompt_lengths=[1])
+            >>> row.responses, row.response_lengths = torch.tensor([[7, 2, 0]]), [2]
+            >>> row.trim_padding().tokens.tolist()
+            [[5, 7, 2]]
+        """
         num_padding = self.prompts.shape[1] - max(self.prompt_lengths)
         width, longest = self.responses.shape[1], max(max(self.response_lengths), 1)
         trimmed = Experience(self.columns, **self.fields())
+        # prompts by name: they may be as wide as the responses, and their padding is on the left
         for name, field in self.fields().items():
             if isinstance(field, Tensor) and name in ("prompts", "prompt_mask"):
                 setattr(trimmed, name, field[:, num_padding:])
@@ -182,73 +281,115 @@ class Experience(Batch):
 
 
 class TextBatch(Batch):
-    """N whole texts of T tokens, right-padded, for supervised fine-tuning."""
+    """N texts of T tokens, right-padded, for supervised fine-tuning.
 
-    tokens: Tensor  # [N, T] token ids, right-padded                          data module
-    token_mask: Tensor  # [N, T] bool                                         data module
-    target_mask: Tensor  # [N, T] bool, True where the token is to be learnt    data module
-    lengths: list[int]  # [N] tokens                                          data module
+    The data module writes all fields.
+
+    Example:
+        >>> batch = TextBatch(tokens=torch.tensor([[5, 6, 2, 0]]), lengths=[3])
+        >>> batch.target_mask = torch.tensor([[False, True, True, False]])
+        >>> batch.responses.tolist(), batch.loss_mask.tolist()
+        ([[6, 2, 0]], [[True, True, False]])
+    """
+
+    tokens: Tensor  # [N, T] token ids, right-padded
+    token_mask: Tensor  # [N, T] bool
+    target_mask: Tensor  # [N, T] bool, True for tokens to be learned
+    lengths: list[int]  # [N] tokens
 
     @property
     def response_mask(self) -> Tensor:
-        """[N, T-1] bool: the learnt tokens. The first token has no context to be scored in."""
+        """Mask [N, T-1] bool of the tokens to be learned, without the first token.
+
+        The first token has no context and so no log-prob.
+        """
         return self.target_mask[:, 1:]
 
     @property
     def responses(self) -> Tensor:
-        """[N, T-1] token ids that have a context."""
+        """Token ids [N, T-1] after the first one."""
         return self.tokens[:, 1:]
 
     @property
     def num_context_tokens(self) -> int:
-        """Tokens before the first scored one."""
+        """Number of tokens before the first scored token."""
         return 1
 
     @property
     def loss_mask(self) -> Tensor:
-        """[N, T-1] bool: where a loss counts."""
+        """Mask [N, T-1] bool of the tokens that enter the loss."""
         return self.response_mask
 
     def trim_padding(self) -> TextBatch:
-        """The same rows without the columns that are padding in every one of them."""
-        longest = max(max(self.lengths), 2)
+        """Return the same rows without the columns that are padding in all of them.
+
+        Example:
+            >>> TextBatch(tokens=torch.zeros(2, 9), lengths=[3, 5]).trim_padding().tokens.shape
+            torch.Size([2, 5])
+        """
+        longest = max(max(self.lengths), 2)  # 2, so that one token has a context
         return self.map(lambda field: field[:, :longest])
 
 
 class PreferenceBatch(Batch):
-    """B preference pairs: a chosen and a rejected text that share a prompt."""
+    """B preference pairs of a chosen and a rejected text with the same prompt.
 
-    chosen: Tensor  # [B, T] token ids, right-padded                          data module
-    chosen_mask: Tensor  # [B, T] bool                                        data module
-    chosen_target_mask: Tensor  # [B, T] bool, True on the answer               data module
-    chosen_lengths: list[int]  # [B] tokens                                   data module
-    rejected: Tensor  # [B, T], and the same three                            data module
-    rejected_mask: Tensor
-    rejected_target_mask: Tensor
-    rejected_lengths: list[int]
-    margin: Tensor  # [B] by how much the chosen text should win, 0 unknown   data module
-    fingerprints: list[int]  # [B] of each pair's texts, in any batch         data module
-    ref_chosen: Tensor  # [B] nats, the chosen answer under the reference     DPO
-    ref_rejected: Tensor  # [B] nats, the rejected answer                     DPO
+    Example:
+        >>> pair = PreferenceBatch(chosen=torch.tensor([[5, 6, 2]]), margin=torch.tensor([0.5]))
+        >>> pair.rejected = torch.tensor([[5, 2, 0]])
+        >>> len(pair), pair.loss_mask.tolist()
+        (1, [True])
+    """
+
+    # The data module.
+    chosen: Tensor  # [B, T] token ids, right-padded
+    chosen_mask: Tensor  # [B, T] bool
+    chosen_target_mask: Tensor  # [B, T] bool, True for the response
+    chosen_lengths: list[int]  # [B] tokens
+    rejected: Tensor  # [B, T] token ids, right-padded
+    rejected_mask: Tensor  # [B, T] bool
+    rejected_target_mask: Tensor  # [B, T] bool, True for the response
+    rejected_lengths: list[int]  # [B] tokens
+    margin: Tensor  # [B] lead that the chosen score should have, 0 if unknown
+    fingerprints: list[int]  # [B] hashes of the texts of each pair, equal in any batch
+
+    # DPO.
+    ref_chosen: Tensor  # [B] nats, the chosen response under the reference
+    ref_rejected: Tensor  # [B] nats, the rejected response under the reference
 
     @property
     def lengths(self) -> list[int]:
-        """[B] tokens of the longer text, twice: what a pair costs."""
+        """Padded tokens of each pair [B], twice its longer text.
+
+        Example:
+            >>> PreferenceBatch(chosen_lengths=[2, 5], rejected_lengths=[3, 4]).lengths
+            [6, 10]
+        """
         both = zip(self.chosen_lengths, self.rejected_lengths, strict=True)
         return [2 * max(chosen, rejected) for chosen, rejected in both]
 
     @property
     def loss_mask(self) -> Tensor:
-        """[B] bool: where a loss counts, every pair."""
+        """Mask [B] bool of the pairs that enter the loss, all True."""
         return torch.ones_like(self.margin, dtype=torch.bool)
 
     def trim_padding(self) -> PreferenceBatch:
-        """The same pairs without the columns that are padding in every text."""
+        """Return the same pairs without the columns that are padding in all texts.
+
+        Example:
+            >>> pair = PreferenceBatch(chosen=torch.zeros(1, 9), rejected=torch.zeros(1, 9))
+            >>> pair.chosen_lengths, pair.rejected_lengths = [4], [6]
+            >>> pair.trim_padding().chosen.shape
+            torch.Size([1, 6])
+        """
         longest = max(max(self.chosen_lengths), max(self.rejected_lengths), 2)
         return self.map(lambda field: field[:, :longest] if field.ndim > 1 else field)
 
     def texts(self) -> TextBatch:
-        """2B rows, chosen and rejected of a pair side by side: scores.view(-1, 2)."""
+        """Return the 2B texts, each chosen text followed by its rejected one.
+
+        Their scores [2B] have the pairs as rows of `scores.view(-1, 2)`.
+        """
 
         def interleave(one: Tensor, other: Tensor) -> Tensor:
             return torch.stack([one, other], 1).flatten(0, 1)
@@ -268,10 +409,19 @@ AnyBatch = Experience | TextBatch | PreferenceBatch
 def microbatch_indices(
     lengths: Sequence[int], max_tokens: int, min_microbatches: int = 1
 ) -> list[list[int]]:
-    """Rows of similar length together, each group at most `max_tokens` padded tokens.
+    """Return the rows of each micro-batch: rows of similar length, up to `max_tokens` with padding.
 
-    A row longer than the budget stands alone. Groups are split further until there are
-    `min_microbatches` of them: ranks that step together must make the same number of passes.
+    A row longer than `max_tokens` is a micro-batch of its own.
+
+    Args:
+        lengths: [N] tokens of the rows.
+        max_tokens: Token budget of a micro-batch, padding included.
+        min_microbatches: Least number of micro-batches. Ranks that step together need equal
+            numbers of passes.
+
+    Example:
+        >>> microbatch_indices([2, 5, 1, 4], max_tokens=10)
+        [[1, 3], [0, 2]]
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

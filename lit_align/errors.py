@@ -1,4 +1,4 @@
-"""The error of a user's mistake. This module imports nothing."""
+"""The error for mistakes of a user. This module imports nothing."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""Hydra-PPO: four roles on one trunk (Santacroce et al., 2023, arXiv:2309.00754)."""
+"""Hydra-PPO: four roles on one backbone (Santacroce et al., 2023, arXiv:2309.00754)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,17 +14,20 @@ from lit_align.models.roles import Role
 
 
 class HydraPPO(ActorCritic):
-    """PPO whose reference and reward model are the base under the actor's and critic's adapters.
+    """PPO with actor and critic as adapters on one frozen base, the reference and reward model.
 
-    With `SharedBackboneReward`, one pass with the adapters off gives both the scores and the
-    reference's log-probs. A `JointHydra` has one adapter and takes one pass for both losses.
+    Section 3 of arXiv:2309.00754. The base must be a language model with a trained reward head
+    (`HydraSFT`). With `SharedBackboneReward`, one pass with the adapters disabled gives both the
+    scores and the reference's log-probs. `JointHydra` has one adapter for actor and critic, and
+    one pass for both losses.
 
     Args:
-        policy: The trunk with its heads and adapters: `Hydra` or `JointHydra`.
-        kl_coef: Reward lost per nat by which a token exceeds the reference.
-        score_clip: Largest score either way.
-        whiten_advantages: Give a rollout's advantages mean 0 and deviation 1, over all ranks.
-        value_coef: Weight of the value loss where one adapter learns from both.
+        policy: The backbone with its heads and adapters: `Hydra` or `JointHydra`.
+        kl_coef: KL penalty: reward subtracted per nat of log-ratio to the reference.
+        score_clip: Clip scores to [-score_clip, score_clip]. null: no clipping.
+        whiten_advantages: Scale the advantages of a rollout, over all ranks, to mean 0 and
+            standard deviation 1.
+        value_coef: Coefficient of the value loss if one adapter learns from both losses.
     """
 
     policy: Hydra
@@ -48,34 +51,36 @@ class HydraPPO(ActorCritic):
         self.value_coef = value_coef
         if self.reference_model.build_network is not None:
             raise UserError(
-                "HydraPPO's reference is its own base with the adapters off: leave out reference."
+                "HydraPPO has its reference in its own base, with the adapters disabled. Remove "
+                "--model.reference."
             )
 
     def build(self) -> dict[str, Backbone]:
-        """The one network."""
+        """Return the one unsharded network, which serves all roles."""
         networks = super().build()
         joint = isinstance(networks["policy"], Hydra) and networks["policy"].is_joint
         if joint and (self.role_lr or self.critic_warmup_iterations):
             raise UserError(
-                "JointHydra's one adapter is actor and critic at once: leave out critic_lr and "
-                "critic_warmup_iterations, or take Hydra."
+                "JointHydra has one adapter for actor and critic. Remove --model.critic_lr and "
+                "--model.critic_warmup_iterations, or set --model.policy Hydra."
             )
         return networks
 
     @property
     def roles(self) -> dict[str, Backbone]:
-        """Actor and critic on one network, or one role for both on one adapter."""
+        """Actor and critic on one network, or a single role if they share an adapter."""
         both: dict[str, Backbone] = {"policy": self.policy, "critic": self.policy}
         return {"policy": self.policy} if self.policy.is_joint else both
 
     def trainable_weights(self, role: str) -> list[nn.Parameter]:
-        """What trains in a role, by its adapter's name: peft's flags follow the last switch."""
+        """Return the weights of the role's adapter."""
+        # By name: peft sets `requires_grad` only on the adapter that was set last.
         return self.policy.adapter_weights(
             "actor" if role == "policy" else self.policy.critic_adapter
         )
 
     def all_roles(self) -> list[Role]:
-        """All but the reward, on one network."""
+        """Return policy, critic and reference. The reward function adds its own role."""
         hydra = self.policy
         critic = hydra.role("critic", hydra.critic_adapter, "value")
         return [
@@ -85,19 +90,23 @@ class HydraPPO(ActorCritic):
         ]
 
     def frozen_base_role(self, name: str) -> Role:
-        """The base in a role of its own."""
+        """Return the frozen base as a role.
+
+        Args:
+            name: `reward` for the score head, `reference` for the language head.
+        """
         return self.policy.role(name, "off", "score" if name == "reward" else "language")
 
     def reward_role(self) -> Role:
-        """The base and its frozen score head."""
+        """Return the frozen base with its score head as the reward model."""
         return self.frozen_base_role("reward")
 
     def state_values(self, batch: Experience) -> Tensor:
-        """[n, R] the critic's number before each token is chosen; 0 off the mask."""
+        """Return V(s_t) for each response token, [n, r]; 0 where masked."""
         return self.policy.state_values(batch)
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
-        """[n, R] of the actor and then of the critic; of a joint adapter, their sum."""
+        """Yield the actor's losses [n, r] and the critic's [n, r], or their sum if joint."""
         if not self.policy.is_joint:
             yield from super().losses(batch)
             return
@@ -108,14 +117,14 @@ class HydraPPO(ActorCritic):
         yield loss
 
     def base_scores(self, batch: Experience) -> Tensor:
-        """[N] of the frozen reward head; the reference's log-probs of the same pass are kept."""
+        """Return the reward head's scores [N], and add `ref_logprobs` [N, R] of the same pass."""
         scores, batch.ref_logprobs = self.map_microbatches(
             batch, self.policy.scores_and_ref_logprobs
         )
         return scores
 
     def reference_logprobs(self, batch: Experience) -> Tensor:
-        """[n, r] nats: as `base_scores` left them, or by a pass with the adapters off."""
+        """Return the reference's log-probs [n, r] in nats, if possible those of `base_scores`."""
         if "ref_logprobs" in batch.fields():
             return batch.ref_logprobs
         return super().reference_logprobs(batch)

@@ -1,4 +1,4 @@
-"""Hydra-SFT: one trunk learns to answer and to judge (arXiv:2309.00754; papers' note)."""
+"""Hydra-SFT: language model and reward model on one backbone (arXiv:2309.00754)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,14 +15,15 @@ from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
 
 
 class HydraSFT(Algorithm):
-    """Maximum likelihood of the chosen answers, and a score that is higher for them.
+    """Maximum likelihood of the chosen responses, and a higher score for them.
 
-    L = mean cross-entropy per chosen token + reward_loss_coef * mean Bradley-Terry loss
-    per pair. The form of the sum and the value of its weight are reconstructed, not published.
+    The loss is the mean cross-entropy per chosen token, plus reward_loss_coef times the mean
+    Bradley-Terry loss per pair. arXiv:2309.00754 publishes neither this sum nor its coefficient:
+    both are our reconstruction.
 
     Args:
-        policy: The two-headed model to train.
-        reward_loss_coef: Weight of the reward loss, gamma.
+        policy: The language model with a reward head.
+        reward_loss_coef: Coefficient of the reward loss.
     """
 
     policy: PolicyWithRewardHead
@@ -37,14 +38,15 @@ class HydraSFT(Algorithm):
         self.build_policy, self.reward_loss_coef = policy, reward_loss_coef
 
     def prepare(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Adds `token_weights`: what turns a sum over tokens of pairs into a mean over tokens."""
+        """Add `token_weights` [B]: pairs per chosen token, over all ranks."""
+        # `update` divides by pairs. This factor turns the language loss into a mean over tokens.
         pairs = self.sum_over_ranks(self.loss_denominator(batch).float())
         tokens = self.sum_over_ranks(batch.chosen_target_mask[:, 1:].sum().float())
         batch.token_weights = (pairs / tokens.clamp(min=1)).expand(len(batch))
         return batch
 
     def losses(self, batch: PreferenceBatch) -> Iterator[Tensor]:
-        """[n] nats per pair."""
+        """Yield the joint loss of each pair, [n] nats."""
         logprobs, scores = self.policy.score_pairs(batch)
         mask = batch.chosen_target_mask[:, 1:]
         chosen, rejected = scores.unbind(-1)
@@ -56,7 +58,7 @@ class HydraSFT(Algorithm):
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Adds the batch's pairs to the language loss per token and to the accuracy."""
+        """Add the batch's pairs to the means of both losses and the accuracy."""
         nll, chosen, rejected = self.map_microbatches(batch, self.nll_and_scores)
         tokens = batch.chosen_target_mask[:, 1:].sum(-1)
         self.metrics.add_eval(
@@ -67,7 +69,7 @@ class HydraSFT(Algorithm):
         )
 
     def nll_and_scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """([n] nats, [n], [n]): surprise of the chosen answers, and both scores."""
+        """Return -log-prob [n] of the chosen responses in nats, and both scores [n], [n]."""
         logprobs, scores = self.policy.score_pairs(batch)
         return -logprobs.sum(-1), scores[:, 0], scores[:, 1]
 

@@ -1,4 +1,4 @@
-"""PPO with a critic of its own (Ouyang et al., 2022, arXiv:2203.02155)."""
+"""PPO with a separate critic (Ouyang et al., 2022, arXiv:2203.02155)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +15,17 @@ from lit_align.models.scalar_head import ScalarHead
 
 
 class PPO(ActorCritic):
-    """Policy and critic are two networks; with adapters each base can serve a second role.
+    """PPO (arXiv:1707.06347 eq. 7) with policy and critic as two networks.
 
-    The policy's base is the reference, the critic's base the reward model (`SharedBackboneReward`):
-    the paper's dynamic LoRA, arXiv:2309.00754.
+    Sample a response per prompt, estimate advantages by GAE, and take clipped steps on policy and
+    critic. With adapters each frozen base serves a second role: the policy's base is the reference,
+    and the critic's base is the reward model (`SharedBackboneReward`). This is the dynamic LoRA of
+    arXiv:2309.00754.
 
     Args:
-        critic: The network that values each token: a reward model's path starts it as that, a
-            language model's path gives it a new head. By default the policy's trunk as it was at
-            the start, with a new head.
+        critic: The network that predicts the value of each token. A path to a reward model starts
+            it with that model's head, a path to a language model with a new head. Default: the
+            policy's backbone at the start, with a new head.
     """
 
     trained_roles = ("policy", "critic")
@@ -34,12 +36,12 @@ class PPO(ActorCritic):
         self.build_critic = critic
 
     def all_roles(self) -> list[Role]:
-        """The critic's head is a value head."""
+        """Return all roles. The critic's head is a value head."""
         roles = super().all_roles()
         return [role._replace(head="value") if role.name == "critic" else role for role in roles]
 
     def build(self) -> dict[str, Backbone]:
-        """Adds the critic."""
+        """Return the unsharded networks by role: policy, reference and critic."""
         networks = super().build()
         policy = networks["policy"]
         critic = self.build_critic() if self.build_critic else ScalarHead.from_backbone(policy)
@@ -47,11 +49,11 @@ class PPO(ActorCritic):
         return {**networks, "critic": critic}
 
     def state_values(self, batch: Experience) -> Tensor:
-        """[n, R] the critic's number before each token is chosen; 0 off the mask."""
+        """Return V(s_t) for each response token, [n, r]; 0 where masked."""
         return self.critic.state_values(batch)
 
     def base_scores(self, batch: Experience) -> Tensor:
-        """[N]: scores of the critic's frozen base, for `SharedBackboneReward`."""
+        """Return the scores [N] of the critic's frozen base, for `SharedBackboneReward`."""
         self.reward_role()
         with self.critic.adapters.disabled():
             (scores,) = self.map_microbatches(
@@ -60,13 +62,13 @@ class PPO(ActorCritic):
         return scores
 
     def reward_role(self) -> Role:
-        """The critic's base as the reward model; refused where it is none."""
+        """Return the critic's frozen base as the reward model. It must be a reward model."""
         if self.critic.adapted is None or self.critic.missing_weights:
-            problem = (
-                "has no trained reward head" if self.critic.missing_weights else "trains whole"
-            )
+            lacks_head = bool(self.critic.missing_weights)
+            problem = "has no trained reward head" if lacks_head else "trains without an adapter"
             raise UserError(
-                f"SharedBackboneReward needs the critic's base, but {self.critic.name} {problem}: "
-                f"give the critic a reward model's path, and lora."
+                f"SharedBackboneReward needs a frozen reward model as the critic's base, but "
+                f"{self.critic.name} {problem}. Set --model.critic.path to a reward model, and "
+                f"--model.critic.lora."
             )
         return single_head_role("reward", self.critic, "off")

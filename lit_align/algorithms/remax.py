@@ -1,10 +1,11 @@
-"""ReMax (Li et al., 2023, arXiv:2310.10505, Algorithm 1)."""
+"""ReMax: REINFORCE with a greedy baseline (Li et al., 2023, arXiv:2310.10505)."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from lit_align.algorithms.core.argument_checks import check_at_least
 from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm
 from lit_align.batches import Experience
 from lit_align.errors import UserError
@@ -13,20 +14,24 @@ from lit_align.functional.returns import rewards_to_go
 
 
 class ReMax(OnlineAlgorithm):
-    """REINFORCE; the baseline of a prompt is the score of its greedy response.
+    """REINFORCE, with the score of the greedy response as the baseline of a prompt.
 
-    No critic, no ratio, one optimizer step per rollout. The greedy answer gives only its score.
+    Algorithm 1 of arXiv:2310.10505: sample y ~ pi(x) and decode y' = argmax pi(x). Ascend
+    (r(x, y) - r(x, y')) grad log pi(y | x). There is no critic and no importance ratio, so a
+    rollout has exactly one optimizer step. The baseline does not depend on y, so the gradient is
+    unbiased.
 
     Args:
-        kl_coef: Reward lost per nat by which a token exceeds the reference.
-        kl_to_go: Charge a token for all nats that follow it as well (the exact gradient of the
-            sequence KL) instead of its own alone.
+        kl_coef: KL penalty: reward subtracted per nat of log-ratio to the reference (k1).
+        kl_to_go: Subtract the KL penalty of all later tokens as well. This is the exact gradient
+            of the sequence KL. False: only the token's own.
         num_samples: Sampled responses per prompt, which share one greedy baseline.
-        gamma: Discount of the advantage per token before the end; the released code takes 0.99.
-        advantage_clip: Largest advantage either way; the released code takes 5.
-        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
-            response's tokens and then over responses, sequence_sum sums each response's tokens
-            and averages over responses. The released code takes
+        gamma: Discount of the advantage per token before the end. The released code uses 0.99.
+        advantage_clip: Clip advantages to [-advantage_clip, advantage_clip]. Default: no clipping.
+            The released code uses 5.
+        loss_aggregation: token_mean averages over all response tokens. sequence_mean averages
+            over each response's tokens and then over responses. sequence_sum sums over each
+            response's tokens and averages over responses. The released code uses
             token_mean.
     """
 
@@ -43,19 +48,20 @@ class ReMax(OnlineAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if num_samples < 1:
-            raise UserError(f"ReMax needs num_samples of at least 1, found {num_samples}.")
-        if self.update_epochs > 1 or self.minibatch_size is not None:
+        check_at_least(1, num_samples=num_samples)
+        if not self.has_single_update:
             raise UserError(
-                "ReMax takes one step per rollout, since it has no importance ratio: leave out "
-                "update_epochs and minibatch_size, and set data.batch_size to one step's prompts."
+                f"ReMax takes one optimizer step per rollout, since it has no importance ratio, "
+                f"found update_epochs {self.update_epochs} and minibatch_size "
+                f"{self.minibatch_size}. Remove both, and set --data.batch_size to the prompts of "
+                f"one step."
             )
         self.kl_coef, self.kl_to_go, self.num_samples = kl_coef, kl_to_go, num_samples
         self.gamma, self.advantage_clip = gamma, advantage_clip
         self.loss_aggregation = loss_aggregation
 
     def prepare(self, batch: Experience) -> Experience:
-        """Adds `advantages`: the score above the greedy one, less the price of the KL."""
+        """Drop the greedy rows, and add `advantages` [N, R]."""
         baseline = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if greedy]).scores
         batch = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if not greedy])
         batch = super().prepare(batch)
@@ -65,7 +71,12 @@ class ReMax(OnlineAlgorithm):
         return batch
 
     def token_advantages(self, batch: Experience, advantage: Tensor) -> Tensor:
-        """[N, R]: gamma^(T-t+1) advantage - beta k_t; with kl_to_go, k summed from t on."""
+        """Return gamma^(T-t+1) advantage - kl_coef k_t for each token, [N, R]; 0 where masked.
+
+        Args:
+            batch: N rows with the log-probs of policy and reference.
+            advantage: [N] score above that of the greedy response.
+        """
         mask = batch.response_mask
         if self.advantage_clip is not None:
             advantage = advantage.clamp(-self.advantage_clip, self.advantage_clip)
@@ -77,5 +88,5 @@ class ReMax(OnlineAlgorithm):
         return advantages.where(mask, 0.0)
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
-        """[n, R]: the score function times its credit (papers' Algorithm 1)."""
+        """Yield the REINFORCE loss [n, r]: -advantage * log-prob."""
         yield self.aggregate(-batch.advantages * self.policy.logprobs(batch), batch)

@@ -5,23 +5,26 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm, check_group_size
+from lit_align.algorithms.core.argument_checks import check_group_size
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.batches import Experience
 from lit_align.functional.losses import clipped_surrogate
 from lit_align.functional.returns import leave_one_out
 
 
 class RLOO(OnlineAlgorithm):
-    """A whole response is one action; its baseline is the mean return of the prompt's others.
+    """REINFORCE, with the mean return of the prompt's other responses as the baseline.
 
-    The return is the score less the nats by which the response exceeds the reference. The first
-    step on a rollout is REINFORCE; further ones weigh by the clipped ratio of whole responses.
+    Section 3.2.2 of arXiv:2402.14740: a response is one action with the return
+    R_i = score_i - kl_coef * log(pi / pi_ref). Ascend
+    (R_i - mean of the other G - 1 returns) grad log pi(y_i | x). Further steps on the rollout use
+    the clipped importance ratio of the response.
 
     Args:
         num_samples: G, responses per prompt.
-        kl_coef: Score lost per nat of a response.
-        clip_low: How far below 1 the ratio of a response to the sampling policy may count.
-        clip_high: How far above 1 it may count.
+        kl_coef: KL penalty: score subtracted per nat of a response's log-ratio to the reference.
+        clip_low: Lower clip range of a response's importance ratio: clipped at 1 - clip_low.
+        clip_high: Upper clip range of a response's importance ratio: clipped at 1 + clip_high.
     """
 
     loss_aggregation = "sequence_sum"
@@ -40,7 +43,7 @@ class RLOO(OnlineAlgorithm):
         self.clip_low, self.clip_high = clip_low, clip_high
 
     def prepare(self, batch: Experience) -> Experience:
-        """Adds `advantages` [N]: one per response, since the response is the action."""
+        """Add `advantages` [N], one per response."""
         batch = super().prepare(batch)
         self.log_equal_groups(batch)
         returns = batch.scores - self.kl_coef * self.sequence_kl(batch)
@@ -48,7 +51,7 @@ class RLOO(OnlineAlgorithm):
         return batch
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
-        """[n]: the clipped surrogate of each whole response."""
+        """Yield the clipped surrogate of each response, [n]."""
         mask = batch.response_mask
         logprobs = self.policy.logprobs(batch).where(mask, 0.0).sum(-1)
         sampled = batch.logprobs.where(mask, 0.0).sum(-1)

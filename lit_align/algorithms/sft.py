@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: make the given answers likely."""
+"""Supervised fine-tuning on given responses."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,10 @@ from lit_align.models.policy import Policy
 
 
 class SFT(Algorithm):
-    """Maximum likelihood of the learnt tokens; every token of a batch weighs the same.
+    """Maximum likelihood of the target tokens (arXiv:2203.02155 section 3.5).
+
+    The loss is the mean of -log pi(y_t | x, y_<t) over all target tokens of the batch, so long
+    responses weigh more than short ones.
 
     Args:
         policy: The model to train.
@@ -26,14 +29,14 @@ class SFT(Algorithm):
         self.build_policy = policy
 
     def losses(self, batch: TextBatch) -> Iterator[Tensor]:
-        """[n, T-1] nats."""
+        """Yield the cross-entropy of each token, [n, T-1] nats."""
         logprobs, entropy = self.policy.logprobs_and_entropy(batch)
         self.metrics.add("entropy", entropy, batch.loss_mask)
         yield -logprobs
 
     @torch.no_grad()
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Adds the batch to perplexity and token accuracy."""
+        """Add the batch's tokens to the means of loss and accuracy."""
         mask = batch.response_mask
         nll, hits = self.map_microbatches(
             batch,

@@ -1,4 +1,4 @@
-"""LightningCLI with two more sections, `rollout` and `reward`, and a run folder."""
+"""The training command: LightningCLI with the sections `rollout` and `reward`."""
 
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ DEVICES = " --trainer.accelerator auto and --trainer.devices auto take what this
 
 
 class AlignCLI(LightningCLI):
-    """Parses, links the tokenizer, puts callbacks in their order, and runs the Trainer.
+    """Parse the settings, order the callbacks, and run the Trainer.
 
     Args:
         args: The command line without the program's name, its configs read.
-        argv: The same as the user typed it.
+        argv: The command line as the user typed it. Default: empty, for a script.
     """
 
     def __init__(self, args: list[str], argv: list[str] | None = None):
@@ -91,30 +91,28 @@ class AlignCLI(LightningCLI):
         return Path(config[config.subcommand].trainer.default_root_dir)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The sections that online algorithms have and offline ones leave out."""
-        parser.add_argument(
-            "--rollout", type=Rollout | None, default=None, help="Where responses come from."
-        )
-        parser.add_argument(
-            "--reward", type=Reward | None, default=None, help="Where scores come from."
-        )
+        """Add the sections that only online algorithms have."""
+        rollout = "How responses are generated. Only for online algorithms."
+        reward = "How responses are scored. Only for online algorithms."
+        parser.add_argument("--rollout", type=Rollout | None, default=None, help=rollout)
+        parser.add_argument("--reward", type=Reward | None, default=None, help=reward)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the words it is given; Lightning would warn that they are not sys.argv's."""
+        """Parse `args`; LightningCLI 2.6 would warn that they are not `sys.argv`."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Fills in what one section can tell another, and refuses what Lightning would."""
+        """Fill in settings that depend on others, and refuse what the update step cannot use."""
         config = self.config[self.config.subcommand]
         if config.trainer.get("gradient_clip_val") is not None:
             raise UserError(
-                "--trainer.gradient_clip_val cannot be used here: set --model.max_grad_norm, "
-                "which clips each role by itself."
+                "--trainer.gradient_clip_val is not supported. Set --model.max_grad_norm, which "
+                "clips the gradient of each role."
             )
         if config.trainer.get("accumulate_grad_batches") not in (None, 1):
             raise UserError(
-                "--trainer.accumulate_grad_batches cannot be used here: set --data.batch_size to "
-                "what one step sees and --model.microbatch_tokens to what fits in memory."
+                "--trainer.accumulate_grad_batches is not supported. Set --data.batch_size to the "
+                "rows of one step and --model.microbatch_tokens to what fits in memory."
             )
         self.check_strategy(config)
         if config.data is not None and config.data.init_args.get("tokenizer") is None:
@@ -124,19 +122,21 @@ class AlignCLI(LightningCLI):
             config.return_predictions = False
 
     def check_strategy(self, config: Namespace) -> None:
-        """Read FSDP's older words as FSDP2. `Algorithm.setup` refuses Lightning's FSDPStrategy."""
+        """Read the names of FSDP as FSDP2. `Algorithm.setup` refuses Lightning's FSDPStrategy."""
         strategy = config.trainer.get("strategy")
-        if isinstance(strategy, str) and "." in strategy:  # the parser takes it for a word
+        if (
+            isinstance(strategy, str) and "." in strategy
+        ):  # jsonargparse takes a class path for a name
             config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
         if strategy in ("fsdp", "fsdp_cpu_offload"):
             config.trainer.strategy = strategy.replace("fsdp", "fsdp2")
             rank_zero_only(print)(
-                f"--trainer.strategy {strategy} means {config.trainer.strategy} here: PyTorch's "
-                f"FSDP2, through lit_align.models.parallel.fsdp2.FSDP2."
+                f"--trainer.strategy {strategy} is read as {config.trainer.strategy}: PyTorch's "
+                f"FSDP2 (lit_align.models.parallel.fsdp2.FSDP2)."
             )
 
     def model_path(self, model: Namespace) -> str | None:
-        """Where the first network comes from that has a path: its tokenizer is there too."""
+        """Return the path of the first network that has one, for its tokenizer."""
         for role in ("policy", "reward_model"):
             settings = (model.get(role) or Namespace()).get("init_args") or Namespace()
             if settings.get("path") is not None:
@@ -144,11 +144,11 @@ class AlignCLI(LightningCLI):
         return None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer with the sections' callbacks first, then those that write the run folder."""
+        """Build the trainer: checkpoints and timing first, then sections, then writers."""
         config = self.config_init[self.config_init.subcommand]
         folder = Path(config.trainer.default_root_dir)
         fitting = self.config_init.subcommand == "fit"
-        if not fitting:  # the records of a fit in the same folder stay as they are
+        if not fitting:  # the records of a fit in this folder stay
             self.save_config_callback, kwargs["logger"] = None, False
         elif config.trainer.logger in (None, True):
             kwargs["logger"] = [
@@ -181,19 +181,24 @@ class AlignCLI(LightningCLI):
         ]
         others = [each for each in trainer.callbacks if each not in first]
         first += [kind() for kind in self.phase_callbacks(trainer) if kind not in given_types]
-        trainer.callbacks[:] = [*first, *sections, *others, *writers]  # saved before a rollout
+        trainer.callbacks[:] = [
+            *first,
+            *sections,
+            *others,
+            *writers,
+        ]  # a checkpoint is saved before the rollout
         return trainer
 
     def phase_callbacks(self, trainer: Trainer) -> list[type[Callback]]:
-        """What watches the phases of every fit; counting memory costs nothing but on a CPU."""
+        """Return the callbacks that measure phases; on a CPU counting memory takes time."""
         is_free = trainer.strategy.root_device.type != "cpu"
         return [Timing, Memory] if is_free else [Timing]
 
     def checkpoint_arguments(self, config: Namespace) -> dict[str, Any]:
-        """Our checkpoints in the place of Lightning's, and the one that this command goes on from.
+        """Return the trainer's callbacks and plugins with this package's checkpoints added.
 
-        Returns:
-            What the trainer is told.
+        Args:
+            config: Settings of the command.
         """
         config.ckpt_path, config.weights_only = self.checkpoint, True
         callbacks: list[Callback] = as_list(config.trainer.callbacks)
@@ -208,15 +213,15 @@ class AlignCLI(LightningCLI):
         return {"callbacks": callbacks, "plugins": plugins}
 
     def check_sections(self, config: Namespace) -> None:
-        """Refuses an online algorithm that would wait for answers or scores in vain."""
+        """Refuse an online algorithm without a section for responses or for scores."""
         name = type(self.model).__name__
         if isinstance(self.model, OnlineAlgorithm) and config.rollout is None:
-            raise UserError(f"{name} learns from its own answers: add a `rollout` section.")
+            raise UserError(f"{name} is trained on its own responses. Add a `rollout` section.")
         if isinstance(self.model, OnlineAlgorithm) and config.reward is None:
-            raise UserError(f"{name} learns from scores: add a `reward` section.")
+            raise UserError(f"{name} is trained on scores. Add a `reward` section.")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let a checkpoint's settings win over the command line; ours has none."""
+        """Keep the command line: LightningCLI 2.6 would let settings of a checkpoint replace it."""
 
 
 class ExportCLI(AlignCLI):
@@ -227,7 +232,7 @@ class ExportCLI(AlignCLI):
 
 
 def as_list(value: Any) -> list[Any]:
-    """What may be given alone or as a list, as a list."""
+    """Return None as [], and a single value as a list of one."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,4 +1,4 @@
-"""Configs by name, and overlays that apply where they fit."""
+"""Read configs by name, and cut overlays to the chosen classes."""
 
 import difflib
 import importlib
@@ -20,7 +20,11 @@ SECTIONS: dict[str, type] = {"model": Algorithm, "data": TextDataModule}
 
 
 def read_config(name: str) -> Settings:
-    """The settings of a file, or of a packaged config by its bare name."""
+    """Return the settings of a file, or of a packaged config.
+
+    Args:
+        name: Path, or name of a packaged config.
+    """
     path, known = Path(name), packaged_configs()
     if not path.is_file() and name not in known:
         raise UserError(missing_config(name, list(known)))
@@ -38,12 +42,12 @@ def read_config(name: str) -> Settings:
 
 
 def check_section(config: str, section: str, value: Any) -> None:
-    """Refuses what is neither a class's name nor a class with arguments.
+    """Refuse a section that is neither a class's name nor a class with arguments.
 
     Args:
-        config: Its name.
+        config: Name of the config.
         section: model or data.
-        value: What stands there.
+        value: What the config has there.
     """
     if value is not None and not isinstance(value, dict):
         raise UserError(f"--config {config}: {section} must be a class_path with init_args, "
@@ -56,20 +60,23 @@ def check_section(config: str, section: str, value: Any) -> None:
 
 
 def to_inline_yaml(settings: Settings) -> str:
-    """Settings as one line of YAML, which the parser takes in the place of a file.
+    """Return settings as one line of YAML, which the parser reads like a file.
 
-    JSON would not do: it has no word for infinity that YAML reads.
+    JSON has no infinity that YAML reads.
     """
     line: str = yaml.safe_dump(settings, default_flow_style=True, width=math.inf, sort_keys=False)
     return line.strip()
 
 
 def resolve_configs(argv: list[str]) -> list[str]:
-    """The command line with each `--config` read, and overlays cut to the chosen algorithm.
+    """Replace each `--config` of a command line by its text, with overlays cut.
 
-    An overlay is a config without `model.class_path`. It may set what only some algorithms or
-    data modules have; what the chosen one lacks but another has is left out. Unknown names stay,
-    for the parser to refuse.
+    An overlay is a config without `model.class_path`. It may have settings of several algorithms
+    and data modules. Those that only other classes have are removed. Unknown settings stay, so
+    that the parser refuses them.
+
+    Args:
+        argv: The words after `lit-align`.
     """
     argv = [part for arg in argv for part in split_option(arg)]
     positions = [i + 1 for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-c")]
@@ -86,13 +93,20 @@ def resolve_configs(argv: list[str]) -> list[str]:
 
 
 def split_option(arg: str) -> list[str]:
-    """`--config=x` as two words, and so for the classes that overlays are cut to."""
+    """Return `--config=x`, `--model=x` or `--data=x` as two words, and any other word alone."""
     prefixes = ("--config=", "-c=", "--model=", "--data=")
     return arg.split("=", 1) if arg.startswith(prefixes) else [arg]
 
 
 def chosen_class(section: str, base: type, configs: list[Settings], argv: list[str]) -> type | None:
-    """The class that the command line, or else the last config, names for `section`."""
+    """Return the class that the command line, or else the last config, names for `section`.
+
+    Args:
+        section: model or data.
+        base: Parent of the section's classes.
+        configs: Settings of all configs, in order.
+        argv: The command line.
+    """
     names = [(settings.get(section) or {}).get("class_path") for settings in configs]
     names += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == f"--{section}"]
     name = next((name for name in reversed(names) if name), None)
@@ -114,7 +128,12 @@ def chosen_class(section: str, base: type, configs: list[Settings], argv: list[s
 
 
 def drop_unsupported(overlay: Settings, chosen: dict[str, type | None]) -> Settings:
-    """The overlay without what other algorithms and data modules have and the chosen lack."""
+    """Return an overlay without the settings that only classes other than the chosen ones have.
+
+    Args:
+        overlay: Settings of a config.
+        chosen: The chosen class of each section.
+    """
     algorithm = chosen["model"]
     offline = algorithm is not None and not issubclass(algorithm, OnlineAlgorithm)
     remaining = {k: v for k, v in overlay.items() if not (offline and k in ("rollout", "reward"))}

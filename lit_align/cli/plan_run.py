@@ -18,8 +18,8 @@ from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.overlays import resolve_configs
 from lit_align.errors import UserError
+from lit_align.plan.fake_cluster import FakeCluster
 from lit_align.plan.max_length_data import MaxLengthData
-from lit_align.plan.patches import FakeCluster
 from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
 from lit_align.plan.suggestions import candidate_arguments, try_suggestions
 from lit_align.plan.table import MemoryPlan, as_json, plan_table, verdict

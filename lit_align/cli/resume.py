@@ -1,4 +1,4 @@
-"""Where a command goes on from, and what has been changed since."""
+"""Find the checkpoint of `--ckpt_path`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +22,11 @@ COMMAND_SETTINGS = ("ckpt_path", "weights_only", "trainer.default_root_dir")  # 
 
 
 def resolve_checkpoint(config: Namespace, fitting: bool) -> str | None:
-    """The checkpoint that `--ckpt_path` means; `last` and `best` are looked up in the run folder.
+    """Return the checkpoint of `--ckpt_path`; `last` and `best` are looked up in the run folder.
 
     Args:
-        config: Of the command.
-        fitting: Whether there may be none yet.
+        config: Settings of the command.
+        fitting: True for `fit`, where `last` may not exist yet.
     """
     ckpt_path, folder = config.get("ckpt_path"), checkpoint_folder(config.trainer.default_root_dir)
     if ckpt_path is None:
@@ -37,19 +37,21 @@ def resolve_checkpoint(config: Namespace, fitting: bool) -> str | None:
         return str(ckpt_path)  # for Lightning to look up
     if ckpt_path not in ("last", "best"):
         if not Path(ckpt_path).exists():
-            raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint.")
+            raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
         read_header(Path(ckpt_path))
         return str(ckpt_path)
     path, messages = (read_best(folder), []) if ckpt_path == "best" else newest_readable(folder)
     for message in messages:
-        rank_zero_only(print)(f"{message} Taking the one before it.")
+        rank_zero_only(print)(f"{message} Using the one before it.")
     if path is None and not (fitting and ckpt_path == "last"):
-        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint in {folder}.")
+        raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint in {folder}.")
     if path is None:
-        rank_zero_only(print)(f"--ckpt_path last: none in {folder} yet, so the run starts afresh")
+        rank_zero_only(print)(
+            f"--ckpt_path last: no checkpoint in {folder} yet; the run starts from the beginning"
+        )
         return None
     iteration = read_header(path)["iteration"]
-    verb = "going on from" if fitting else "taking"
+    verb = "resuming from" if fitting else "loading"
     rank_zero_only(print)(f"--ckpt_path {ckpt_path}: {verb} {path}, iteration {iteration}")
     return str(path)
 

@@ -1,9 +1,7 @@
-"""What all data modules share: rows are read, encoded, split, mixed, ordered and batched."""
+"""Base of all data modules: reads, encodes, splits, mixes, orders and batches rows."""
 
 from __future__ import annotations
 
-import random
-import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -20,35 +18,43 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.batches import Batch
 from lit_align.data.filters import RowFilter
 from lit_align.data.formats import add_renamed_columns
-from lit_align.data.loader import Loader
+from lit_align.data.loader import Loader, collate, ignore_sigint
 from lit_align.data.sampler import IndexedRows, ResumableSampler
 from lit_align.data.sources import Row, Source, check_local_path, load_rows
+from lit_align.data.splits import holdout_split, oversample
 from lit_align.data.text import load_tokenizer, stop_ids
 from lit_align.errors import UserError
 
 
 class TextDataModule(LightningDataModule):
-    """Texts as batches of token ids; owns the tokenizer and the chat template.
+    """Batches of token ids from text rows, with the tokenizer and its chat template.
 
     Args:
         path: Hub id, local file or folder, the word toy, or a list of sources that are mixed.
-        name: Configuration of a hub data set.
-        split: Split that is trained on, of a hub data set, a folder or the toy data.
-        eval_path: Hub id, local file or folder with the evaluation rows, if not `path`.
-        eval_split: Split that is evaluated, of `eval_path` or else of `path`.
-        eval_fraction: Share of the training rows set aside, if neither path nor split is given.
-        rename_columns: New names of columns, such as {question: prompt}; the old ones stay too.
-        tokenizer: Hub id or local folder; the command line gives the policy's by default.
-        chat_template: Jinja text or its file; replaces the tokenizer's own template.
-        eos_token: Token that ends an answer; replaces the tokenizer's own eos.
-        drop_matching: Rows to leave out: a regular expression for each column that is searched,
-            such as {answer: '^$'}; of a conversation its text is searched.
+        name: Configuration name of a hub data set. Default: the data set's own default.
+        split: Training split of a hub data set, a folder or the toy data.
+        eval_path: Hub id, local file or folder with the evaluation rows. Default: `path`.
+        eval_split: Evaluation split of `eval_path`, or of `path` if that is not set.
+        eval_fraction: Fraction of the training rows held out for evaluation. Used only if
+            neither eval_path nor eval_split is set.
+        rename_columns: New column names, such as {question: prompt}. The old ones stay too.
+        tokenizer: Hub id or local folder. Default on the command line: the policy's path.
+        chat_template: Jinja text or a file with it. Default: the tokenizer's own template.
+        eos_token: Token that ends a response. Default: the tokenizer's own eos.
+        drop_matching: Regular expressions by column, such as {answer: '^$'}. A row is dropped if
+            one matches its column. The text of a conversation is searched.
         batch_size: Rows per batch and rank.
-        eval_batch_size: Rows per evaluation batch and rank; as in training if not given.
-        max_rows: At most so many rows are read of each source, the first ones.
-        num_workers: Processes that make batches; 0 makes them in the training process.
-        seed: Of the order of rows, the evaluation share and the mixture.
-        trust_remote_code: Whether to run Python code that comes with the tokenizer.
+        eval_batch_size: Rows per evaluation batch and rank. Default: `batch_size`.
+        max_rows: Most rows that are read of each source, from the first on. Default: all.
+        num_workers: Processes that make batches. 0 makes them in the training process.
+        seed: Seed of the row order, the held-out rows and the mixture.
+        trust_remote_code: Run Python code that comes with the tokenizer.
+
+    Example:
+        >>> from lit_align.data.prompts import PromptData
+        >>> data = PromptData("toy", tokenizer="toy", max_rows=8, batch_size=4)
+        >>> [len(batch) for batch in data.train_dataloader()]
+        [4, 4]
     """
 
     def __init__(
@@ -73,9 +79,13 @@ class TextDataModule(LightningDataModule):
     ):
         super().__init__()
         if not 0 <= eval_fraction < 1:
-            raise UserError(f"eval_fraction is {eval_fraction}, but a share is from 0 to below 1")
-        if batch_size < 1 or (eval_batch_size or 1) < 1:
-            raise UserError(f"batch_size must be at least 1, found {batch_size}")
+            raise UserError(
+                f"eval_fraction must be at least 0 and below 1, found {eval_fraction}. "
+                "Set --data.eval_fraction."
+            )
+        for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
+            if size < 1:
+                raise UserError(f"{key} must be at least 1, found {size}. Set --data.{key}.")
         one = [Source(path, name, split, 1.0, rename_columns)] if isinstance(path, str) else path
         self.sources: list[Source] = one
         self.eval_path, self.eval_split, self.eval_fraction = eval_path, eval_split, eval_fraction
@@ -93,25 +103,25 @@ class TextDataModule(LightningDataModule):
         self.encoded: dict[str, list[Any]] = {}  # examples by source
 
     def encode(self, row: Row) -> Any | None:
-        """What is kept of a row, given as the data set has it; None if it is dropped."""
+        """Return the encoded example of a row with the data set's columns; None drops the row."""
         raise NotImplementedError
 
     def collate_fn(self) -> Callable[..., Batch]:
-        """A function of examples, and of fields to be added, that makes a batch of them."""
+        """Return a function that makes a batch of examples and of extra fields."""
         raise NotImplementedError
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when it is first needed."""
+        """The tokenizer, loaded on first use."""
         return self.load_tokenizer()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loads the tokenizer once."""
+        """Return the tokenizer, loaded once."""
         if self.loaded_tokenizer is None:
             if self.tokenizer_path is None:
                 raise UserError(
-                    "data.tokenizer is not set: the command line gives it the policy's path, "
-                    "Python code gives tokenizer= a hub id or a local folder"
+                    "data.tokenizer is not set. Set --data.tokenizer to a hub id or a local "
+                    "folder. The command line uses the policy's path by default."
                 )
             self.loaded_tokenizer = load_tokenizer(
                 self.tokenizer_path, self.chat_template, self.trust_remote_code, self.eos_token
@@ -120,23 +130,26 @@ class TextDataModule(LightningDataModule):
 
     @property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer, as tokenizer and chat template have them."""
+        """Token ids that end a response: eos and the chat template's end of turn."""
         return stop_ids(self.tokenizer)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without special tokens and otherwise as it is."""
+        """Return the text of token ids without special tokens."""
         text = self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
 
     def setup(self, stage: str) -> None:
-        """Refuses files that are not there before a model is loaded; rows are read when needed."""
+        """Refuse missing files before a model is loaded. Rows are read by the first loader."""
         for path in [source.path for source in self.sources] + [self.eval_path or "toy"]:
             check_local_path(path)
 
     def train_dataloader(self) -> Loader:
-        """Batches in an order by seed and epoch, without the last incomplete one."""
+        """Return shuffled batches; the order depends on seed and epoch.
+
+        The last incomplete batch is dropped.
+        """
         examples: list[Any] = []
         for source in self.sources:
             train_examples = self.train_eval_split(source)[0]
@@ -144,29 +157,29 @@ class TextDataModule(LightningDataModule):
         return self.loader(examples, self.batch_size, training=True)
 
     def val_dataloader(self) -> Loader | list[Any]:
-        """Batches of all evaluation rows; none in a fit without evaluation rows."""
+        """Return batches of all evaluation rows, or an empty list in a fit without such rows."""
         is_fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         return [] if is_fitting and not self.has_evaluation else self.eval_loader()
 
     def test_dataloader(self) -> Loader:
-        """Batches of all evaluation rows."""
+        """Return batches of all evaluation rows."""
         return self.eval_loader()
 
     def predict_dataloader(self) -> Loader:
-        """Batches of all evaluation rows."""
+        """Return batches of all evaluation rows."""
         return self.eval_loader()
 
     @property
     def has_evaluation(self) -> bool:
-        """Whether there are rows to evaluate."""
+        """True if a setting names evaluation rows."""
         return bool(self.eval_path or self.eval_split or self.eval_fraction)
 
     def eval_loader(self) -> Loader:
-        """Batches of all evaluation rows in the data's order, with `is_new` False for repeats."""
+        """Return batches of all evaluation rows in data order. `is_new` is False for repeats."""
         if not self.has_evaluation:
             raise UserError(
-                "there are no rows to evaluate: set data.eval_split, data.eval_path or "
-                "data.eval_fraction"
+                "there are no rows to evaluate. Set --data.eval_split, --data.eval_path or "
+                "--data.eval_fraction."
             )
         examples: list[Any] = []
         first = self.sources[0]
@@ -183,15 +196,16 @@ class TextDataModule(LightningDataModule):
         return self.loader(examples, self.eval_batch_size, training=False)
 
     def loader(self, examples: list[Any], batch_size: int, training: bool) -> Loader:
-        """This rank's batches."""
+        """Return this rank's batches."""
         rows = IndexedRows(examples)
         sampler = ResumableSampler(
             rows, batch_size, training, self.seed, **self.sampler_arguments(training)
         )
-        if self.trainer is not None:  # a resumed fit makes an iterator before it tells the epoch
+        # a resumed fit makes an iterator before Lightning calls set_epoch (lightning 2.6.6)
+        if self.trainer is not None:
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)
-        with warnings.catch_warnings():  # torchdata calls what newer versions of torch deprecate
+        with warnings.catch_warnings():  # torchdata 0.11 calls a deprecated function of torch
             warnings.filterwarnings("ignore", message=".*set_vital")
             return Loader(
                 rows,
@@ -204,10 +218,10 @@ class TextDataModule(LightningDataModule):
             )
 
     def sampler_arguments(self, training: bool) -> dict[str, int]:
-        """What the order has to know of the trainer: this rank, and how long an epoch is.
+        """Return rank, number of ranks and batches per epoch as the trainer has them.
 
-        An epoch of `limit_train_batches` ends with its order: a checkpoint after the last batch
-        goes on with the next epoch.
+        `limit_train_batches` is also the sampler's epoch: a checkpoint after the last batch then
+        resumes with the next epoch.
         """
         if self.trainer is None:
             return {}
@@ -216,23 +230,23 @@ class TextDataModule(LightningDataModule):
         return {**epoch_limit, **(self.trainer.distributed_sampler_kwargs or {})}
 
     def train_eval_split(self, source: Source) -> tuple[list[Any], list[Any]]:
-        """The training rows of a source, and those of them that are set aside."""
+        """Return the training examples of a source and its held-out ones."""
         fraction = 0.0 if self.eval_path or self.eval_split else self.eval_fraction
         return holdout_split(self.examples(source), fraction, self.seed, self.group_key)
 
     def group_key(self, example: Any) -> Hashable:
-        """What examples have in common that are set aside only together; by default nothing."""
+        """Return the key of examples that are held out together. Default: each one by itself."""
         return id(example)
 
     def examples(self, source: Source) -> list[Any]:
-        """The encoded rows of a source; each source is read once."""
+        """Return the encoded rows of a source. Each source is read once."""
         key = repr(replace(source, weight=1.0))
         if key not in self.encoded:
             self.encoded[key] = self.read_source(source)
         return self.encoded[key]
 
     def read_source(self, source: Source) -> list[Any]:
-        """Loads and encodes the rows of a source, and says how many were dropped or truncated."""
+        """Load and encode the rows of a source, and log the number of dropped and cut rows."""
         rows = load_rows(
             source.path,
             source.name,
@@ -242,7 +256,7 @@ class TextDataModule(LightningDataModule):
             source.column_names,
         )
         previous = self.dropped.copy(), self.truncated.copy()
-        self.load_tokenizer()  # whose errors are not a row's
+        self.load_tokenizer()  # here, so that its errors do not name a row
         examples = []
         for number, row in enumerate(rows):
             try:
@@ -265,36 +279,11 @@ class TextDataModule(LightningDataModule):
         return examples
 
 
-def ignore_sigint(worker: int) -> None:
-    """Ctrl-C is for the trainer, which finishes its iteration with this worker's batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def format_counts(reasons: Counter[str]) -> str:
-    """Such as: 3 prompts of more than max_prompt_tokens 512."""
+    """Return the number of rows of each reason as text.
+
+    Example:
+        >>> format_counts(Counter({"empty rows": 3, "long rows": 1}))
+        '3 empty rows, 1 long rows'
+    """
     return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-
-
-def collate(make: Callable[..., Batch], training: bool, items: list[tuple[Any, bool]]) -> Batch:
-    """A batch; in evaluation with `is_new`, False for a row that was in an earlier batch."""
-    examples = [example for example, _ in items]
-    return make(examples) if training else make(examples, is_new=[new for _, new in items])
-
-
-def holdout_split(
-    examples: list[Any], fraction: float, seed: int, group_key: Callable[[Any], Hashable] = id
-) -> tuple[list[Any], list[Any]]:
-    """A random `fraction` of the groups, at least one, set aside; both parts in data order."""
-    groups = list(dict.fromkeys(map(group_key, examples)))
-    count = max(1, round(fraction * len(groups))) if fraction else 0
-    held_out = {groups[i] for i in random.Random(seed).sample(range(len(groups)), count)}
-    train_examples = [example for example in examples if group_key(example) not in held_out]
-    return train_examples, [example for example in examples if group_key(example) in held_out]
-
-
-def oversample(examples: list[Any], weight: float, seed: int) -> list[Any]:
-    """Each example `weight` times: whole times all of them, and a random part of them."""
-    num_copies = int(weight)
-    count = round((weight - num_copies) * len(examples))
-    part = sorted(random.Random(seed).sample(range(len(examples)), count))
-    return examples * num_copies + [examples[i] for i in part]

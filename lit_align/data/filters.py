@@ -1,4 +1,4 @@
-"""Rows that are left out for what stands in a column."""
+"""Row filter by regular expressions on columns."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from lit_align.errors import UserError
 
 
 class RowFilter:
-    """Which rows to leave out, and why.
+    """Filter that drops a row if a regular expression matches its column.
 
     Args:
-        patterns: For each column a regular expression; a row in which one is found is left out.
+        patterns: Regular expression by column name. It may match anywhere in the text.
+
+    Example:
+        >>> row_filter = RowFilter({"answer": "^$"})
+        >>> row_filter.drop_reason({"answer": ""}), row_filter.drop_reason({"answer": "4"})
+        ('rows whose answer matches ^$', None)
     """
 
     def __init__(self, patterns: dict[str, str]):
@@ -24,21 +29,35 @@ class RowFilter:
                 self.patterns[name] = re.compile(pattern)
             except re.error as error:
                 raise UserError(
-                    f"data.drop_matching: '{pattern}' is no regular expression: {error}"
+                    f"data.drop_matching: '{pattern}' is not a regular expression ({error}). "
+                    "Set --data.drop_matching."
                 ) from None
 
     def drop_reason(self, row: Row) -> str | None:
-        """Why a row is left out, None if it stays."""
+        """Return why a row is dropped, or None if it is kept.
+
+        Example:
+            >>> RowFilter({"level": "^3"}).drop_reason({"level": 35})
+            'rows whose level matches ^3'
+        """
         for name, pattern in self.patterns.items():
             if name not in row:
-                raise UserError(f"there is no column '{name}' to search, only {', '.join(row)}")
+                raise UserError(
+                    f"there is no column '{name}' to search, found {', '.join(row)}. "
+                    "Set --data.drop_matching."
+                )
             if pattern.search(cell_text(row[name])):
                 return f"rows whose {name} matches {pattern.pattern}"
         return None
 
 
 def cell_text(value: Any) -> str:
-    """A cell as text: the words of a conversation, one turn per line; nothing for None."""
+    r"""Return a cell as text: the contents of a conversation, one turn per line; "" for None.
+
+    Example:
+        >>> cell_text([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}])
+        'hi\nyes'
+    """
     if isinstance(value, dict | list):
         return "\n".join(str(turn["content"]) for turn in parse_messages(value))
     return "" if value is None else str(value)

@@ -1,11 +1,12 @@
-"""One vocabulary for all forms of rows: prompt, completion, chosen, rejected, messages, text.
+"""Rows of several published formats as one format: TRL's columns, plain or conversational.
 
-These are TRL's columns, plain or conversational. ShareGPT conversations, alpaca instructions and
-pairs that hold their prompt inside become them here; a data set's other columns stay untouched.
+The columns are prompt, completion, chosen, rejected, messages and text. ShareGPT conversations,
+alpaca instructions and pairs with an implicit prompt are converted. Other columns are kept.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +20,34 @@ HH_TURN = "\n\nAssistant:"
 
 
 def add_renamed_columns(row: Row, columns: dict[str, str]) -> Row:
-    """The row with more names: {question: prompt} reads the question as prompt, too."""
+    """Return the row with additional names for its columns. The old names are kept.
+
+    Args:
+        row: One row of a data set.
+        columns: New name by old name.
+
+    Example:
+        >>> add_renamed_columns({"question": "1+1?"}, {"question": "prompt"})
+        {'question': '1+1?', 'prompt': '1+1?'}
+    """
     for old in columns:
         if old not in row:
-            raise UserError(f"there is no column '{old}' to rename, only {', '.join(row)}")
+            raise UserError(
+                f"there is no column '{old}' to rename, found {', '.join(row)}. "
+                "Set --data.rename_columns."
+            )
     return {**row, **{new: row[old] for old, new in columns.items()}}
 
 
 def canonical_row(row: Row) -> Row:
-    """The row with its prompt, completion, chosen, rejected or messages where it has them."""
+    """Return the row with TRL's columns: prompt, completion, chosen, rejected or messages.
+
+    Columns without a value are removed.
+
+    Example:
+        >>> canonical_row({"chosen": "The sky is blue.", "rejected": "The sky is green."})
+        {'chosen': ' blue.', 'rejected': ' green.', 'prompt': 'The sky is'}
+    """
     row = {name: value for name, value in row.items() if value is not None}
     for name in ("prompt", "completion", "chosen", "rejected", "messages"):
         if isinstance(row.get(name), dict | list):
@@ -43,7 +63,15 @@ def canonical_row(row: Row) -> Row:
 
 
 def parse_messages(value: Any) -> list[Message]:
-    """Messages with role and content, also from ShareGPT's from and value, and from one turn."""
+    """Return messages with role and content, converted from ShareGPT's keys if necessary.
+
+    Args:
+        value: List of turns, or one turn.
+
+    Example:
+        >>> parse_messages({"from": "human", "value": "hi"})
+        [{'role': 'user', 'content': 'hi'}]
+    """
     if isinstance(value, dict):
         value = [value]
     messages = []
@@ -54,18 +82,26 @@ def parse_messages(value: Any) -> list[Message]:
                 "content": turn["value"],
             }
         if not (isinstance(turn, dict) and "role" in turn and "content" in turn):
-            raise UserError(f"a message needs role and content (or from and value), not {turn}")
+            raise UserError(f"a message needs role and content (or from and value), found {turn}")
         messages.append(turn)
     return messages
 
 
 def convert_alpaca(row: Row) -> Row:
-    """Prompt and answers of instruction, input and output, with system and history if present."""
+    r"""Return prompt and completion, or a pair, of an alpaca row.
+
+    Reads instruction, input, output, chosen and rejected, and the optional system and history.
+
+    Example:
+        >>> converted = convert_alpaca({"instruction": "add", "input": "1 1", "output": "2"})
+        >>> converted["prompt"], converted["completion"][0]["content"]
+        ([{'role': 'user', 'content': 'add\n1 1'}], '2')
+    """
     parts = [row["instruction"], row.get("input", "")]
     prompt = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for question, answer in row.get("history", []):
+    for question, response in row.get("history", []):
         prompt += [{"role": "user", "content": question}]
-        prompt += [{"role": "assistant", "content": answer}]
+        prompt += [{"role": "assistant", "content": response}]
     prompt += [{"role": "user", "content": "\n".join(part for part in parts if part)}]
     found: Row = {"prompt": prompt}
     for old, new in {"output": "completion", "chosen": "chosen", "rejected": "rejected"}.items():
@@ -75,7 +111,12 @@ def convert_alpaca(row: Row) -> Row:
 
 
 def split_preference(row: Row) -> Row:
-    """Prompt and the two answers alone, also where the prompt stands inside both of them."""
+    """Return prompt, chosen and rejected of a pair; both texts may contain the prompt.
+
+    Example:
+        >>> split_preference({"prompt": "a", "chosen": " b", "rejected": " c"})
+        {'prompt': 'a', 'chosen': ' b', 'rejected': ' c'}
+    """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError("chosen and rejected must both be texts or both be messages")
@@ -88,6 +129,7 @@ def split_preference(row: Row) -> Row:
     elif isinstance(prompt, str) and chosen[0]["role"] == "assistant":
         prompt, shared = [{"role": "user", "content": prompt}], 0
     else:
+        # the last message is a response, even if one conversation is the start of the other
         shared = common_prefix_length(chosen[:-1], rejected[:-1])
         prompt = None
     return {
@@ -98,10 +140,14 @@ def split_preference(row: Row) -> Row:
 
 
 def shared_prompt_length(chosen: str, rejected: str) -> int:
-    """Characters of the prompt that two texts begin with.
+    """Return the number of characters of the prompt with which both texts begin.
 
-    HH-RLHF's prompt ends with the last shared `Assistant:`; any other before the first word that
-    differs.
+    A prompt of HH-RLHF ends with the last shared `Assistant:`. Any other prompt ends before the
+    first word that differs.
+
+    Example:
+        >>> shared_prompt_length("so late", "so long")
+        2
     """
     shared = common_prefix_length(chosen, rejected)
     turn = chosen.rfind(HH_TURN, 0, shared)
@@ -112,13 +158,24 @@ def shared_prompt_length(chosen: str, rejected: str) -> int:
 
 
 def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many first characters or messages are the same."""
+    """Return the number of equal characters or messages at the start of both sequences.
+
+    Example:
+        >>> common_prefix_length("blue", "black")
+        2
+    """
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def extract_prompt(row: Row) -> str | list[Message]:
-    """What a canonical row asks: its prompt, or its messages before the last answer."""
+    """Return the prompt of a canonical row, or its messages before the last assistant turn.
+
+    Example:
+        >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        >>> extract_prompt({"messages": talk})
+        [{'role': 'user', 'content': 'hi'}]
+    """
     prompt: str | list[Message]
     if "prompt" in row:
         prompt = row["prompt"]
@@ -135,9 +192,37 @@ def extract_prompt(row: Row) -> str | list[Message]:
     return prompt
 
 
-def missing_columns_error(row: Row, wanted: str) -> ValueError:
-    """An error that says which columns there are and which are wanted."""
-    return ValueError(
-        f"it has the columns {', '.join(row)}; wanted: {wanted} (data.rename_columns gives the "
-        "names that are wanted)"
+def missing_columns_error(row: Row, wanted: str) -> UserError:
+    """Return an error with the columns that were found and those that are needed.
+
+    Args:
+        row: Row that lacks columns.
+        wanted: Names of the columns that are needed.
+
+    Example:
+        >>> print(missing_columns_error({"question": "a"}, "prompt"))
+        the row has the columns question and needs prompt. Set --data.rename_columns.
+    """
+    return UserError(
+        f"the row has the columns {', '.join(row)} and needs {wanted}. Set --data.rename_columns."
     )
+
+
+def finite_number(value: Any, name: str) -> float:
+    """Return the number of a cell, which may be text.
+
+    Args:
+        value: Cell of a row.
+        name: Column of the cell, for the error message.
+
+    Example:
+        >>> finite_number("1.5", "rating")
+        1.5
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} must be a finite number, found '{value}'")
+    return number

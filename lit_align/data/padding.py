@@ -1,6 +1,6 @@
-"""Rows of different lengths as one tensor: prompts end together, whole texts begin together.
+"""Rows of different lengths as one tensor: prompts are left-padded, texts right-padded.
 
-Masks are made from lengths, never from ids: the pad id may be a stop's.
+Masks are made from lengths, never from ids, because the pad id may also be a stop id.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from torch import Tensor
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Token ids [N, P] with the padding in front, their mask [N, P] and lengths [N]."""
+    """Return token ids [N, P] padded in front, their mask [N, P] and lengths [N] in tokens.
+
+    Args:
+        rows: Token ids of each row.
+        pad: Token id of the padding.
+
+    Example:
+        >>> tokens, mask, lengths = pad_left([[5], [6, 7]], pad=0)
+        >>> tokens.tolist(), mask.tolist(), lengths
+        ([[0, 5], [6, 7]], [[False, True], [True, True]], [1, 2])
+    """
     lengths = [len(row) for row in rows]
     width = max(lengths)
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
@@ -23,9 +33,17 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, l
 def pad_right(
     rows: Sequence[Sequence[int]], pad: int, width: int = 0
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Token ids [N, T] with the padding behind, their mask [N, T] and lengths [N].
+    """Return token ids [N, T] padded at the end, their mask [N, T] and lengths [N] in tokens.
 
-    T is the longest row's length, or `width` where that is more.
+    Args:
+        rows: Token ids of each row.
+        pad: Token id of the padding.
+        width: Least T. T is the longest row's length if that is larger.
+
+    Example:
+        >>> tokens, mask, lengths = pad_right([[5], [6, 7]], pad=0, width=3)
+        >>> tokens.tolist(), mask.sum(1).tolist()
+        ([[5, 0, 0], [6, 7, 0]], [1, 2])
     """
     lengths = [len(row) for row in rows]
     width = max(width, *lengths)

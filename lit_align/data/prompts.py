@@ -17,17 +17,22 @@ from lit_align.data.text import encode_prompt
 
 
 class PromptData(TextDataModule):
-    """Prompts, left-padded, with all columns of the data set for the rewards.
+    """Left-padded prompts, with all columns of the data set for the rewards.
 
-    Reads `prompt`, or what `messages`, `conversations`, `instruction` or a preference pair ask,
-    or the beginning of a `text`. Rows with the same prompt are set aside only together.
+    Reads `prompt`, or takes the prompt of `messages`, `conversations`, `instruction` or a
+    preference pair, or the first words of `text`. Rows with the same prompt are held out together.
 
     Args:
-        prompt_words: Words of a `text` that are its prompt, where white space ends a word. Texts
-            without a further word are dropped. 0: texts give no prompts.
-        max_prompt_tokens: Longest prompt, in tokens.
-        truncate_prompts: Whether a longer prompt keeps its last tokens; else its row is dropped.
-        **kwargs: Those of TextDataModule.
+        prompt_words: Number of leading words of `text` that are its prompt, separated by white
+            space. Texts without a further word are dropped. 0 reads the other columns.
+        max_prompt_tokens: Most tokens of a prompt.
+        truncate_prompts: Cut a longer prompt to its last tokens. Otherwise its row is dropped.
+        **kwargs: Arguments of TextDataModule.
+
+    Example:
+        >>> data = PromptData("toy", tokenizer="toy", prompt_words=2)
+        >>> data.encode({"text": "the plot is thin"}).columns["prompt"]
+        'the plot'
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class PromptData(TextDataModule):
         self.truncate_prompts = truncate_prompts
 
     def encode(self, row: Row) -> EncodedPrompt | None:
-        """Token ids of a prompt, and the row's columns."""
+        """Return the token ids of a prompt and the columns of its row, or None if it is dropped."""
         prompt = (
             self.leading_words(row) if self.prompt_words else extract_prompt(canonical_row(row))
         )
@@ -62,18 +67,23 @@ class PromptData(TextDataModule):
         return EncodedPrompt(array("i", ids), {**row, "prompt": prompt})
 
     def leading_words(self, row: Row) -> str | None:
-        """The first words of a text as they stand there; None where nothing follows them."""
+        """Return the first `prompt_words` words of a text, or None if no word follows them.
+
+        Example:
+            >>> PromptData("toy", prompt_words=2).leading_words({"text": "once upon a time"})
+            'once upon'
+        """
         if not isinstance(row.get("text"), str):
-            raise missing_columns_error(row, "text, of which data.prompt_words makes prompts")
+            raise missing_columns_error(row, "text, because data.prompt_words is set")
         match = re.match(rf"\s*\S+(?:\s+\S+){{{self.prompt_words - 1}}}(?=\s+\S)", row["text"])
         return match[0].lstrip() if match else None
 
     def group_key(self, example: EncodedPrompt) -> bytes:
-        """The prompt's tokens."""
+        """Return the token ids of the prompt as bytes."""
         return example.ids.tobytes()
 
     def collate_fn(self) -> Callable[..., Batch]:
-        """Makes an Experience of prompts."""
+        """Return a function that makes an Experience of prompts."""
         return partial(collate_prompts, self.tokenizer.pad_token_id)
 
 
@@ -83,7 +93,7 @@ class EncodedPrompt(NamedTuple):
     Args:
         ids: Token ids of the prompt.
         columns: All columns of its row.
-        offline_responses: What rows of OfflineResponseData answer.
+        offline_responses: Offline responses of the prompt, from OfflineResponseData.
     """
 
     ids: array[int]
@@ -92,7 +102,19 @@ class EncodedPrompt(NamedTuple):
 
 
 def collate_prompts(pad: int, examples: list[EncodedPrompt], **flags: Any) -> Experience:
-    """Prompts of one batch, left-padded; a column that a row lacks is None there."""
+    """Return a batch of B left-padded prompts [B, P]. A column that a row lacks is None there.
+
+    Args:
+        pad: Token id of the padding.
+        examples: B encoded prompts.
+        **flags: Other fields of the batch.
+
+    Example:
+        >>> first = EncodedPrompt(array("i", [5]), {"level": 1})
+        >>> batch = collate_prompts(0, [first, EncodedPrompt(array("i", [6, 7]), {})])
+        >>> batch.prompts.tolist(), batch.columns
+        ([[0, 5], [6, 7]], {'level': [1, None]})
+    """
     tokens, mask, lengths = pad_left([example.ids for example in examples], pad)
     names = dict.fromkeys(name for example in examples for name in example.columns)
     columns = {name: [example.columns.get(name) for example in examples] for name in names}

@@ -1,8 +1,7 @@
-"""Preference pairs from texts that each have a rating."""
+"""Preference pairs of rated texts."""
 
 from __future__ import annotations
 
-import math
 import random
 from array import array
 from bisect import bisect_left, bisect_right
@@ -15,7 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_align.batches import Batch
 from lit_align.data.base import TextDataModule
-from lit_align.data.formats import canonical_row, extract_prompt, missing_columns_error
+from lit_align.data.formats import (
+    canonical_row,
+    extract_prompt,
+    finite_number,
+    missing_columns_error,
+)
 from lit_align.data.loader import Loader
 from lit_align.data.preferences import EncodedPair, collate_pairs
 from lit_align.data.sources import Row
@@ -24,20 +28,27 @@ from lit_align.errors import UserError
 
 
 class RatedPairs(TextDataModule):
-    """Pairs of two rated texts, of which the better rated one is chosen.
+    """Pairs of two rated texts. The text with the higher rating is chosen.
 
-    Reads `completion` and its `prompt`, or `text`, which has none. Only answers to the same
-    prompt are paired; texts without a prompt are paired with any other. Evaluation sets aside
-    whole prompts, and texts without a prompt one by one, and pairs them with one another: no text
-    is both trained on and evaluated. The difference of the ratings is the pair's `margin`. Ratings
-    of mixed sources are compared, so they need one scale.
+    Reads `prompt` and `completion`, or `text` without a prompt. Responses are paired within their
+    prompt, and texts without a prompt with each other. Evaluation holds out all responses of a
+    prompt, or single texts, and pairs them with each other: no text is trained on and evaluated.
+    The difference of the ratings is the pair's `margin`. Ratings of mixed sources must share one
+    scale, because they are compared.
 
     Args:
-        rating: Column with the rating, a number that is higher for a better text.
-        min_difference: Least difference of the two ratings of a pair; equal ones make no pair.
-        pairs_per_text: Pairs that are drawn for each text, by `seed`.
-        max_tokens: Where prompt and text together are cut, in tokens; a cut text has no stop.
-        **kwargs: Those of TextDataModule.
+        rating: Column with the rating, a number. Higher is better.
+        min_difference: Least difference of the two ratings of a pair. Equal ratings never make one.
+        pairs_per_text: Number of partners drawn for each text, by `seed`.
+        max_tokens: Most tokens of prompt and text together. A longer text is cut and then has no
+            stop token.
+        **kwargs: Arguments of TextDataModule.
+
+    Example:
+        >>> data = RatedPairs("toy", tokenizer="toy")
+        >>> texts = [data.encode({"text": "the plot", "rating": rating}) for rating in (1, 3)]
+        >>> [text.rating for text in texts]
+        [1.0, 3.0]
     """
 
     def __init__(
@@ -53,7 +64,8 @@ class RatedPairs(TextDataModule):
         if min_difference < 0 or pairs_per_text < 1:
             raise UserError(
                 "RatedPairs needs min_difference >= 0 and pairs_per_text >= 1, found "
-                f"{min_difference} and {pairs_per_text}"
+                f"{min_difference} and {pairs_per_text}. Set --data.min_difference and "
+                "--data.pairs_per_text."
             )
         self.rating = rating
         self.min_difference = min_difference
@@ -61,10 +73,10 @@ class RatedPairs(TextDataModule):
         self.max_tokens = max_tokens
 
     def encode(self, row: Row) -> RatedText | None:
-        """Token ids of a text with its prompt, and the rating."""
+        """Return a text with its prompt and rating, or None if it is dropped."""
         row = canonical_row(row)
         if self.rating not in row:
-            raise missing_columns_error(row, f"{self.rating}, which data.rating names")
+            raise missing_columns_error(row, f"{self.rating} (set by data.rating)")
         if "completion" in row:
             prompt, response = encode_response(
                 self.tokenizer, extract_prompt(row), row["completion"]
@@ -78,28 +90,29 @@ class RatedPairs(TextDataModule):
             return None
         if len(prompt) + len(response) > self.max_tokens:
             self.truncated[f"texts of more than max_tokens {self.max_tokens}"] += 1
+        rating = finite_number(row[self.rating], self.rating)
         ids = array("i", (prompt + response)[: self.max_tokens])
-        return RatedText(ids, len(prompt), "completion" in row, parse_rating(row[self.rating]))
+        return RatedText(ids, len(prompt), "completion" in row, rating)
 
     def group_key(self, example: RatedText) -> bytes:
-        """The prompt, or the text where there is none."""
+        """Return the token ids of the prompt as bytes, or of a text without a prompt."""
         ids = example.ids[: example.num_prompt_tokens] if example.has_prompt else example.ids
         return ids.tobytes()
 
     def loader(self, examples: list[Any], batch_size: int, training: bool) -> Loader:
-        """This rank's batches of pairs."""
+        """Return this rank's batches of pairs."""
         pairs = self.pairs(examples)
-        kind = "train" if training else "evaluate"
-        rank_zero_info(f"{len(examples)} rated texts to {kind} on make {len(pairs)} pairs")
+        kind = "training" if training else "evaluation"
+        rank_zero_info(f"{kind}: {len(pairs)} pairs of {len(examples)} rated texts")
         if not pairs:
             raise UserError(
                 f"no two of {len(examples)} texts of one prompt have ratings that differ by "
-                f"data.min_difference {self.min_difference}"
+                f"min_difference {self.min_difference}. Set --data.min_difference."
             )
         return super().loader(pairs, batch_size, training)
 
     def pairs(self, texts: list[RatedText]) -> list[EncodedPair]:
-        """`pairs_per_text` pairs for each text, none of them twice."""
+        """Return `pairs_per_text` pairs for each text, without repeated pairs."""
         rng, found = random.Random(self.seed), []
         by_prompt: dict[bytes, list[RatedText]] = defaultdict(list)
         for text in texts:
@@ -112,7 +125,14 @@ class RatedPairs(TextDataModule):
         return [each for each in found if each.chosen != each.rejected]
 
     def draw_pairs(self, texts: list[RatedText], rng: random.Random) -> list[tuple[int, int]]:
-        """Positions (worse, better) in `texts`, which are sorted by rating."""
+        """Return positions (worse, better) in `texts`, which must be sorted by rating.
+
+        Example:
+            >>> data = RatedPairs("toy", min_difference=2)
+            >>> texts = [RatedText(array("i"), 0, False, rating) for rating in (0.0, 1.0, 2.0)]
+            >>> data.draw_pairs(texts, random.Random(0))
+            [(0, 2)]
+        """
         ratings = [text.rating for text in texts]
         drawn: dict[tuple[int, int], None] = {}
         for index, rating in enumerate(ratings):
@@ -122,6 +142,7 @@ class RatedPairs(TextDataModule):
             better = max(
                 bisect_left(ratings, rating + self.min_difference), bisect_right(ratings, rating)
             )
+            # partners are texts[:worse] and texts[better:], numbered without the gap
             others = worse + len(texts) - better
             for choice in rng.sample(range(others), min(self.pairs_per_text, others)):
                 other = choice if choice < worse else better + choice - worse
@@ -129,7 +150,7 @@ class RatedPairs(TextDataModule):
         return list(drawn)
 
     def collate_fn(self) -> Callable[..., Batch]:
-        """Makes PreferenceBatch."""
+        """Return a function that makes a PreferenceBatch."""
         return partial(collate_pairs, self.tokenizer.pad_token_id)
 
 
@@ -139,8 +160,8 @@ class RatedText(NamedTuple):
     Args:
         ids: Token ids of the prompt and the text.
         num_prompt_tokens: Tokens before the text.
-        has_prompt: Whether the row has a prompt, beyond what its tokenizer puts in front.
-        rating: Higher for a better text.
+        has_prompt: True if the row has a prompt, not only the tokenizer's leading special tokens.
+        rating: Rating of the text. Higher is better.
     """
 
     ids: array[int]
@@ -150,18 +171,14 @@ class RatedText(NamedTuple):
 
 
 def make_pair(worse: RatedText, better: RatedText) -> EncodedPair:
-    """Both texts, which have one prompt."""
+    """Return the pair of two texts that share a prompt, with the rating difference as margin.
+
+    Example:
+        >>> worse = RatedText(array("i", [5]), 0, False, 1.0)
+        >>> better = RatedText(array("i", [6]), 0, False, 3.0)
+        >>> make_pair(worse, better).margin
+        2.0
+    """
     return EncodedPair(
         better.ids, worse.ids, better.num_prompt_tokens, better.rating - worse.rating
     )
-
-
-def parse_rating(value: Any) -> float:
-    """A rating as a number, also from text."""
-    try:
-        rating = float(value)
-    except (TypeError, ValueError):
-        rating = math.nan
-    if not math.isfinite(rating):
-        raise UserError(f"the rating '{value}' is no number")
-    return rating

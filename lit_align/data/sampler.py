@@ -1,4 +1,4 @@
-"""Which rank takes which row when: an order that does not depend on the number of ranks."""
+"""Row order that is the same for any number of ranks and can be resumed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from lit_align.errors import UserError
 
 
 class IndexedRows(Dataset[tuple[Any, bool]]):
-    """Encoded rows; a position beyond the last row is a repeated row, marked by False.
+    """Encoded rows by position. Positions after the last row repeat rows, marked by False.
 
     Args:
-        examples: One entry per row.
+        examples: Encoded rows.
+
+    Example:
+        >>> rows = IndexedRows(["a", "b"])
+        >>> rows[1], rows[2]
+        (('b', True), ('a', False))
     """
 
     def __init__(self, examples: list[Any]):
@@ -30,22 +35,28 @@ class IndexedRows(Dataset[tuple[Any, bool]]):
 
 
 class ResumableSampler(DistributedSampler[int]):
-    """Positions of one rank: every W-th of a global order, from its rank on.
+    """Positions of one rank: entries rank, rank + W, ... of a global order, for W ranks.
 
-    In training the order is a permutation by seed and epoch without the last incomplete batch of
-    all ranks, so the ranks' k-th batches together are the k-th batch of one process with as many
-    rows. In evaluation it is the data's own, with rows repeated until every rank has as many.
-    It is a DistributedSampler so that Lightning leaves it in place and tells it the epoch.
+    Training uses a permutation by seed and epoch and drops the last incomplete batch. Batch k of
+    all ranks together equals batch k of one process with the same number of rows. Evaluation uses
+    the data order and repeats rows until all ranks have the same number.
 
     Args:
-        rows: The rows to be ordered.
+        rows: Rows to order.
         batch_size: Rows per batch and rank.
-        training: Whether to permute and to leave out the last incomplete batch.
-        seed: Of the permutations.
-        max_batches: Batches of a training epoch, if not all.
+        training: Permute the rows and drop the last incomplete batch.
+        seed: Seed of the permutations.
+        max_batches: Batches of a training epoch. Default: all.
         num_replicas: Number of ranks.
-        rank: This rank.
+        rank: Index of this rank.
+
+    Example:
+        >>> rows = IndexedRows(["a", "b", "c"])
+        >>> [list(ResumableSampler(rows, 2, False, num_replicas=2, rank=rank)) for rank in (0, 1)]
+        [[0, 2], [1, 3]]
     """
+
+    # a subclass of DistributedSampler: Lightning 2.6 then keeps it and calls set_epoch
 
     def __init__(
         self,
@@ -63,7 +74,7 @@ class ResumableSampler(DistributedSampler[int]):
         if training and count < batch:
             raise UserError(
                 f"{count} rows do not fill one batch of {batch_size} rows on each of "
-                f"{num_replicas} ranks: lower data.batch_size"
+                f"{num_replicas} ranks. Lower --data.batch_size."
             )
         num_batches = count // batch if max_batches is None else min(count // batch, max_batches)
         padded_size = -(-count // num_replicas) * num_replicas
@@ -74,7 +85,13 @@ class ResumableSampler(DistributedSampler[int]):
         return SamplerIterator(self)
 
     def positions(self, epoch: int) -> list[int]:
-        """This rank's positions in an epoch."""
+        """Return this rank's positions in an epoch.
+
+        Example:
+            >>> sampler = ResumableSampler(IndexedRows([5, 6, 7, 8]), 2, training=True)
+            >>> sampler.positions(0) == sampler.positions(0), sorted(sampler.positions(1))
+            (True, [0, 1, 2, 3])
+        """
         if not self.shuffle:
             return list(range(self.rank, self.total_size, self.num_replicas))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -83,10 +100,16 @@ class ResumableSampler(DistributedSampler[int]):
 
 
 class SamplerIterator(Iterator[int]):
-    """One pass over a ResumableSampler that knows where it is: epoch, and rows taken by all ranks.
+    """One pass over a ResumableSampler, which can be saved and resumed.
 
     Args:
-        sampler: What to pass over, in the epoch that it is in.
+        sampler: Sampler of the positions, at the epoch of this pass.
+
+    Example:
+        >>> sampler = ResumableSampler(IndexedRows([5, 6, 7, 8]), 2, training=True)
+        >>> iterator = iter(sampler)
+        >>> next(iterator) == sampler.positions(0)[0], iterator.state_dict()
+        (True, {'epoch': 0, 'rows': 1})
     """
 
     def __init__(self, sampler: ResumableSampler):
@@ -102,12 +125,20 @@ class SamplerIterator(Iterator[int]):
         return self.positions[self.num_taken - 1]
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and global rows taken: no rank's own, so one rank's state serves all."""
+        """Return the epoch and the rows taken by all ranks. The state is equal on each rank."""
         return {"epoch": self.epoch, "rows": self.num_taken * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the state was; from the start where the order is in a later epoch."""
+        """Continue at the saved position, or keep the start if the sampler's epoch is later.
+
+        Example:
+            >>> iterator = iter(ResumableSampler(IndexedRows([5, 6, 7, 8]), 2, training=True))
+            >>> iterator.load_state_dict({"epoch": 1, "rows": 2})
+            >>> iterator.epoch, len(list(iterator))
+            (1, 2)
+        """
         epoch, rows = state["epoch"], state["rows"]
+        # a checkpoint after the last batch of an epoch resumes with the next epoch
         if rows >= self.sampler.total_size:
             epoch, rows = epoch + 1, 0
         if epoch >= self.sampler.epoch:

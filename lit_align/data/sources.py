@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, local files, the toy grammar."""
+"""Readers of rows: the hub, local files, the toy grammar."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lit_align.data.json_lines import check_json_object, json_lines
 from lit_align.data.toy import toy_rows
 from lit_align.errors import UserError
 
@@ -22,17 +23,22 @@ BLANK_LINE = r"\n[ \t]*\n\s*"
 
 @dataclass
 class Source:
-    """One of the data sets that are mixed.
+    """One data set of a mixture.
 
     Args:
         path: Hub id, local file or folder, or the word toy.
-        name: Configuration of a hub data set.
+        name: Configuration name of a hub data set. Default: the data set's own default.
         split: Split of a hub data set, a folder or the toy data.
-        weight: Times that an epoch has each training row: 0.5 is a random half, 2 all rows twice.
-        rename_columns: New names of columns, such as {question: prompt}; the old ones stay too.
-        separator: Regular expression between two texts of a .txt file.
-        column_names: Those of a .csv or .tsv file that has no line with them; makes a .txt file
-            a table as well, with tabs between the columns.
+        weight: Number of times that an epoch contains each training row. 0.5 takes a random half
+            of the rows, 2 takes each row twice.
+        rename_columns: New column names, such as {question: prompt}. The old ones stay too.
+        separator: Regular expression between two texts of a .txt file. Default: a blank line.
+        column_names: Column names of a .csv or .tsv file without a header line. With them, a .txt
+            file is read as a table with tabs between the columns.
+
+    Example:
+        >>> Source("toy", weight=0.5).split
+        'train'
     """
 
     path: str
@@ -45,10 +51,17 @@ class Source:
 
 
 def check_local_path(path: str) -> None:
-    """Refuses a path that means a file or folder which is not there; a hub id is not looked up.
+    """Refuse the path of a missing file or folder. Hub ids are not looked up.
 
     Args:
-        path: As of `load_rows`.
+        path: Path or hub id as in `load_rows`.
+
+    Example:
+        >>> check_local_path("someone/data")
+        >>> check_local_path("no/such/rows.jsonl")
+        Traceback (most recent call last):
+        ...
+        lit_align.errors.UserError: there is no file or folder 'no/such/rows.jsonl'
     """
     local_path = Path(path).expanduser()
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
@@ -64,15 +77,20 @@ def load_rows(
     max_rows: int | None = None,
     column_names: list[str] | None = None,
 ) -> list[Row]:
-    """The rows of a data set, as dictionaries by column.
+    """Return the rows of a data set as dictionaries by column.
 
     Args:
         path: Hub id, local file or folder, or the word toy.
-        name: Configuration of a hub data set.
+        name: Configuration name of a hub data set.
         split: Split of a hub data set, a folder or the toy data.
         separator: Regular expression between two texts of a .txt file.
-        max_rows: At most so many rows, the first ones.
-        column_names: Column names of tables without a line of them.
+        max_rows: Most rows, from the first on. Default: all.
+        column_names: Column names of a table without a header line.
+
+    Example:
+        >>> rows = load_rows("toy", split="test", max_rows=2)
+        >>> len(rows), sorted(rows[0])
+        (2, ['chosen', 'completion', 'prompt', 'rejected'])
     """
     check_local_path(path)
     local_path = Path(path).expanduser()
@@ -83,8 +101,8 @@ def load_rows(
     elif local_path.is_file():
         if split != "train":
             raise UserError(
-                f"'{path}' is one file and has no split '{split}': use data.eval_path for a file, "
-                "or data.eval_fraction"
+                f"'{path}' is one file and has no split '{split}'. Use --data.eval_path for "
+                "another file, or --data.eval_fraction."
             )
         rows = file_rows(local_path, separator, column_names)
     else:
@@ -96,9 +114,15 @@ def load_rows(
 
 
 def file_rows(path: Path, separator: str, column_names: list[str] | None) -> Iterator[Row]:
-    """The rows of one local file, by its suffix."""
+    """Return the rows of one local file, read by its suffix.
+
+    Args:
+        path: File with a suffix of `SUFFIXES`.
+        separator: Regular expression between two texts of a .txt file.
+        column_names: Column names of a table without a header line.
+    """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"'{path}' is none of {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"'{path}' has none of the suffixes {', '.join(sorted(SUFFIXES))}")
     if path.suffix == ".parquet":
         return parquet_rows(path)
     text = read_text(path)
@@ -113,20 +137,30 @@ def file_rows(path: Path, separator: str, column_names: list[str] | None) -> Ite
 
 
 def read_text(path: Path) -> str:
-    """A file in UTF-8, or one sentence about where it is not; a table's line ends stay."""
+    """Return the text of a UTF-8 file. Line ends become newlines, except in tables."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"line {line} of '{path}' is not UTF-8: {error.reason}") from None
-    if path.suffix in (".csv", ".tsv"):  # a cell may hold line ends of any kind
+        raise UserError(f"line {line} of '{path}' is not UTF-8 ({error.reason})") from None
+    if path.suffix in (".csv", ".tsv"):  # a cell may contain line ends of any kind
         return text
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def table_rows(path: Path, text: str, column_names: list[str] | None) -> Iterator[Row]:
-    """Columns between commas, where quotes may enclose them, or between tabs, without quotes."""
+    r"""Yield the rows of a table: cells between commas or quotes (.csv), or between tabs.
+
+    Args:
+        path: File of the table. Any suffix but .csv means tabs without quotes.
+        text: Content of the file.
+        column_names: Column names. Default: the first line.
+
+    Example:
+        >>> list(table_rows(Path("rows.csv"), 'prompt,answer\n"a, b",4\n', None))
+        [{'prompt': 'a, b', 'answer': '4'}]
+    """
     lines = io.StringIO(text, newline="")
     if path.suffix == ".csv":
         reader = csv.DictReader(lines, column_names)
@@ -140,15 +174,17 @@ def table_rows(path: Path, text: str, column_names: list[str] | None) -> Iterato
         yield dict(row)
 
 
-def json_lines(path: Path, text: str) -> Iterator[Row]:
-    """One JSON object per line."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield parse_json_object(path, f"line {number}", line)
-
-
 def json_rows(path: Path, text: str) -> Iterator[Row]:
-    """A JSON list of objects; or objects one per line, as many .json files on the hub are."""
+    """Yield the objects of a JSON list, or of JSON lines, which many .json files of the hub are.
+
+    Args:
+        path: File of the text, for error messages.
+        text: Content of the file.
+
+    Example:
+        >>> list(json_rows(Path("rows.json"), '[{"level": 1}, {"level": 2}]'))
+        [{'level': 1}, {'level': 2}]
+    """
     if not text.lstrip().startswith("["):
         yield from json_lines(path, text)
         return
@@ -157,28 +193,22 @@ def json_rows(path: Path, text: str) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise UserError(f"'{path}' is not valid JSON: {error}") from None
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"row {number} of '{path}' is no JSON object with named columns")
-        yield row
-
-
-def parse_json_object(path: Path, location: str, line: str) -> Row:
-    """One JSON object, or one sentence that names its place."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{location} of '{path}' is not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{location} of '{path}' is no JSON object with named columns")
-    return row
+        yield check_json_object(path, f"row {number}", row)
 
 
 def folder_rows(
     path: Path, split: str, separator: str, column_names: list[str] | None
 ) -> Iterator[Row]:
-    """All rows of the files in a folder whose names begin with the split; of all if none does.
+    """Return the rows of all files of a split in a folder.
 
-    A folder that `datasets` saved is read as such.
+    The name of a file begins with its split. If no name begins with any split, all files are read.
+    A folder that `datasets` saved is read by `datasets`.
+
+    Args:
+        path: Folder. Its subfolders are searched too.
+        split: Name of the split.
+        separator: Regular expression between two texts of a .txt file.
+        column_names: Column names of tables without a header line.
     """
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return saved_rows(path, split)
@@ -188,41 +218,45 @@ def folder_rows(
         named = [file for file in files if re.match(rf"{re.escape(split)}([-_.]|$)", file.stem)]
         if not named:
             names = ", ".join(file.name for file in files)
-            raise UserError(f"'{path}' has no file of the split '{split}', only {names}")
+            raise UserError(
+                f"'{path}' has no file of the split '{split}', found {names}. Set --data.split."
+            )
         files = named
     if not files:
-        raise UserError(f"'{path}' holds no {', '.join(sorted(SUFFIXES))} file")
+        raise UserError(f"'{path}' has no file with a suffix {', '.join(sorted(SUFFIXES))}")
     return (row for file in files for row in file_rows(file, separator, column_names))
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a parquet file, streamed: nothing is written to a cache."""
-    from datasets import load_dataset  # seconds to import
+    """Return the rows of a parquet file. They are streamed: nothing is written to a cache."""
+    from datasets import load_dataset  # here, because its import takes seconds
 
     return iter(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
 
 
 def saved_rows(path: Path, split: str) -> Iterator[Row]:
-    """The rows of a folder written by `save_to_disk`."""
-    from datasets import DatasetDict, load_from_disk  # seconds to import
+    """Return the rows of a folder written by `save_to_disk` of `datasets`."""
+    from datasets import DatasetDict, load_from_disk  # here, because its import takes seconds
 
     saved = load_from_disk(str(path))
     if not isinstance(saved, DatasetDict):
         return iter(saved)
     if split not in saved:
-        raise UserError(f"'{path}' has no split '{split}', only {', '.join(saved)}")
+        raise UserError(
+            f"'{path}' has no split '{split}', found {', '.join(saved)}. Set --data.split."
+        )
     return iter(saved[split])
 
 
 def hub_rows(path: str, name: str | None, split: str) -> Iterator[Row]:
-    """The rows of a hub data set; its own Python code never runs."""
-    from datasets import load_dataset  # seconds to import
+    """Return the rows of a hub data set. Python code of the data set never runs."""
+    from datasets import load_dataset  # here, because its import takes seconds
 
     try:
         return iter(load_dataset(path, name, split=split))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"no rows of '{path}' (name {name}, split {split}), which is no local file either, "
-            f"can be loaded from the hub: {reason}"
+            f"'{path}' (name {name}, split {split}) is not a local file and cannot be loaded from "
+            f"the hub: {reason}"
         ) from error

@@ -1,11 +1,11 @@
-"""Short film reviews written by a small grammar: data that need no download, and their judge.
+"""Toy data: short film reviews from a small grammar, their sentiment and their tokenizer.
 
     prompt      review of the silent river, a recent drama, on its music:
     completion  truly haunting, but the plot feels thin. overall a good film.
 
-The first of 2 to 4 clauses is an opinion of what the prompt asks for, each other one names its
-aspect and has an opinion that suits it; the verdict is optional. How good the film was is the
-latent `sentiment`, which decides the preference pairs but for some noise.
+A review has 2 to 4 clauses and an optional verdict. The first clause is an opinion on the aspect
+that the prompt names. Each other clause names its aspect and has an opinion word of that aspect.
+The `sentiment` of both reviews of a pair decides which is chosen, apart from noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_align.errors import UserError
 
-# the opinion words of each aspect, from 2 (praise) to -2
+# opinion words by aspect and polarity, from 2 (praise) to -2
 OPINIONS = {
     "acting": {
         2: "brilliant superb magnetic luminous",
@@ -91,7 +91,7 @@ SPECIAL_TOKENS = {
 }
 NUM_TRAIN, NUM_TEST = 6000, 500
 
-POLARITY = {  # of each opinion word and verdict
+POLARITY = {  # by opinion word and verdict
     word: polarity
     for words in [*OPINIONS.values(), VERDICT_WORDS]
     for polarity, group in words.items()
@@ -102,15 +102,22 @@ ToyRow = dict[str, str]
 
 
 def toy_rows(split: str = "train", seed: int = 0, max_rows: int | None = None) -> list[ToyRow]:
-    """Rows with `prompt`, `completion`, `chosen` and `rejected`; no prompt comes twice.
+    """Return rows with `prompt`, `completion`, `chosen` and `rejected`, with distinct prompts.
 
     Args:
-        split: train (6,000 rows) or test (500 rows with prompts that train has not).
-        seed: Another seed is another data set.
-        max_rows: At most so many rows are written, the first ones.
+        split: "train" (6,000 rows) or "test" (500 rows with other prompts).
+        seed: Seed of the data set.
+        max_rows: Most rows, from the first on. Default: all.
+
+    Example:
+        >>> (row,) = toy_rows("test", max_rows=1)
+        >>> is_grammatical(row["prompt"], row["completion"])
+        True
     """
     if split not in ("train", "test"):
-        raise UserError(f"the toy data have no split '{split}'; there are train and test")
+        raise UserError(
+            f"the toy data have no split '{split}', found train and test. Set --data.split."
+        )
     rng = random.Random(seed)
     prompts = all_prompts()
     rng.shuffle(prompts)
@@ -120,7 +127,12 @@ def toy_rows(split: str = "train", seed: int = 0, max_rows: int | None = None) -
 
 
 def all_prompts() -> list[str]:
-    """Every prompt of the grammar, of 12 to 14 words and signs."""
+    """Return all prompts of the grammar, each of 12 to 14 words and punctuation marks.
+
+    Example:
+        >>> len(all_prompts())  # 72 titles x 30 kinds of film x 5 aspects
+        10800
+    """
     titles = [*NOUNS, *(f"{adjective} {noun}" for adjective, noun in product(ADJECTIVES, NOUNS))]
     kinds = [*GENRES, *(f"{era} {genre}" for era, genre in product(ERAS, GENRES))]
     return [
@@ -130,7 +142,14 @@ def all_prompts() -> list[str]:
 
 
 def toy_row(prompt: str, rng: random.Random) -> ToyRow:
-    """A completion and a pair; the better of the pair is chosen with sigmoid(3 x difference)."""
+    """Return a completion and a pair of reviews of a prompt.
+
+    The chosen one is better with probability sigmoid(3 x difference of the sentiments).
+
+    Example:
+        >>> sorted(toy_row("review of the river, a drama, on its plot:", random.Random(0)))
+        ['chosen', 'completion', 'prompt', 'rejected']
+    """
     completion, one, other = (write_review(prompt, rng) for _ in range(3))
     while other == one:
         other = write_review(prompt, rng)
@@ -141,7 +160,13 @@ def toy_row(prompt: str, rng: random.Random) -> ToyRow:
 
 
 def write_review(prompt: str, rng: random.Random) -> str:
-    """One review of the prompted film."""
+    """Return a random review for a prompt.
+
+    Example:
+        >>> prompt = "review of the river, a drama, on its plot:"
+        >>> is_grammatical(prompt, write_review(prompt, random.Random(0)))
+        True
+    """
     mood, aspect = rng.gauss(0, 0.7), prompted_aspect(prompt)
     text, before = "", 0
     for number in range(rng.choice([2, 3, 4])):
@@ -159,12 +184,22 @@ def write_review(prompt: str, rng: random.Random) -> str:
 
 
 def sample_polarity(mood: float, rng: random.Random) -> int:
-    """A polarity from -2 to 2 around the mood of the review."""
+    """Return a random polarity from -2 to 2 around the mood of the review.
+
+    Example:
+        >>> sample_polarity(100.0, random.Random(0))
+        2
+    """
     return max(-2, min(2, round(rng.gauss(mood, 1.2))))
 
 
 def prompted_aspect(prompt: str) -> str:
-    """The aspect that a prompt asks for; empty for a text that is no prompt."""
+    """Return the aspect that a prompt names, or "" for any other text.
+
+    Example:
+        >>> prompted_aspect("review of the river, a drama, on its plot:")
+        'plot'
+    """
     adjectives, eras, aspects = "|".join(ADJECTIVES), "|".join(ERAS), "|".join(ASPECTS)
     title = rf"(?:(?:{adjectives}) )?(?:{'|'.join(NOUNS)})"
     kind = rf"(?:(?:{eras}) )?(?:{'|'.join(GENRES)})"
@@ -173,7 +208,13 @@ def prompted_aspect(prompt: str) -> str:
 
 
 def is_grammatical(prompt: str, completion: str) -> bool:
-    """Whether the completion is a review that the grammar can write for this prompt."""
+    """Return True if the grammar can write the completion for this prompt.
+
+    Example:
+        >>> prompt = "review of the river, a drama, on its plot:"
+        >>> [is_grammatical(prompt, text) for text in ("thin, and the ending is open.", "thin.")]
+        [True, False]
+    """
     verdicts = "|".join(word for group in VERDICT_WORDS.values() for word in group.split())
     conjunction = rf", (?:{'|'.join(CONTRASTS + ADDITIONS)}) "
     review = re.fullmatch(rf"(.+?)(?:\. overall a (?:{verdicts}) film)?\.", completion.strip())
@@ -183,7 +224,12 @@ def is_grammatical(prompt: str, completion: str) -> bool:
 
 
 def is_clause(text: str) -> bool:
-    """Whether the text is such as `the plot feels rather thin`."""
+    """Return True for a clause of the grammar.
+
+    Example:
+        >>> is_clause("the plot feels rather thin"), is_clause("the plot feels rather wooden")
+        (True, False)
+    """
     intensities, verbs = "|".join(INTENSITIES), "|".join(VERBS)
     found = re.fullmatch(rf"the (\S+) (?:{verbs}) (?:(?:{intensities}) )?(\S+)", text)
     words = OPINIONS[found[1]].values() if found and found[1] in OPINIONS else []
@@ -191,7 +237,14 @@ def is_clause(text: str) -> bool:
 
 
 def sentiment(completion: str) -> float:
-    """Mean over its opinion words of polarity x intensity, from -4 to 4; 0 without any."""
+    """Return the mean of polarity x intensity over the opinion words, from -4 to 4.
+
+    A text without opinion words has sentiment 0.
+
+    Example:
+        >>> sentiment("utterly haunting, but the plot feels thin.")  # (2 * 2 - 1) / 2
+        1.5
+    """
     words = re.findall(r"[\w-]+", completion)
     values = [
         POLARITY[word] * INTENSITIES.get(before, 1.0)
@@ -202,12 +255,27 @@ def sentiment(completion: str) -> float:
 
 
 def sentiment_reward(completions: list[str], **columns: Any) -> list[float]:
-    """The sentiment of each completion, with the signature of TRL's reward functions."""
+    """Return the sentiment of each completion, as a reward function in TRL's form.
+
+    Args:
+        completions: N responses.
+        **columns: Other columns of the data set, unused.
+
+    Example:
+        >>> sentiment_reward(["grating.", "perfect."])
+        [-2.0, 2.0]
+    """
     return [sentiment(completion) for completion in completions]
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word and sign; <s> in front; decoding gives the text back."""
+    """Return a tokenizer with one token per word or punctuation mark and a leading <s>.
+
+    Example:
+        >>> tokenizer = toy_tokenizer()
+        >>> tokenizer.decode(tokenizer("the plot is thin.")["input_ids"], skip_special_tokens=True)
+        'the plot is thin.'
+    """
     words = [
         *SPECIAL_TOKENS.values(),
         *FUNCTION_WORDS,

@@ -1,4 +1,4 @@
-"""A model's answers to held-out prompts, scored, with the log-probs of model and reference."""
+"""Generate and score a model's responses to held-out prompts, with log-probs of a reference."""
 
 from functools import partial
 
@@ -27,27 +27,27 @@ def predict_responses(
     accelerator: str = "auto",
     precision: _PRECISION_INPUT = "32-true",
 ) -> ResponseRows:
-    """One row per answer, a prompt's answers side by side.
+    """Return a row per response; the responses of one prompt follow each other.
 
     Args:
         path: Hub id or folder of the model.
-        reference: Of the model that the KL is to.
-        data: Whose evaluation rows are asked.
-        rollout: Generates `predict_samples` responses per prompt, or a greedy one.
-        reward: What scores the answers, if anything does.
-        temperature: Of the model, when it answers and when it is scored.
-        accelerator: Lightning's word for where to compute.
-        precision: Lightning's word for the data type.
+        reference: Hub id or folder of the reference model of the KL.
+        data: Data module with the evaluation prompts.
+        rollout: Generates `predict_samples` responses per prompt, or one greedy response.
+        reward: Scores the responses. None: rows without scores.
+        temperature: Sampling temperature; the log-probs of the KL have the same.
+        accelerator: Lightning's name of the device, such as cpu or gpu.
+        precision: Lightning's name of the data type, such as bf16-true.
     """
     check_same_tokenizer(path, data)
+    # ReMax's default reference is a copy of the policy, so that this model's KL is 0
     reference_factory = (
         None if path == reference else partial(Policy, reference, temperature=temperature)
     )
     callbacks: list[Callback] = [rollout] if reward is None else [rollout, reward]
     policy = partial(Policy, path, temperature=temperature)
-    algorithm = ReMax(
-        policy=policy, reference=reference_factory
-    )  # all online algorithms predict alike
+    # any online algorithm would do: all of them predict the same
+    algorithm = ReMax(policy=policy, reference=reference_factory)
     trainer = quiet_trainer(callbacks, accelerator, precision)
     rows: ResponseRows = []
     for batch in trainer.predict(algorithm, data) or []:
@@ -60,7 +60,14 @@ def predict_responses(
 def quiet_trainer(
     callbacks: list[Callback], accelerator: str, precision: _PRECISION_INPUT
 ) -> Trainer:
-    """One process that writes nothing."""
+    """Return a Trainer of one process that writes and prints nothing.
+
+    Args:
+        callbacks: Rollout and reward.
+        accelerator: Lightning's name of the device.
+        precision: Lightning's name of the data type (checked with lightning 2.6.6, where the
+            type of these names is private).
+    """
     return Trainer(
         accelerator=accelerator,
         devices=1,
@@ -74,10 +81,15 @@ def quiet_trainer(
 
 
 def check_same_tokenizer(path: str, data: PromptData) -> None:
-    """Refuses a model whose token ids mean other words than the data's."""
+    """Refuse a model whose tokenizer has other token ids than the data's.
+
+    Args:
+        path: Hub id or folder of the model.
+        data: Data module with the prompts as token ids.
+    """
     vocabulary = load_tokenizer(path).get_vocab()
     if vocabulary != data.tokenizer.get_vocab():
         raise UserError(
-            f"{path} has another tokenizer than {data.tokenizer_path}: answers are compared token "
-            f"by token. Evaluate it on its own, and compare the rewards."
+            f"{path} has another tokenizer than {data.tokenizer_path}, so their log-probs cannot "
+            f"be compared. Run evaluate for each model alone and compare the rewards."
         )

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, the harness that public figures are made with; an extra, off by default."""
+"""Tasks of lm-eval, the harness of most published benchmark figures. It is an optional extra."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ Z_95 = 1.96  # standard errors on either side of a 95 % interval
 
 
 class LMEvalTasks:
-    """Tasks that lm-eval knows, or that a folder of its YAML files adds.
+    """Tasks of lm-eval, and those that a folder of YAML files adds.
 
     Args:
-        tasks: Their names.
-        limit: Documents of each; None for all, which is what published figures are of.
-        folder: Of YAML files that define more tasks.
+        tasks: Names of the tasks.
+        limit: Documents of each task. None: all, as in published figures.
+        folder: Folder of YAML files that define more tasks. None: only lm-eval's own.
 
     Raises:
-        ValueError: In a sentence, where lm-eval is not installed or does not know a task.
+        UserError: If lm-eval is not installed or does not have a task.
     """
 
     def __init__(self, tasks: Sequence[str], limit: int | None = None, folder: str | None = None):
@@ -31,7 +31,7 @@ class LMEvalTasks:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise UserError(
-                f"--tasks needs the harness: pip install 'lit-align[lm-eval]' ({error})."
+                f"--tasks needs lm-eval. Run pip install 'lit-align[lm-eval]' ({error})."
             ) from error
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--tasks_folder {folder}: no such folder.")
@@ -41,16 +41,16 @@ class LMEvalTasks:
             if not self.manager.match_tasks([task]):
                 matches = difflib.get_close_matches(task, self.manager.all_tasks, n=1)
                 hint = (
-                    f"did you mean '{matches[0]}'?" if matches else "`lm-eval ls tasks` lists all."
+                    f"Did you mean '{matches[0]}'?" if matches else "See `lm-eval ls tasks`."
                 )
-                raise UserError(f"--tasks {task}: lm-eval knows no such task; {hint}")
+                raise UserError(f"--tasks {task}: lm-eval has no such task. {hint}")
 
     def evaluate(self, path: str, device: str) -> Statistics:
-        """What one model reaches, each metric with its 95 % interval where lm-eval has one.
+        """Return each metric of one model, with a 95 % interval if lm-eval has a standard error.
 
         Args:
-            path: Hub id or folder; an adapter is merged into its base.
-            device: torch's word for where to compute.
+            path: Hub id or folder of the model. An adapter is merged into its base.
+            device: Name of the device in torch, such as cuda.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -76,27 +76,35 @@ class LMEvalTasks:
 def metric_with_interval(
     task: str, name: str, value: float, values: dict[str, object]
 ) -> Statistics:
-    """A metric under the name that people know.
+    """Return a metric by its usual name, and its 95 % interval if it has a standard error.
 
     Args:
-        task: Its task.
-        name: As lm-eval has it: metric, comma, filter.
-        value: Of the metric.
-        values: All of the task, among them standard errors.
+        task: Name of the task.
+        name: lm-eval's name of the metric: metric, comma, filter.
+        value: Value of the metric.
+        values: All values of the task, among them standard errors.
+
+    Example:
+        >>> metric_with_interval("gsm8k", "exact_match,strict", 0.5, {})
+        {'gsm8k, exact_match (strict)': 0.5}
     """
     metric, _, kind = name.partition(",")
     label = f"{task}, {metric}" + ("" if kind == "none" else f" ({kind})")
     error = values.get(f"{metric}_stderr,{kind}")
-    if not isinstance(error, int | float):
+    if not isinstance(error, int | float):  # lm-eval 0.4 writes "N/A" for a metric without one
         return {label: value}
     return {label: value, f"{label}, 95 %": [value - Z_95 * error, value + Z_95 * error]}
 
 
 def torch_device(accelerator: str) -> str:
-    """torch's word for the device that Lightning's word means on this machine.
+    """Return the name in torch of a device that Lightning names.
 
     Args:
-        accelerator: auto, cpu, gpu, ...
+        accelerator: Lightning's name: auto, cpu or gpu.
+
+    Example:
+        >>> torch_device("cpu")
+        'cpu'
     """
     kind = torch.accelerator.current_accelerator()
     return "cpu" if accelerator == "cpu" or kind is None else kind.type

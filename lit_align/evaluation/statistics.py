@@ -1,4 +1,4 @@
-"""Statistics by which answers are judged: means with intervals, win rates, diversity, pass@k."""
+"""Statistics that compare responses: means with intervals, win rates, diversity, pass@k."""
 
 import json
 import math
@@ -10,64 +10,94 @@ import numpy as np
 from numpy.typing import NDArray
 
 ResponseRows = list[dict[str, object]]
-Statistics = dict[str, float | list[float]]  # by name; an interval stands under `<name>, 95 %`
+Statistics = dict[str, float | list[float]]  # by name; an interval has the key `<name>, 95 %`
 Interval = tuple[float, float]
 FloatArray = NDArray[np.float64]
 
 
 def read_predictions(file: Path) -> ResponseRows:
-    """The answers that a `predict` wrote."""
+    """Read the rows of `predictions.jsonl`, which `lit-align predict` writes."""
+    # str.splitlines would also split at U+2028, which JSON allows inside a text
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def mean(values: Sequence[float]) -> float:
-    """Their arithmetic mean."""
+    """Return the arithmetic mean of at least one value."""
     return sum(values) / len(values)
 
 
 def column_values(rows: ResponseRows, name: str) -> list[float]:
-    """A column of figures."""
+    """Return a column of numbers.
+
+    Example:
+        >>> column_values([{"score": 1}, {"score": 0.5}], "score")
+        [1.0, 0.5]
+    """
     return [float(str(row[name])) for row in rows]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of different ones among all runs of n words (arXiv:1510.03055); 0 if there is none."""
+    """Return the fraction of distinct n-grams of words (arXiv:1510.03055), 0 without n-grams.
+
+    Example:
+        >>> distinct_n(["a b a b"], 1)  # the words a and b among 4
+        0.5
+    """
     words = [text.split() for text in texts]
-    runs = [tuple(each[i : i + n]) for each in words for i in range(len(each) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else 0.0
+    ngrams = [tuple(each[i : i + n]) for each in words for i in range(len(each) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def distinct_2(rows: ResponseRows) -> float:
-    """Share of different ones among all pairs of neighbouring words."""
+    """Return the fraction of distinct pairs of neighboring words in all completions."""
     return distinct_n([str(row["completion"]) for row in rows], 2)
 
 
 def bootstrap_interval(values: Sequence[float], rounds: int = 2000) -> Interval:
-    """95 % interval of the mean, for example of paired differences."""
+    """Return the 95 % bootstrap interval of a mean, for example of paired differences.
+
+    Args:
+        values: Independent values, such as one per prompt.
+        rounds: Number of resampled means. The seed is fixed.
+
+    Example:
+        >>> bootstrap_interval([2.0, 2.0, 2.0], rounds=40)
+        (2.0, 2.0)
+    """
     rng = random.Random(0)
     means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(rounds))
     return means[rounds // 40], means[-rounds // 40]
 
 
 def pairwise_wins(scores: Sequence[float], others: Sequence[float]) -> list[float]:
-    """[N] 1 where an answer scores more than the other to the same prompt, 1/2 where both tie."""
+    """Return [N] wins: 1 if a response scores more than the other one, 0.5 for a tie, else 0.
+
+    Args:
+        scores: [N] scores.
+        others: [N] scores of the other model's responses to the same prompts.
+
+    Example:
+        >>> pairwise_wins([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])
+        [0.0, 0.5, 1.0]
+    """
     return [float(a > b) + 0.5 * (a == b) for a, b in zip(scores, others, strict=True)]
 
 
 def length_controlled_win_rate(
     wins: Sequence[float], lengths: Sequence[float], others: Sequence[float], rounds: int = 500
 ) -> tuple[float, Interval]:
-    """The win rate if both answered at the same length, and its 95 % bootstrap interval.
+    """Return the win rate at equal length, and its 95 % bootstrap interval.
 
-    A logistic regression of the wins on tanh of the difference in length, over its standard
-    deviation, read at 0 (arXiv:2404.04475 eq. 2, with one judge and without the term of the
-    instruction). A small ridge keeps it finite where every answer wins.
+    A logistic regression predicts the wins from tanh of the difference in length, divided by the
+    standard deviation of the differences. The win rate is its prediction at difference 0
+    (arXiv:2404.04475 eq. 2, with one judge and without the instruction's term). A small ridge
+    keeps it finite if every response wins.
 
     Args:
-        wins: [N] as `pairwise_wins` has it.
-        lengths: [N] tokens.
-        others: [N] tokens of the other's answers.
-        rounds: Of the bootstrap.
+        wins: [N] wins from 0 to 1, as `pairwise_wins` returns them.
+        lengths: [N] lengths in tokens.
+        others: [N] lengths of the other model's responses in tokens.
+        rounds: Number of resampled regressions. The seed is fixed.
     """
     y, difference = np.array(wins), np.array(lengths) - np.array(others)
     std = difference.std()
@@ -83,33 +113,44 @@ def length_controlled_win_rate(
 def fit_logistic(
     features: FloatArray, y: FloatArray, weights: FloatArray, ridge: float = 1e-2
 ) -> FloatArray:
-    """[rounds, 2] coefficients by Newton's method, one fit for each row of weights.
+    """Fit one logistic regression per row of weights; return [rounds, 2] coefficients.
 
     Args:
-        features: [N, 2].
-        y: [N] from 0 to 1.
-        weights: [rounds, N].
-        ridge: Pulls the coefficients towards 0.
+        features: [N, 2] features.
+        y: [N] targets from 0 to 1.
+        weights: [rounds, N] weight of each row in each regression.
+        ridge: L2 penalty, which keeps the coefficients of separable rows finite.
+
+    Example:
+        >>> halves = fit_logistic(np.ones((2, 2)), np.array([0.0, 1.0]), np.ones((1, 2)))
+        >>> halves.tolist()  # as many wins as losses: the log-odds are 0
+        [[0.0, 0.0]]
     """
     theta = np.zeros((len(weights), features.shape[1]))
-    for _ in range(40):
+    for _ in range(40):  # Newton's method
         p = 1 / (1 + np.exp(-theta @ features.T))
         gradient = (weights * (y - p)) @ features - ridge * theta
         curvature = np.einsum("rn,ni,nj->rij", weights * p * (1 - p), features, features)
         step = np.linalg.solve(curvature + ridge * np.eye(2), gradient[..., None])[..., 0]
-        theta += step.clip(-2, 2)
+        theta += step.clip(-2, 2)  # far from the optimum a full step may overshoot
         if np.abs(step).max() < 1e-10:
             break
     return theta
 
 
 def pass_at_k(k: int, num_correct: Sequence[int], num_samples: int) -> float:
-    """The chance that one of k answers is right, without bias (arXiv:2107.03374 eq. 1).
+    """Return the unbiased probability that one of k responses is correct.
+
+    The mean over prompts of arXiv:2107.03374 eq. 1.
 
     Args:
-        k: Answers that may be tried.
-        num_correct: Of each prompt, how many of its answers are right.
-        num_samples: Answers per prompt, at least k.
+        k: Number of responses that may be tried, at most `num_samples`.
+        num_correct: [B] number of correct responses per prompt.
+        num_samples: Number of responses per prompt.
+
+    Example:
+        >>> pass_at_k(2, [1], 4)  # 3 of the 6 pairs of responses have the correct one
+        0.5
     """
     num_subsets = math.comb(num_samples, k)
     return mean([1 - math.comb(num_samples - correct, k) / num_subsets for correct in num_correct])

@@ -11,7 +11,13 @@ from lit_align.terminal import strip_control_characters
 
 
 def completions_table(before: ResponseRows, after: ResponseRows, max_rows: int = 6) -> Table:
-    """The first answers of both, side by side."""
+    """Return a table with the first completions of two models side by side.
+
+    Args:
+        before: Rows of the first model.
+        after: Rows of the second model for the same prompts.
+        max_rows: Number of prompts that are shown.
+    """
     table = Table(title="Held-out prompts, before and after", show_lines=True)
     for name in ("prompt", "before", "reward", "after", "reward", "KL"):
         table.add_column(name, justify="right" if name in ("reward", "KL") else "left")
@@ -26,7 +32,7 @@ def completions_table(before: ResponseRows, after: ResponseRows, max_rows: int =
 
 
 def statistics_table(statistics: Mapping[str, float], title: str) -> Table:
-    """One figure a line."""
+    """Return a table with one statistic per line."""
     table = Table(title=title)
     for name in ("figure", "value"):
         table.add_column(name, justify="right" if name == "value" else "left")
@@ -36,15 +42,16 @@ def statistics_table(statistics: Mapping[str, float], title: str) -> Table:
 
 
 def comparison_table(names: Sequence[str], statistics: Mapping[str, Sequence[str]]) -> Table:
-    """A column per model, a line per figure.
+    """Return a table with a column per model and a line per statistic.
 
     Args:
-        names: Of the models.
-        statistics: By line, what stands under each model.
+        names: Names of the models.
+        statistics: Formatted value of each model, by the statistic's name.
     """
-    table = Table(title="The same prompts, answered by each")
+    table = Table(title="Responses to the same prompts")
     table.add_column("figure")
     for name in names:
+        # a hub id or a reward's name is a user's text: it must not be parsed as markup
         table.add_column(escape(strip_control_characters(name)), justify="right", overflow="fold")
     for name, values in statistics.items():
         table.add_row(escape(strip_control_characters(name)), *values)

@@ -1,7 +1,7 @@
 """Per-token estimates of KL(policy || reference) from the log-probs of sampled tokens.
 
-John Schulman's k1, k2 and k3 (joschu.net/blog/kl-approx.html). All are [N, R] -> [N, R], in nats,
-not clamped, and nothing in them is detached.
+The estimators k1, k2 and k3 of joschu.net/blog/kl-approx.html. They are elementwise, in nats, and
+neither clamp nor detach anything.
 """
 
 import torch
@@ -9,19 +9,51 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """logp - ref: unbiased, may be negative. The one to subtract from a reward."""
+    """Return the log-ratio logp - ref [N, R] in nats, the estimate to subtract from a reward.
+
+    It is unbiased and may be negative.
+
+    Args:
+        logprobs: [N, R] nats, under the policy.
+        ref_logprobs: [N, R] nats, under the reference.
+
+    Example:
+        >>> k1(torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -2.0])).tolist()
+        [0.5, -1.0]
+    """
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(logp - ref)^2 / 2: biased, never negative; its gradient is that of the KL, in expectation.
+    """Return (logp - ref)^2 / 2 [N, R], the estimate to add to a loss.
 
-    The one to add to a loss, as the gradient of k1 has expectation zero.
+    It is biased and never negative. Its expected gradient is the gradient of the KL. The expected
+    gradient of k1 is zero.
+
+    Args:
+        logprobs: [N, R] nats, under the policy.
+        ref_logprobs: [N, R] nats, under the reference.
+
+    Example:
+        >>> k2(torch.tensor([-1.0, -4.0]), torch.tensor([-1.5, -2.0])).tolist()
+        [0.125, 2.0]
     """
     return (logprobs - ref_logprobs).square() / 2
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(ref - logp) - (ref - logp) - 1: unbiased and never negative, arXiv:2402.03300 eq. 4."""
+    """Return exp(ref - logp) - (ref - logp) - 1 [N, R] in nats, arXiv:2402.03300 eq. 4.
+
+    It is unbiased and never negative.
+
+    Args:
+        logprobs: [N, R] nats, under the policy.
+        ref_logprobs: [N, R] nats, under the reference.
+
+    Example:
+        >>> k3(torch.tensor([0.25]).log(), torch.tensor([0.5]).log())  # 2 - log 2 - 1
+        tensor([0.3069])
+    """
     log_ratio = ref_logprobs - logprobs
+    # expm1 keeps the digits of nearly equal policies, where exp(x) - 1 would cancel
     return torch.expm1(log_ratio) - log_ratio

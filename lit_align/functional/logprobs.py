@@ -1,4 +1,7 @@
-"""Log-probabilities of chosen tokens without ever holding the logits of a whole batch."""
+"""Log-probs of chosen tokens, computed in chunks so that the logits of a batch never exist.
+
+T tokens, V vocabulary, H hidden size.
+"""
 
 from typing import Protocol
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_SIZE = 512  # tokens; with one temporary of equal size 1,024 x V exist at once
+CHUNK_SIZE = 512  # tokens; with one temporary of equal size 1,024 x V numbers exist at once
 BLOCK_SIZE = 16384  # rows of the weight whose gradient is added at once
 
 
@@ -18,22 +21,24 @@ def chosen_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token and entropy of the distribution it was chosen from.
+    """Return the log-prob of each token and the entropy of its distribution, [..] fp32 in nats.
 
-    The distribution is softmax(logits / temperature) with logits = hidden weight^T + bias, over
-    the whole vocabulary. At most 1,024 tokens x V logits exist at once: the backward pass computes
-    them again instead of keeping them.
+    The distribution is softmax(logits / temperature), logits = hidden weight^T + bias. At most
+    1,024 x V logits exist at once; backward computes them again. Gradients reach hidden, weight
+    and bias through the log-probs. The entropy is detached.
 
     Args:
-        hidden: [.., H] what the model's head sees at the position before each token.
-        weight: [V, H] of the head.
-        tokens: [..] ids, below V.
-        bias: [V] of the head.
-        temperature: Divides the logits.
+        hidden: [.., H] input of the head at the position before each token.
+        weight: [V, H] weight of the head.
+        tokens: [..] token ids, below V.
+        bias: [V] bias of the head. None means that it has none.
+        temperature: Divisor of the logits.
 
-    Returns:
-        logprobs [..] and entropy [..], both fp32 and in nats. Gradients reach hidden, weight and
-        bias through logprobs; entropy is detached.
+    Example:
+        >>> hidden, weight = torch.tensor([[3.0]]).log(), torch.tensor([[0.0], [1.0]])
+        >>> logprobs, _ = chosen_logprobs(hidden, weight, torch.tensor([1]))
+        >>> logprobs.exp()  # logits 0 and log 3
+        tensor([0.7500])
     """
     logprobs, entropy = _ChosenLogprobs.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1), temperature
@@ -42,7 +47,7 @@ def chosen_logprobs(
 
 
 class _AutogradContext(Protocol):
-    """The thread from the forward to the backward pass."""
+    """Type of the `ctx` argument of an autograd function."""
 
     temperature: float
     saved_tensors: tuple[Tensor, ...]
@@ -53,7 +58,7 @@ class _AutogradContext(Protocol):
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """T tokens: keeps its inputs and one fp32 number per token, its log-sum-exp."""
+    """Log-probs and entropy [T]; saves its inputs and one log-sum-exp per token for backward."""
 
     @staticmethod
     def forward(
@@ -77,9 +82,10 @@ class _ChosenLogprobs(torch.autograd.Function):
             log_normalizer[rows] = row_max + log_total
             chosen = logits.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
             logprobs[rows] = chosen - log_total
-            exp_logits *= logits.clamp_(min=torch.finfo(logits.dtype).min)  # 0 x -inf
+            # a token with logit -inf has probability 0, and 0 x -inf would be NaN
+            exp_logits *= logits.clamp_(min=torch.finfo(logits.dtype).min)
             entropy[rows] = log_total - exp_logits.sum(-1) / total
-            del logits, exp_logits  # before the next chunk's are made
+            del logits, exp_logits  # else the next chunk would be a third tensor of their size
         ctx.save_for_backward(hidden, weight, bias, tokens, log_normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -101,6 +107,7 @@ class _ChosenLogprobs(torch.autograd.Function):
             error = _logits(hidden[rows], head, bias, ctx.temperature)
             error.sub_(log_normalizer[rows].unsqueeze(-1)).exp_()
             error.scatter_add_(-1, tokens[rows].unsqueeze(-1), -torch.ones_like(error[:, :1]))
+            # `scale` multiplies the small side of each product, not the [chunk, V] error
             scale = grad_logprobs[rows].unsqueeze(-1).to(error.dtype) / -ctx.temperature
             if grad_bias is not None:
                 grad_bias += _matmul(error.T, scale).squeeze(-1)
@@ -109,20 +116,24 @@ class _ChosenLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = _matmul(error, head).mul_(scale)
             if grad_weight is not None:
                 _add_matmul(grad_weight, error.T, (hidden[rows] * scale).to(head.dtype))
-            del error  # before the next chunk's is made
+            del error  # else two chunks would exist at once
         return grad_hidden, _cast_like(grad_weight, weight), _cast_like(grad_bias, bias), None, None
 
 
 def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[n, V] logits / temperature of single tokens, the largest of a row moved to 0.
+    """Return logits / temperature [n, V] of single tokens, minus the largest of each row.
 
-    The same arithmetic as in `chosen_logprobs`, for whoever samples.
+    The arithmetic is the arithmetic of `chosen_logprobs`, so that sampling and scoring agree.
 
     Args:
-        hidden: [n, H] what the model's head sees.
-        head: [V, H] of `head_matmul_weight`.
-        bias: [V] of the head.
-        temperature: Divides the logits.
+        hidden: [n, H] input of the head.
+        head: [V, H] result of `head_matmul_weight`.
+        bias: [V] bias of the head. None means that it has none.
+        temperature: Divisor of the logits.
+
+    Example:
+        >>> head_logits(torch.tensor([[1.0]]), torch.tensor([[1.0], [3.0]]), None, 2.0).tolist()
+        [[-1.0, 0.0]]
     """
     logits = _logits(hidden, head, bias, temperature)
     _subtract_row_max(logits)
@@ -130,7 +141,18 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: 
 
 
 def head_matmul_weight(weight: Tensor) -> Tensor:
-    """[V, H] the head's weight as the products take it; fp32 unless a GPU sums halves in fp32."""
+    """Return the weight of the head [V, H] in the dtype of its matrix products.
+
+    Half precision stays on a GPU, which sums its products in fp32. On other devices it becomes
+    fp32.
+
+    Args:
+        weight: [V, H] weight of the head.
+
+    Example:
+        >>> head_matmul_weight(torch.ones(2, 3, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return weight.to(_matmul_dtype(weight))
 
 
@@ -143,23 +165,23 @@ def _cast_like(grad: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """At least fp32; half-precision factors with fp32 sums exist on a GPU only."""
+    """Return the dtype of the factors: half precision on a GPU, else at least fp32."""
     half = _has_fp32_accumulation(hidden.device) and hidden.dtype in (torch.bfloat16, torch.float16)
     return hidden.dtype if half else _sum_dtype(hidden)
 
 
 def _has_fp32_accumulation(device: torch.device) -> bool:
-    """Whether a device multiplies halves with sums in fp32."""
+    """Return True if the device multiplies half precision with sums in fp32."""
     return device.type == "cuda"
 
 
 def _sum_dtype(hidden: Tensor) -> torch.dtype:
-    """What sums are kept in: fp32, or float64 where the network is."""
+    """Return the dtype of sums: float64 for a float64 network, else fp32."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[n, H] x [V, H] -> [n, V], over the temperature."""
+    """Return the logits over the temperature, [n, H] x [V, H] -> [n, V]."""
     logits = _matmul(hidden, head.T)
     if bias is not None:
         logits += bias
@@ -169,23 +191,23 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: floa
 
 
 def _subtract_row_max(logits: Tensor) -> Tensor:
-    """Moves the largest of each row of [n, V] to 0; what it was, [n]."""
+    """Subtract the maximum of each row of [n, V] in place and return the maxima [n]."""
     row_max = logits.amax(-1, keepdim=True)
     logits.sub_(row_max)
     return row_max.squeeze(-1)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """[n, m] x [m, k] -> [n, k]: factors in the dtype of `right`, sums in fp32, no autocast."""
+    """Return left @ right [n, k] with factors in the dtype of `right` and sums in fp32."""
     left = left.to(right.dtype)
-    with torch.autocast(left.device.type, enabled=False):
+    with torch.autocast(left.device.type, enabled=False):  # it would round the sums
         if right.dtype in (torch.float32, torch.float64):
             return left @ right
         return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to `total`, with no second tensor of its size."""
+    """Add left @ right to `total` without a second tensor of its size."""
     if right.dtype == total.dtype:
         with torch.autocast(left.device.type, enabled=False):
             total.addmm_(left, right)

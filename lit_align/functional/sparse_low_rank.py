@@ -1,4 +1,7 @@
-"""Products with W = scale B A + S without keeping W (SLTrain, arXiv:2406.02214)."""
+"""Products with W = scale B A + S that do not keep W (SLTrain, arXiv:2406.02214).
+
+A and B are low-rank factors, S is sparse with nnz entries.
+"""
 
 from typing import Protocol
 
@@ -15,17 +18,23 @@ def sparse_low_rank(
     sparse_index: Tensor,
     scale: float,
 ) -> Tensor:
-    """[.., out] inputs W^T, in the dtype of `inputs` or autocast's.
+    """Return inputs W^T [.., out], in the dtype of `inputs` or of autocast.
 
-    W is put together twice, forward and backward; kept between them are the arguments alone.
+    Forward and backward build W, and only the arguments are saved between them.
 
     Args:
-        inputs: [.., in].
-        lora_a: [rank, in].
-        lora_b: [out, rank].
-        sparse_value: [nnz].
-        sparse_index: [nnz] positions in the flattened weight, each once.
-        scale: Of the low-rank part.
+        inputs: [.., in] input of the layer.
+        lora_a: [rank, in] factor A.
+        lora_b: [out, rank] factor B.
+        sparse_value: [nnz] entries of S.
+        sparse_index: [nnz] distinct positions of the entries in the flattened weight.
+        scale: Factor on the low-rank part.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [2.0]])
+        >>> value, index = torch.tensor([5.0]), torch.tensor([1])  # W = [[1, 5], [2, 0]]
+        >>> sparse_low_rank(torch.tensor([[1.0, 1.0]]), a, b, value, index, scale=1.0).tolist()
+        [[6.0, 2.0]]
     """
     kind = inputs.device.type
     if torch.is_autocast_enabled(kind):
@@ -39,14 +48,19 @@ def sparse_low_rank(
 def dense_weight(
     lora_a: Tensor, lora_b: Tensor, sparse_value: Tensor, sparse_index: Tensor, scale: float
 ) -> Tensor:
-    """[out, in] W = scale B A + S.
+    """Return W = scale B A + S [out, in].
 
     Args:
-        lora_a: [rank, in].
-        lora_b: [out, rank].
-        sparse_value: [nnz].
-        sparse_index: [nnz] positions in the flattened weight, each once.
-        scale: Of the low-rank part.
+        lora_a: [rank, in] factor A.
+        lora_b: [out, rank] factor B.
+        sparse_value: [nnz] entries of S.
+        sparse_index: [nnz] distinct positions of the entries in the flattened weight.
+        scale: Factor on the low-rank part.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]])
+        >>> dense_weight(a, b, torch.tensor([7.0]), torch.tensor([3]), scale=2.0).tolist()
+        [[2.0, 4.0], [0.0, 7.0]]
     """
     weight = lora_b @ (scale * lora_a)
     weight.view(-1).index_add_(0, sparse_index, sparse_value.to(weight.dtype))
@@ -54,24 +68,34 @@ def dense_weight(
 
 
 def num_sparse(rows: int, columns: int, density: float) -> int:
-    """nnz, how many entries of a weight [rows, columns] the sparse part holds.
+    """Return nnz, the number of sparse entries of a weight [rows, columns].
 
-    Multiplied in the paper's order: 0.01 x 29 x 100 rounds to 28, and 0.01 x (29 x 100) to 29.
+    Args:
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+        density: Fraction of the entries that are sparse entries.
+
+    Example:
+        >>> num_sparse(200, 50, density=0.03)
+        300
     """
+    # The order of the factors is the paper's: 0.01 x 29 x 100 rounds to 28, 0.01 x (29 x 100) to 29.
     return int(density * rows * columns)
 
 
-# An operator of its own, since the number of draws depends on values, which fake tensors lack.
-@torch.library.custom_op("lit_align::draw_support", mutates_args=())
-def draw_support(values: Tensor, size: int, seed: int | None) -> Tensor:
-    """[nnz] distinct positions below `size`, ascending; every set of them is equally likely.
+def _draw_support(values: Tensor, size: int, seed: int | None) -> Tensor:
+    """Draw nnz distinct positions below `size`, ascending; every set of them is equally likely.
 
-    Drawn on the CPU, so that a seed means the same on every device.
+    The random numbers are made on the CPU, so that a seed means the same on every device.
 
     Args:
-        values: [nnz], what will stand there.
-        size: Entries of the weight.
-        seed: Below 2^63; None draws from torch's own generator.
+        values: [nnz] entries for the positions. Only their number and device matter.
+        size: Number of entries of the weight.
+        seed: Seed below 2^63. None draws from the default generator of torch.
+
+    Example:
+        >>> draw_support(torch.empty(4), 4, seed=0).tolist()
+        [0, 1, 2, 3]
     """
     generator, num_values = torch.default_generator, len(values)
     if seed is not None:
@@ -88,17 +112,23 @@ def draw_support(values: Tensor, size: int, seed: int | None) -> Tensor:
     return positions.to(values.device, _index_dtype(size))
 
 
+# An operator of its own: the number of draws depends on values, which fake tensors do not have.
+# Applied to a named function, since doctest does not look into an operator.
+draw_support = torch.library.custom_op("lit_align::draw_support", _draw_support, mutates_args=())
+
+
 @draw_support.register_fake
 def _(values: Tensor, size: int, seed: int | None) -> Tensor:
     return values.new_empty(values.shape, dtype=_index_dtype(size))
 
 
 def _index_dtype(size: int) -> torch.dtype:
+    """Return the smallest dtype that holds positions below `size`."""
     return torch.int32 if size < 2**31 else torch.int64
 
 
 class _AutogradContext(Protocol):
-    """The thread from the forward to the backward pass."""
+    """Type of the `ctx` argument of an autograd function."""
 
     scale: float
     saved_tensors: tuple[Tensor, ...]
@@ -108,7 +138,7 @@ class _AutogradContext(Protocol):
 
 
 class _SparseLowRank(torch.autograd.Function):
-    """x W^T; keeps x and the parts of W, and puts W together once more in backward."""
+    """The product x W^T, which saves x and the parts of W and builds W again in backward."""
 
     @staticmethod
     def forward(
@@ -139,7 +169,7 @@ class _SparseLowRank(torch.autograd.Function):
         if not any(needs_parts):
             return grad_inputs, None, None, None, None, None
         rows, grads = inputs.reshape(-1, a.shape[1]), grad.reshape(-1, b.shape[0])
-        grad_weight = grads.T @ rows  # [out, in]; W has gone by now
+        grad_weight = grads.T @ rows  # [out, in]; W is freed, so one dense matrix exists at a time
         grad_a = (scale * (b.T @ grad_weight)).to(lora_a.dtype)
         grad_b = (grad_weight @ (scale * a).T).to(lora_b.dtype)
         grad_value = grad_weight.view(-1).index_select(0, sparse_index).to(sparse_value.dtype)

@@ -1,4 +1,4 @@
-"""A Hugging Face network in our hands: loading, padding, sharding, saving. Heads stand above."""
+"""A Hugging Face network: loading, hidden states, sharding, saving. Subclasses add the head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 
 from lit_align.batches import Experience, TextBatch
@@ -26,14 +26,14 @@ from lit_align.models.adapters.sparse_lora import (
     merge_sparse_update,
 )
 from lit_align.models.adapters.switching import AdapterSwitching
-from lit_align.models.hidden_states import packed_hidden_states, padded_hidden_states
+from lit_align.models.hidden_states import all_hidden_states, select_hidden_states
 from lit_align.models.kernels.compile import compile_blocks
-from lit_align.models.kernels.packing import is_trimmed
 from lit_align.models.kernels.rms_norm import replace_rms_norms
 from lit_align.models.kernels.varlen_attention import enable_packing
 from lit_align.models.parallel.sharding import ShardingConfig, ShardState, gather_weights, shard
 from lit_align.models.sltrain import SLTrain, densify_state_dict
 from lit_align.models.weights.loading import (
+    build_network,
     check_adapter_task,
     load_network,
     resolve_dtype,
@@ -48,38 +48,36 @@ Result = TypeVar("Result")
 
 
 class Backbone(nn.Module):
-    """A network from the hub, from a folder, or from random weights; dropout is switched off.
+    """A network from the hub, from a folder or with random weights. Dropout is set to 0.
 
-    Whatever uses the weights runs inside `forward`, so that sharded weights are whole there.
-    Built inside a `torch.device("meta")` context, a network reads its weights from their files when
-    it is sharded. Buffers and new weights (heads, adapters) always get their values at once.
+    Code that uses the weights runs inside `forward`, where FSDP2 gathers sharded weights. A network
+    that is built in a `torch.device("meta")` context reads its weights when it is sharded. Buffers
+    and new weights (heads, adapters) get their values at once.
 
     Args:
-        path: Hub id or folder of the weights; an adapter's folder is merged into its base.
-        config: Architecture (`model_type` and its fields) to train from random weights where no
-            path is given.
-        lora: Low-rank adapter; without one all weights train.
-        dtype: Data type of the weights; by default what `trainer.precision` says.
-        attn_implementation: sdpa, eager, flash_attention_2, ...; by default
-            the best that transformers has for the architecture.
+        path: Hub id or folder of the weights. An adapter's folder is merged into its base.
+        config: Architecture of random weights (`model_type` and its fields), if path is null.
+        lora: Low-rank adapter. Default: none, so that all weights train.
+        dtype: Data type of the weights. Default: that of `trainer.precision`.
+        attn_implementation: sdpa, eager, flash_attention_2, ... Default: transformers' choice.
         activation_checkpointing: Keep only the blocks' inputs and recompute the rest in backward.
-        revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run code that comes with the weights.
-        sltrain: Trains the blocks' weights as low-rank plus sparse ones; with a config alone.
-        quantization: Codes the frozen weights of the blocks in 8 or 4 bits; with adapters alone.
-        compile: Compile the blocks: for a GPU, whose first steps then take a minute longer.
+        revision: Branch, tag or commit on the hub. Default: the main branch.
+        trust_remote_code: Run code from the folder of the weights.
+        sltrain: Low-rank plus sparse weights in the blocks. Requires config instead of path.
+        quantization: Store the blocks' frozen weights in 8 or 4 bits. Requires adapters.
+        compile: Compile the blocks, for a GPU. The first steps take about a minute longer.
     """
 
-    auto_class: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the wanted head
-    head_name: ClassVar[str]  # the head's name for people: language or score
-    new_weights: ClassVar[tuple[str, ...]] = ()  # what a checkpoint may lack
-    config_overrides: ClassVar[dict[str, Any]] = {}  # what the head asks of the configuration
-    always_adapted: ClassVar[bool] = False  # whether it has adapters also where no `lora` is given
+    auto_class: ClassVar[type[_BaseAutoModelClass]]  # transformers' class with the same head
+    head_name: ClassVar[str]  # language or score, for the role table
+    new_weights: ClassVar[tuple[str, ...]] = ()  # weights that `path` may lack
+    config_overrides: ClassVar[dict[str, Any]] = {}  # configuration values that the head needs
+    always_adapted: ClassVar[bool] = False  # True if there are adapters without `lora`, too
 
-    missing_weights: tuple[str, ...] | list[str] = ()  # not in the path: random
+    missing_weights: tuple[str, ...] | list[str] = ()  # not in `path`, initialized randomly
     network: PreTrainedModel
-    adapted: PeftModel | None  # peft's view of the network
-    task_type: str  # peft's name of the task_type
+    adapted: PeftModel | None  # peft's wrapper of `network`, with the same weights
+    task_type: str  # peft's name of the task
     shard_state: ShardState  # set when the network is loaded, and by `shard`
 
     def __init__(
@@ -108,7 +106,8 @@ class Backbone(nn.Module):
         self.shard_state = ShardState()
         self.is_compiled = compile
         is_meta = torch.get_default_device().type == "meta"
-        self.defers_loading = is_meta and quantization is None  # codes are made of whole weights
+        # quantization needs unsharded weights, so it reads them at once
+        self.defers_loading = is_meta and quantization is None
         with torch.device("cpu"):
             self.build(config, lora, dtype, activation_checkpointing, quantization)
             if sltrain is not None:
@@ -124,14 +123,14 @@ class Backbone(nn.Module):
         activation_checkpointing: bool,
         quantization: Quantization | None,
     ) -> None:
-        """Load the network and adapt it; the arguments are the constructor's."""
+        """Load the network and add its adapters. The arguments are the constructor's."""
         self.network, self.missing_weights = self.load_or_init(config, resolve_dtype(dtype))
         replace_rms_norms(self.network)
-        self.uses_packing = enable_packing(self.network)  # reads texts one behind the other
-        self.network.train()  # blocks are recomputed in this mode alone; dropout is off anyway
-        if (
-            activation_checkpointing
-        ):  # before the adapters: peft then lets the inputs require gradients
+        self.uses_packing = enable_packing(self.network)
+        # transformers recomputes blocks in training mode only; dropout is 0 in either mode
+        self.network.train()
+        if activation_checkpointing:
+            # before adapters are added, as peft then lets the blocks' inputs require gradients
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         if quantization is not None:
             quantization.replace_linears(self.blocks)
@@ -148,34 +147,28 @@ class Backbone(nn.Module):
         sltrain: SLTrain | None,
         quantization: Quantization | None,
     ) -> None:
-        """Refuse arguments of the constructor that cannot be combined."""
+        """Raise a `UserError` for arguments of the constructor that cannot be combined."""
         if path is None and config is None:
-            raise UserError(f"{type(self).__name__} needs a path, or a config to start from.")
+            raise UserError(f"{type(self).__name__} has neither path nor config. Set one of them.")
         if sltrain is not None:
             sltrain.check_compatible(path)
         if quantization is None:
             return
         if sltrain is not None:
-            raise UserError("SLTrain trains all weights, and quantized ones are frozen: drop one.")
+            raise UserError("sltrain and quantization cannot be combined. Remove one of them.")
         if lora is None and not self.always_adapted:
-            raise UserError(
-                "A quantized base is frozen, so there would be nothing to train: add lora, or "
-                "leave quantization out."
-            )
-        if isinstance(lora, SparseLowRankAdapter):
-            raise UserError(
-                "SparseLowRankAdapter saves its update in whole weights, and a quantized base has "
-                "none: take LoRA."
-            )
+            raise UserError("quantization freezes all weights. Set lora, or remove quantization.")
+        if isinstance(lora, SparseLowRankAdapter):  # it saves its update in the base's weights
+            raise UserError("SparseLowRankAdapter and quantization cannot be combined. Use LoRA.")
 
     def load_or_init(
         self, config: dict[str, Any] | None, dtype: torch.dtype
     ) -> tuple[PreTrainedModel, list[str]]:
-        """The network, and what its path lacked; random weights where there is no path.
+        """Return the network and the names of weights that its path lacks.
 
         Args:
-            config: As given.
-            dtype: Of the weights.
+            config: Architecture of random weights, used if there is no path.
+            dtype: Data type of the weights.
         """
         attn_implementation, revision, trust = self.load_options.values()
         options = {"dtype": dtype, "trust_remote_code": trust}
@@ -183,8 +176,7 @@ class Backbone(nn.Module):
             options["attn_implementation"] = attn_implementation
         configure = partial(without_dropout, overrides=self.config_overrides)
         if self.path is None:
-            settings = configure(AutoConfig.for_model(**(config or {})))
-            return self.auto_class.from_config(settings, **options), []
+            return build_network(self.auto_class, self.name, config or {}, configure, options), []
         options["revision"] = revision
         check_adapter_task(self.path, self.task_type)
         network, missing, files = load_network(
@@ -194,72 +186,75 @@ class Backbone(nn.Module):
         return network, missing
 
     def add_adapters(self, lora: LoRA | None) -> PeftModel | None:
-        """Puts the adapter into the network; peft's view of it."""
+        """Add the adapter to the network and return peft's wrapper; None without `lora`."""
         return lora.apply_to(self.network, self.task_type) if lora else None
 
     @property
     def adapters(self) -> AdapterSwitching:
-        """The adapters of the network, to activate, disable or load them."""
+        """Return the object that activates, disables and loads adapters."""
         return AdapterSwitching(self)
 
     def forward(
         self, compute: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
     ) -> Result:
-        """`compute` where the weights are whole: the one way into a sharded network."""
+        """Return the result of `compute`, which runs with unsharded weights.
+
+        FSDP2's hooks gather weights around `forward`, so all computation must go through it.
+        """
         return compute(*args, **kwargs)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, from first to last."""
-        # the classes that `device_map` may not split (transformers 5.23)
+        """Return the transformer blocks, from first to last."""
+        # private: the classes that `device_map` may not split (transformers 5.23)
         names = set(self.network._no_split_modules or ())
         return [module for module in self.modules() if type(module).__name__ in names]
 
     @property
     def vocab_size(self) -> int:
-        """V, token ids that the input embedding knows."""
+        """Return V, the number of rows of the input embedding."""
         size: int = self.network.get_input_embeddings().weight.shape[0]
         return size
 
     @property
     def fingerprint(self) -> float:
-        """A number that other frozen weights are very unlikely to have, however they are split."""
+        """Return a number that identifies the frozen weights, for any sharding."""
         sums = [w.detach().double().sum() for w in self.parameters() if not w.requires_grad]
         return sum(float(s.full_tensor() if isinstance(s, DTensor) else s) for s in sums)
 
     def verify_weights(self) -> None:
-        """Refuses weights that this kind of network could not serve with; all do by default."""
+        """Raise a `UserError` for weights that this kind of network does not support."""
 
     @property
     def stop_ids(self) -> list[int]:
-        """The generation configuration's end tokens; the tokenizer may know more."""
+        """Return the stop tokens of the generation configuration. The tokenizer may have more."""
         generation = getattr(self.network, "generation_config", None) or GenerationConfig()
         stops = generation.eos_token_id
         return [stops] if isinstance(stops, int) else list(stops or [])
 
     def hidden_states(self, batch: Experience | TextBatch) -> Tensor:
-        """[N, T, H]: the trunk's last hidden state; at padding, the one of the nearest token.
+        """Return the last hidden states [N, T, H]. Values at padding have no meaning.
 
-        Positions count from the first real token of each text.
+        Args:
+            batch: N texts of T tokens.
         """
-        if not self.uses_packing or not is_trimmed(batch):
-            return padded_hidden_states(self.network, batch)
-        row, unpack_index = packed_hidden_states(self.network, batch)
-        return row.index_select(0, unpack_index).view(*batch.tokens.shape, -1)
+        return all_hidden_states(self.network, batch, self.uses_packing)
 
     def hidden_states_at(self, batch: Experience | TextBatch, index: Tensor) -> Tensor:
-        """[n, H]: those at [n] places in [N * T]."""
-        if not self.uses_packing or not is_trimmed(batch):
-            return padded_hidden_states(self.network, batch).flatten(0, 1).index_select(0, index)
-        row, unpack_index = packed_hidden_states(self.network, batch)
-        return row.index_select(0, unpack_index.index_select(0, index))
+        """Return the last hidden states [n, H] at some tokens.
+
+        Args:
+            batch: N texts of T tokens.
+            index: [n] positions of the tokens in [N * T].
+        """
+        return select_hidden_states(self.network, batch, self.uses_packing, index)
 
     def shard(self, mesh: DeviceMesh, config: ShardingConfig) -> None:
-        """Split the weights over the ranks of a mesh, and load those that are still in their files.
+        """Shard the weights over the ranks of a mesh, and read those that are still on meta.
 
         Args:
             mesh: Lightning's mesh with a tensor-parallel size of 1, or a mesh of replicas x shards.
-            config: Settings of the split.
+            config: Settings of the sharding.
         """
         files = self.shard_state.weight_files
         if config.activation_checkpointing:
@@ -268,28 +263,27 @@ class Backbone(nn.Module):
                 compile_blocks(self.blocks, uses_checkpointing=True)
         self.shard_state = shard(self, self.blocks, mesh, config)
         if files is not None:
-            kind = (
-                "cpu" if config.cpu_offload else mesh.device_type
-            )  # its current one, as in fully_shard
-            load_shards(self.network, files, torch.device(kind))
+            # without an index this is the current device, as in torch's fully_shard
+            device = torch.device("cpu" if config.cpu_offload else mesh.device_type)
+            load_shards(self.network, files, device)
 
     @contextmanager
     def gather_weights(self) -> Iterator[Self]:
-        """Generate in eval mode, from the unsharded weights if they fit in memory."""
+        """Gather the weights if they fit in memory, and use eval mode, within the context."""
         with gather_weights(self, self.shard_state.decide_gather(self, self.name)):
             yield self
 
     @property
     def saves_full_model(self) -> bool:
-        """Whether its folder holds a whole model, and not an adapter that needs its base."""
+        """Return True if `save` writes a full model, False if it writes an adapter."""
         return self.adapted is None or has_sparse_adapter(self.network)
 
     def save(self, folder: Path, is_main_process: bool = True) -> None:
-        """Writes what transformers (or, for an adapter, peft) loads by itself.
+        """Write a folder that transformers loads, or peft if it is an adapter.
 
         Args:
-            folder: Where; created if it is not there.
-            is_main_process: Whether this process writes; all of them gather sharded weights.
+            folder: Folder, created if missing.
+            is_main_process: True on the rank that writes. All ranks gather, so all must call it.
         """
         adapter = None if self.saves_full_model else self.adapted
         model = adapter or self.network

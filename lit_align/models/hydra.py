@@ -1,4 +1,4 @@
-"""Four roles on one trunk: adapters make the actor and the critic, the base is both others."""
+"""Four roles on one frozen base: two adapters are actor and critic (arXiv:2309.00754)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ ACTOR, CRITIC = "actor", "critic"
 
 
 class Hydra(PolicyWithRewardHead):
-    """A frozen two-headed base; adapters make it the actor and the critic (arXiv:2309.00754).
+    """A frozen two-headed base with an actor and a critic adapter (arXiv:2309.00754).
 
-    Both off, the language head is the reference and the score head the reward model. The value
-    head is the critic's own copy of the score head. Each method puts on the adapter that it
-    needs and leaves it on, since backward needs it, too: run backward before the next call.
+    With both adapters disabled, the language head is the reference model and the score head is the
+    reward model. The value head is the critic's own copy of the score head. Each method sets the
+    adapter that it needs and keeps it active, because the backward pass needs it, too. Run
+    backward before the next call.
 
     Args:
-        path: Hub id or folder of a two-headed model, as Hydra-SFT makes it.
-        lora: Size of the adapters; by default the paper's rank, 128.
+        path: Hub id or folder of a two-headed model, as Hydra-SFT saves it.
+        lora: Settings of both adapters. Default: rank 128, as in the paper.
     """
 
     new_weights: ClassVar[tuple[str, ...]] = ()  # the reward head must have been trained
@@ -36,13 +37,16 @@ class Hydra(PolicyWithRewardHead):
     critic_adapter: ClassVar[str] = CRITIC  # the adapter that the value head belongs to
 
     def add_adapters(self, lora: LoRA | None) -> PeftModel:
-        """Puts two adapters into the network, and a value head beside the reward head."""
+        """Add two adapters to the network, and a value head.
+
+        Args:
+            lora: Settings of both adapters. None: rank 128.
+        """
         lora, heads = lora or LoRA(r=128, lora_alpha=128), ["score"]
         if lora.modules_to_save:
             raise UserError(
-                f"Hydra's base serves four roles and stays as it is: "
-                f"leave out lora.modules_to_save "
-                f"{lora.modules_to_save}."
+                f"Hydra does not support lora.modules_to_save, found {lora.modules_to_save}: "
+                f"the base model must stay frozen. Remove it."
             )
         actor = lora.peft_config(
             self.task_type, heads if self.is_joint else None, exclude_modules=heads
@@ -52,11 +56,15 @@ class Hydra(PolicyWithRewardHead):
             adapted.add_adapter(CRITIC, lora.peft_config("SEQ_CLS", heads, exclude_modules=heads))
         for adapter, settings in adapted.peft_config.items():
             adapted.set_requires_grad(adapter, True)
-            settings.exclude_modules = None  # peft has listed the layers: where it loads is no head
+            settings.exclude_modules = None  # as in `PolicyWithRewardHead.add_adapters`
         return upcast_modules_to_save(adapted)
 
     def adapter_weights(self, adapter: str) -> list[nn.Parameter]:
-        """What trains with an adapter: its low-rank factors, and its copy of the head."""
+        """Return the weights that train with an adapter: low-rank factors and its copy of the head.
+
+        Args:
+            adapter: `actor` or `critic`.
+        """
         return [
             weight
             for name, weight in self.network.named_parameters()
@@ -64,42 +72,60 @@ class Hydra(PolicyWithRewardHead):
         ]
 
     def role(self, name: str, adapter: str, head: str) -> Role:
-        """A role on this network.
+        """Return a role of this network.
 
         Args:
-            name: Of the role.
-            adapter: The one that is on, or `off`.
-            head: language, score or value.
+            name: Name of the role.
+            adapter: Active adapter, or `off` if both are disabled.
+            head: Head of the role: language, score or value.
         """
-        parts = {"trunk", adapter, head}
+        parts = {"backbone", adapter, head}
         named = self.network.named_parameters()
         return Role(name, self, adapter, head, [p for n, p in named if parameter_part(n) in parts])
 
     def generate(self, *args: Any, **kwargs: Any) -> Responses:
-        """The actor's answers."""
+        """Sample the actor's responses; see `Policy.generate`."""
         self.adapters.set_adapter(ACTOR)
         return super().generate(*args, **kwargs)
 
     def logprobs_and_entropy(self, batch: Experience | TextBatch) -> tuple[Tensor, Tensor]:
-        """([N, R], [N, R]) nats: log-probs and entropy of the actor, or of the base."""
+        """Return log-probs and entropy (nats) of the actor, both [N, R].
+
+        While adapters are disabled they are those of the reference model.
+
+        Args:
+            batch: N rows with R tokens that can be scored.
+        """
         self.adapters.set_adapter(ACTOR)
         return super().logprobs_and_entropy(batch)
 
     def state_values(self, batch: Experience) -> Tensor:
-        """[N, R] the critic's number before each token is chosen; 0 off the mask."""
+        """Return the critic's V(s_t) for each response token, [N, R]; 0 where masked.
+
+        Args:
+            batch: N rows with responses of R tokens.
+        """
         self.adapters.set_adapter(self.critic_adapter)
         return values_before_tokens(
             self(lambda: self.token_scores(self.hidden_states(batch))), batch
         )
 
     def logprobs_entropy_and_values(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropy (nats) and state values, each [N, R], from one pass of one adapter."""
+        """Return log-probs, entropy (nats) and state values, each [N, R], from one pass.
+
+        Args:
+            batch: N rows with responses of R tokens.
+        """
         self.adapters.set_adapter(ACTOR)
         logprobs, entropy, values = self(self._logprobs_entropy_and_values, batch)
         return logprobs, entropy, values_before_tokens(values, batch)
 
     def scores_and_ref_logprobs(self, batch: Experience) -> tuple[Tensor, Tensor]:
-        """([N], [N, R]): scores and the reference's log-probs (nats), from one pass."""
+        """Return scores [N] and reference log-probs [N, R] (nats) of the base, from one pass.
+
+        Args:
+            batch: N rows with responses of R tokens.
+        """
         with self.adapters.disabled():
             logprobs, _, values = self(self._logprobs_entropy_and_values, batch)
         return values_at_last_token(values, batch), logprobs
@@ -110,15 +136,28 @@ class Hydra(PolicyWithRewardHead):
 
 
 def parameter_part(name: str) -> str:
-    """Which part of a Hydra a parameter belongs to: an adapter, the score head or the trunk."""
+    """Return the part of a Hydra that a parameter belongs to: an adapter, `score` or `backbone`.
+
+    Args:
+        name: Name of the parameter in the network.
+
+    Example:
+        >>> parameter_part("model.layers.0.mlp.up_proj.lora_A.critic.weight")
+        'critic'
+        >>> parameter_part("score.original_module.weight")
+        'score'
+    """
     for adapter in (ACTOR, CRITIC):
         if f".{adapter}." in name:
             return adapter
-    return "score" if name.startswith("score.") else "trunk"
+    return "score" if name.startswith("score.") else "backbone"
 
 
 class JointHydra(Hydra):
-    """One adapter for actor and critic: one pass for both, and they disturb each other."""
+    """A Hydra with one adapter for actor and critic (joint Hydra-PPO, arXiv:2309.00754).
+
+    One pass serves both losses, but each loss also changes the other role.
+    """
 
     is_joint = True
     critic_adapter = ACTOR

@@ -1,4 +1,4 @@
-"""Adapters written into the weights that they change, in float32 and in a copy."""
+"""Merge an adapter into a copy of its base, in float32."""
 
 from copy import deepcopy
 
@@ -10,19 +10,19 @@ from lit_align.models.weights.quantization import QuantizedLinear
 
 
 def merge_adapter(network: Backbone, adapter: str) -> PreTrainedModel:
-    """A plain network that computes what the adapted one does with this adapter on.
+    """Return a plain network that computes what `network` computes with this adapter active.
 
-    W + scale B A is computed in float32 (or in the weights' own type, if that is finer) and rounded
-    once; where W is quantized, of what its codes stand for. The network itself, whose base may
-    serve other roles, stays as it is.
+    W + scale B A is computed in float32, or in the weights' own type if that is more exact, and
+    rounded once. Quantized weights are dequantized before. `network` is not changed, because its
+    base may serve other roles.
 
     Args:
-        network: Whole and adapted.
-        adapter: One of those that it has.
+        network: Unsharded network with adapters.
+        adapter: Name of one of its adapters.
     """
-    network.adapters.set_adapter(
-        adapter
-    )  # peft takes the fully trained layers of the adapter that is on
+    # peft merges `modules_to_save` of the active adapter, not of the one in `adapter_names`
+    # (peft 0.21)
+    network.adapters.set_adapter(adapter)
     adapted = network.adapted
     assert adapted is not None
     dtype = network.network.dtype

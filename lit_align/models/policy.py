@@ -1,4 +1,4 @@
-"""The model that answers, and knows how likely its answers are."""
+"""The policy: a causal language model that samples responses and scores their tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +18,20 @@ from lit_align.models.parallel.sharding import all_reduce_and, all_reduce_max
 
 
 class Policy(Backbone):
-    """A causal language model; its policy is softmax(logits / temperature), everywhere.
+    """A causal language model whose distribution is softmax(logits / temperature) everywhere.
 
     Args:
-        path: Hub id or folder of the weights.
-        temperature: Divides the logits when sampling and when scoring.
-        static_kv_cache: Keys and values in fixed places, so that a GPU replays a recorded
-            step instead of launching its kernels one by one. Takes the memory of answers of full
-            length at once. By default on a GPU, where all layers have full attention.
+        path: Hub id or folder of the weights. Default: random weights from `config`.
+        temperature: Divisor of the logits, in sampling and in scoring.
+        static_kv_cache: Allocate the KV cache for responses of full length at once, and decode
+            by a recorded CUDA graph. Default: true on a GPU if all layers have full attention.
+
+    Example:
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> config = {"model_type": "llama", "vocab_size": 32, "num_hidden_layers": 1, **sizes}
+        >>> policy = Policy(config=config)
+        >>> policy.head.weight.shape, len(policy.blocks)
+        (torch.Size([32, 8]), 1)
     """
 
     auto_class = AutoModelForCausalLM
@@ -42,8 +48,8 @@ class Policy(Backbone):
         super().__init__(path, **kwargs)
         if static_kv_cache and not self.uses_packing:
             raise UserError(
-                f"static_kv_cache needs full attention in every layer by sdpa, and {self.name} has "
-                f"another one: leave out static_kv_cache."
+                f"static_kv_cache requires sdpa full attention in every layer; {self.name} uses "
+                f"something else. Remove static_kv_cache."
             )
         self.static_kv_cache = static_kv_cache
         self.set_temperature(temperature)
@@ -52,18 +58,20 @@ class Policy(Backbone):
                 self.verify_weights()
 
     def set_temperature(self, temperature: float) -> None:
-        """Set what divides the logits, in sampling and in scoring.
+        """Set the divisor of the logits, in sampling and in scoring.
 
         Args:
-            temperature: Above 0.
+            temperature: Number above 0.
         """
         if temperature <= 0:
-            raise UserError(f"temperature must be above 0, found {temperature}.")
+            raise UserError(
+                f"temperature must be above 0, found {temperature}. Set --model.policy.temperature."
+            )
         self.temperature = temperature
 
     @property
     def head(self) -> nn.Linear:
-        """The layer from hidden states to logits."""
+        """Return the layer from hidden states [.., H] to logits [.., V]."""
         head: nn.Linear = self.network.get_output_embeddings()
         return head
 
@@ -77,15 +85,16 @@ class Policy(Backbone):
         pad_id: int,
         sampling: SamplingParams,
     ) -> Responses:
-        """Answers N prompts; greedy and sampled rows in the same pass.
+        """Generate a response to each of N prompts, greedy and sampled rows in the same pass.
 
         Args:
-            prompts: N rows; only their prompts are read.
-            noise: [N, R] uniform in [0, 1): one number decides one token.
-            is_greedy: [N] rows that take the likeliest token instead.
-            stop_ids: Token ids that end an answer.
-            pad_id: Token id that stands behind the end.
-            sampling: What may be chosen.
+            prompts: N rows, of which only the prompts are read.
+            noise: [N, R] uniform numbers in [0, 1), one per token, so that a row's tokens do not
+                depend on the other rows.
+            is_greedy: [N] True in rows that take the most likely token.
+            stop_ids: Token ids that end a response.
+            pad_id: Token id after the end of a response.
+            sampling: Settings of top-k and top-p.
         """
         device = prompts.prompts.device
         greedy_rows = torch.tensor(list(is_greedy), device=device)
@@ -106,21 +115,33 @@ class Policy(Backbone):
         return responses
 
     def uses_static_cache(self, device: torch.device) -> bool:
-        """Whether keys and values have fixed places: never where each layer gathers its weights."""
-        wanted = self.static_kv_cache
-        if wanted is None:
-            wanted = self.uses_packing and device.type == "cuda"
-        return wanted and bool(self.shard_state.gather_for_generation)
+        """Return True if decoding uses a static KV cache.
+
+        Args:
+            device: Device of the prompts.
+        """
+        is_enabled = self.static_kv_cache
+        if is_enabled is None:
+            is_enabled = self.uses_packing and device.type == "cuda"
+        # a recorded step cannot include FSDP2's gathering of each layer
+        return is_enabled and bool(self.shard_state.gather_for_generation)
 
     def logprobs(self, batch: Experience | TextBatch) -> Tensor:
-        """[N, R] nats, log-probability of each scored token in its context; 0 elsewhere.
+        """Return the log-prob (nats) of each scored token in its context, [N, R]; 0 elsewhere.
 
-        A padding token can be so unlikely that the exponential of its log-ratio overflows.
+        Padding is 0 because its log-ratio could overflow in exp, and 0 * inf is nan.
+
+        Args:
+            batch: N rows with R tokens that can be scored.
         """
         return self.logprobs_and_entropy(batch)[0]
 
     def logprobs_and_entropy(self, batch: Experience | TextBatch) -> tuple[Tensor, Tensor]:
-        """([N, R], [N, R]) nats: `logprobs`, and the entropy of the policy at each token."""
+        """Return log-probs and the policy's entropy (nats) at each scored token, both [N, R].
+
+        Args:
+            batch: N rows with R tokens that can be scored.
+        """
         result: tuple[Tensor, Tensor] = self(self._logprobs_and_entropy, batch)
         return result
 
@@ -131,12 +152,12 @@ class Policy(Backbone):
     def token_logprobs(
         self, hidden: Tensor, token_index: Tensor, batch: Experience | TextBatch
     ) -> tuple[Tensor, Tensor]:
-        """([N, R], [N, R]) nats: log-prob and entropy at each scored token; 0 elsewhere.
+        """Return log-prob and entropy (nats) at each scored token, both [N, R]; 0 elsewhere.
 
         Args:
-            hidden: [n, H], the hidden states in which tokens are chosen.
-            token_index: [n] of these tokens in [N * R].
-            batch: The N texts.
+            hidden: [n, H] hidden states from which n tokens are predicted.
+            token_index: [n] positions of these tokens in [N * R].
+            batch: N rows with R tokens that can be scored.
         """
         tokens = batch.responses.flatten()
         logprobs, entropy = (
@@ -146,39 +167,49 @@ class Policy(Backbone):
         return logprobs.where(batch.loss_mask, 0.0), entropy.where(batch.loss_mask, 0.0)
 
     def head_logprobs(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """([n], [n]) nats: log-prob and entropy of tokens [n] after hidden states [n, H]."""
+        """Return log-prob and entropy (nats) of tokens given hidden states, both [n].
+
+        Args:
+            hidden: [n, H] hidden states.
+            tokens: [n] token ids that follow them.
+        """
         return chosen_logprobs(
             hidden, self.head.weight, tokens, bias=self.head.bias, temperature=self.temperature
         )
 
     @torch.no_grad()
     def top1_correct(self, batch: Experience | TextBatch) -> Tensor:
-        """[N, R] bool: the token is the likeliest one. For accuracy; 1,024 x V at once."""
+        """Return True where a token is the most likely one, [N, R] bool. Used for accuracy.
+
+        Args:
+            batch: N rows with R tokens that can be scored.
+        """
         top1_correct: Tensor = self(self._top1_correct, batch)
         return top1_correct
 
     def _top1_correct(self, batch: Experience | TextBatch) -> Tensor:
         hidden = self.hidden_states(batch)[:, batch.num_context_tokens - 1 : -1]
-        parts = hidden.flatten(0, 1).split(1024)
+        parts = hidden.flatten(0, 1).split(1024)  # at most 1,024 x V logits in memory
         best = torch.cat([self.head(part).argmax(-1) for part in parts])
         return best.view_as(batch.responses) == batch.responses
 
     @torch.no_grad()
     def verify_weights(self) -> None:
-        """Refuses a network whose logits are not its head times its hidden states.
+        """Raise a `UserError` if the logits are not the head times the hidden states.
 
-        Soft caps and logit scales come after the head, and scoring would not see them.
+        Soft caps and logit scales are applied after the head, so scoring would miss them.
         """
         with torch.compiler.set_stance("force_eager"):
             difference, tolerance, is_last = self(self._head_difference)
         if not difference <= tolerance or not is_last:
             raise UserError(
                 f"{self.name} changes its logits after the output head (log-probs differ by "
-                f"{difference:.2g} nats): soft-capped or scaled logits are not supported."
+                f"{difference:.2g} nats): soft-capped or scaled logits are not supported. "
+                f"Use another model."
             )
 
     def _head_difference(self) -> tuple[float, float, bool]:
-        """Nats that log-probs differ by, nats that they may, and whether the head comes last."""
+        """Return the difference of log-probs and its tolerance (nats), and `is_head_last`."""
         weight = self.head.weight
         tokens = torch.arange(min(8, self.vocab_size), device=weight.device)[None]
         ones = torch.ones_like(tokens, dtype=torch.bool)
@@ -190,10 +221,15 @@ class Policy(Backbone):
         difference = float((own - self._logprobs_and_entropy(batch)[0]).abs().max())
         is_full_precision = weight.dtype in (torch.float32, torch.float64)
         exact = is_full_precision and not torch.is_autocast_enabled(weight.device.type)
+        # bf16 has 8 bits of precision, so its logits differ by tenths of a nat
         return difference, 1e-3 if exact else 0.25, self.is_head_last(tokens)
 
     def is_head_last(self, tokens: Tensor) -> bool:
-        """Whether logits of size 30 still are what the head says: a soft cap bends such ones."""
+        """Return True if logits of size 30 equal the head's output. A soft cap would shrink them.
+
+        Args:
+            tokens: [1, T] token ids.
+        """
         hidden = self.network.base_model(input_ids=tokens).last_hidden_state
         gain = 30 / float(self.head(hidden).abs().max().clamp(min=1e-6))
         hook = self.head.register_forward_hook(lambda layer, inputs, logits: logits * gain)

@@ -1,4 +1,4 @@
-"""A language model that also scores: one trunk, a head for words and a head for the reward."""
+"""A language model with a second head for the reward, on one backbone."""
 
 from __future__ import annotations
 
@@ -18,30 +18,55 @@ from lit_align.models.scalar_head import values_at_last_token
 
 
 class AutoPolicyWithRewardHead(_BaseAutoModelClass):
-    """Loads and builds what transformers has no class for, from the same folders."""
+    """Loader for a causal language model with a `score` head, which transformers has no class for.
+
+    It reads the folders of causal language models and of sequence classifiers.
+    """
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """Random weights."""
+        """Build a network with random weights.
+
+        Args:
+            config: Configuration of a causal language model.
+            **options: As transformers' auto classes take them, and trust_remote_code.
+        """
         options.pop("trust_remote_code")
-        # what transformers' own auto_class classes call (transformers 5.23)
+        # private; the auto classes of transformers call it, too (transformers 5.23)
         network: PreTrainedModel = class_with_reward_head(config)._from_config(config, **options)
         return network
 
     @classmethod
     def from_pretrained(cls, path: str, *, config: PretrainedConfig, **options: Any) -> Any:
-        """The weights of a folder or of the hub; the caller looks at what is missing."""
+        """Load the weights of a folder or of the hub. The caller checks the missing ones.
+
+        Args:
+            path: Hub id or folder.
+            config: Configuration of a causal language model.
+            **options: As `PreTrainedModel.from_pretrained` takes them.
+        """
         return class_with_reward_head(config).from_pretrained(path, config=config, **options)
 
 
 def class_with_reward_head(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """transformers' causal class for `config`, with a `score` head beside its language head.
+    """Return transformers' causal class for `config`, with a second head named `score`.
 
-    Its folder is one of a causal model and one of a sequence classifier: each of the two auto
-    classes takes the head that it knows.
+    A saved folder loads as a causal model and as a sequence classifier. Each of the two auto
+    classes of transformers takes the head that it knows.
+
+    Args:
+        config: Configuration of a causal language model.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> class_with_reward_head(LlamaConfig()).__name__
+        'LlamaForCausalLM'
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{config.model_type} is no causal language model of transformers' own.")
+        raise UserError(
+            f"transformers has no causal language model of type {config.model_type}. "
+            f"Use a decoder-only architecture."
+        )
     causal: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
     def build(self: PreTrainedModel, config: PretrainedConfig) -> None:
@@ -49,16 +74,16 @@ def class_with_reward_head(config: PretrainedConfig) -> type[PreTrainedModel]:
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 
-    # the saved configuration names the class: it must be transformers' own
+    # the saved configuration has the class's name, so it must be a name that transformers knows
     return type(causal.__name__, (causal,), {"__init__": build})
 
 
 class PolicyWithRewardHead(Policy):
-    """A policy with a reward head on its trunk; what Hydra-SFT trains and Hydra-PPO stands on.
+    """A policy with a reward head on its backbone. Hydra-SFT trains it, Hydra-PPO starts from it.
 
     Args:
-        path: Hub id or folder: of a two-headed model, or of a language model that gets a new
-            reward head.
+        path: Hub id or folder of a two-headed model, or of a language model that gets a new
+            reward head. Default: random weights from `config`.
     """
 
     auto_class = AutoPolicyWithRewardHead
@@ -66,7 +91,11 @@ class PolicyWithRewardHead(Policy):
     config_overrides: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
     def add_adapters(self, lora: LoRA | None) -> PeftModel | None:
-        """Puts the adapter into the trunk; the reward head trains whole and is saved with it."""
+        """Add the adapter to the backbone. The reward head trains fully and is saved with it.
+
+        Args:
+            lora: Settings of the adapter. None: all weights train.
+        """
         if lora is None:
             return None
         heads = ["score"]
@@ -74,14 +103,20 @@ class PolicyWithRewardHead(Policy):
             self.task_type, [*(lora.modules_to_save or []), *heads], exclude_modules=heads
         )
         adapted = get_peft_model(self.network, settings)
-        settings.exclude_modules = None  # peft has listed the layers: where it loads is no head
+        # peft has resolved the adapted layers by now. A saved exclusion would name a head that the
+        # network which loads the adapter may not have.
+        settings.exclude_modules = None
         return upcast_modules_to_save(adapted)
 
     def score_pairs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """([n, T-1] nats, [n, 2]): chosen answers' log-probs, and both scores; one pass.
+        """Return the log-probs of the chosen texts and the scores of both, from one pass.
 
-        Log-probs are of the learnt tokens of the chosen text, 0 elsewhere; scores are read at
-        the last token of the chosen and of the rejected text.
+        Args:
+            batch: B pairs of texts of T tokens.
+
+        Returns:
+            Log-probs [B, T-1] in nats of the chosen text's target tokens, 0 elsewhere. Scores
+            [B, 2] at the last token of the chosen and of the rejected text.
         """
         result: tuple[Tensor, Tensor] = self(self._score_pairs, batch.texts())
         return result
@@ -94,14 +129,23 @@ class PolicyWithRewardHead(Policy):
     def logprobs_from_hidden(
         self, hidden: Tensor, batch: Experience | TextBatch
     ) -> tuple[Tensor, Tensor]:
-        """([N, R], [N, R]) nats: log-prob and entropy, of hidden states [N, T, H]."""
+        """Return log-prob and entropy (nats) at each scored token, both [N, R]; 0 elsewhere.
+
+        Args:
+            hidden: [N, T, H] last hidden states of the batch.
+            batch: N texts of T tokens, of which R can be scored.
+        """
         state_index, token_index = scored_positions(batch)
         return self.token_logprobs(
             hidden.flatten(0, 1).index_select(0, state_index), token_index, batch
         )
 
     def token_scores(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, T, H] -> [N, T], by the score head that is switched on."""
+        """Return the output of the active score head at each token, [N, T] in float32.
+
+        Args:
+            hidden: [N, T, H] last hidden states.
+        """
         token_scores: Tensor = self.network.score(
             hidden.to(self.network.score.weight.dtype)
         ).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Who plays what: the table that is printed when a run starts."""
+"""Roles of a run: the network, adapter and head that serve each one, and the printed table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lit_align.models.backbone import Backbone
 
 
 class Role(NamedTuple):
-    """One role and what serves it.
+    """One role and the network, adapter and head that serve it.
 
     Args:
-        name: policy, reference, critic, reward, ...
-        network: What it runs on; roles that share a network share its trunk.
-        adapter: Which of the network's adapters is on, `off` for none of them, - if it has none.
-        head: What is read: language, score or value.
-        weights: All weights that it computes with.
+        name: Name of the role: policy, reference, critic, reward, ...
+        network: Network of the role. Roles that share a network share its backbone weights.
+        adapter: Active adapter of the network, `off` if all are disabled, `-` if it has none.
+        head: Head of the role: language, score or value.
+        weights: All weights that the role computes with.
     """
 
     name: str
@@ -29,12 +29,12 @@ class Role(NamedTuple):
 
 
 def single_head_role(name: str, network: Backbone, adapter: str = "default") -> Role:
-    """A role that reads its network's one head.
+    """Return the role of a network with one head.
 
     Args:
-        name: Of the role.
-        network: What it runs on.
-        adapter: Which adapter is on, if the network has any; `off` for none.
+        name: Name of the role.
+        network: Network with one head.
+        adapter: Active adapter if the network has adapters, or `off`. Default: peft's first name.
     """
     active_adapter = adapter if network.adapted is not None else "-"
     kinds = (".lora_", ".modules_to_save.")
@@ -47,7 +47,21 @@ def single_head_role(name: str, network: Backbone, adapter: str = "default") -> 
 
 
 def role_table(roles: Iterable[Role]) -> list[str]:
-    """Lines of a table; weights are counted where they appear first, over all ranks."""
+    """Return the lines of the role table.
+
+    Trained weights are numbers and sizes are bytes, over all ranks. A weight that several roles
+    share is counted in the first of them.
+
+    Args:
+        roles: Roles in the order of the table.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> shared = [nn.Parameter(nn.Linear(4, 2).weight)]
+        >>> policy = Role("policy", SimpleNamespace(name="tiny"), "-", "language", shared)
+        >>> [line.split()[-2:] for line in role_table([policy, policy])[1:]]
+        [['8', '32'], ['0', '0']]
+    """
     rows = [("role", "backbone", "adapter", "head", "trained weights", "bytes")]
     seen: set[int] = set()
     for role in roles:

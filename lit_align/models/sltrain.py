@@ -1,4 +1,4 @@
-"""SLTrain: weights that are low-rank plus sparse from the first step on (arXiv:2406.02214)."""
+"""SLTrain: pretraining with low-rank plus sparse weights (arXiv:2406.02214)."""
 
 import random
 import warnings
@@ -19,18 +19,26 @@ STATE_DICT_PARTS = ("lora_A", "lora_B", "sparse_value", "sparse_index")
 
 
 class SparseLowRankLinear(nn.Module):
-    """A linear layer of weight W = scale B A + S, where S lives on a fixed random support.
+    """A linear layer of weight W = scale B A + S, with S on a fixed random support.
 
-    B starts at zero, so W starts as S. W is dense for one product at a time, and never kept.
+    B starts at zero, so W starts as S. The dense W exists for one product at a time and is not
+    kept for backward.
 
     Args:
         in_features: Width of the inputs.
         out_features: Width of the outputs.
         rank: Rows of A and columns of B.
-        density: Share of the weight's entries that S holds.
-        alpha: scale = alpha / rank.
-        bias: Whether a bias is added.
-        seed: Of the support; by default it is drawn from torch's generator, like the weights.
+        density: Fraction of the weight's entries in S.
+        alpha: Numerator of scale = alpha / rank.
+        bias: Add a bias.
+        seed: Seed of the support. Default: drawn from torch's generator, as the weights are.
+
+    Example:
+        >>> layer = SparseLowRankLinear(4, 6, rank=2, density=0.25, alpha=4)
+        >>> layer.lora_A.shape, layer.lora_B.shape, len(layer.sparse_value), layer.scale
+        (torch.Size([2, 4]), torch.Size([6, 2]), 6, 2.0)
+        >>> layer.dense().count_nonzero()
+        tensor(6)
     """
 
     sparse_index: Tensor  # [nnz] row * in + column, ascending
@@ -48,8 +56,8 @@ class SparseLowRankLinear(nn.Module):
         super().__init__()
         if rank < 1 or not 0 <= density <= 1:
             raise UserError(
-                f"A sparse plus low-rank layer needs a rank of at least 1 and a density from 0 to "
-                f"1, found {rank} and {density}."
+                f"rank must be at least 1 and density between 0 and 1, found {rank} and {density}. "
+                f"Set sltrain.rank and sltrain.density."
             )
         self.in_features, self.out_features, self.scale = in_features, out_features, alpha / rank
         bound = in_features**-0.5
@@ -63,30 +71,38 @@ class SparseLowRankLinear(nn.Module):
         self.bias = nn.Parameter(shift) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[.., in] -> [.., out], in the inputs' dtype or autocast's."""
+        """Return the outputs [.., out], in the inputs' dtype or autocast's.
+
+        Args:
+            inputs: [.., in].
+        """
         outputs = sparse_low_rank(
             inputs, self.lora_A, self.lora_B, self.sparse_value, self.sparse_index, self.scale
         )
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def dense(self) -> Tensor:
-        """[out, in] the weight; gradients flow to its parts."""
+        """Return the dense weight [out, in]. Its gradients flow to A, B and S."""
         return dense_weight(
             self.lora_A, self.lora_B, self.sparse_value, self.sparse_index, self.scale
         )
 
 
 class SLTrain:
-    """Trains linear layers of the blocks as low-rank plus sparse matrices, from random weights.
+    """Settings of SLTrain: linear layers of the blocks become low-rank plus sparse.
 
-    Embeddings, norms and heads stay as they are, and so does a layer whose factors would hold no
-    fewer numbers than its weight. Exported weights are dense.
+    Embeddings, norms and heads are not replaced, nor is a layer whose factors would have no fewer
+    numbers than its weight. Exported weights are dense. Use it with random weights only.
 
     Args:
         rank: Columns of each low-rank factor.
-        alpha: The low-rank part is scaled by alpha / rank: change both together.
-        density: Share of a weight's entries that the sparse part holds.
-        targets: A layer is replaced whose name within its block holds one of these.
+        alpha: Numerator of the low-rank part's scale, alpha / rank. Change both together.
+        density: Fraction of a weight's entries in the sparse part.
+        targets: Parts of the names, within a block, of the layers to replace.
+
+    Example:
+        >>> SLTrain().is_targeted("mlp.up_proj"), SLTrain().is_targeted("input_layernorm")
+        (True, False)
     """
 
     def __init__(
@@ -99,25 +115,28 @@ class SLTrain:
         self.rank, self.alpha, self.density, self.targets = rank, alpha, density, tuple(targets)
 
     def check_compatible(self, path: str | None) -> None:
-        """Refuses a network that has learnt already.
+        """Raise a `UserError` if the network has pretrained weights.
 
         Args:
-            path: Of its weights.
+            path: Hub id or folder of the weights; None if they are random.
         """
         if path is not None:
             raise UserError(
-                f"SLTrain trains from random weights and would throw those of {path} away: give a "
-                f"config and `path: null`, or adapt them with lora."
+                f"SLTrain trains from random weights and would discard those of {path}. "
+                f"Set config and `path: null`, or use lora instead of sltrain."
             )
 
     def replace_linears(self, blocks: Sequence[nn.Module]) -> None:
-        """Replaces the linear layers of the blocks, in place; every rank must call it.
+        """Replace the linear layers of the blocks in place. Every rank must call it.
 
         Args:
-            blocks: Transformer blocks with random weights, which are lost.
+            blocks: Transformer blocks. The weights of replaced layers are discarded.
         """
         if not all(weight.requires_grad for block in blocks for weight in block.parameters()):
-            raise UserError("SLTrain trains all weights of a block, and an adapter freezes them.")
+            raise UserError(
+                "sltrain and lora cannot be combined: SLTrain trains all weights of a block, and "
+                "an adapter freezes them. Remove one."
+            )
         seed, replaced, dense = rank_zero_seed(), 0, []
         for number, block in enumerate(blocks):
             for name, layer in list(block.named_modules()):
@@ -126,27 +145,32 @@ class SLTrain:
                 if not saves_memory(layer.in_features, layer.out_features, self.rank, self.density):
                     dense.append(name)
                     continue
+                # the support depends on the layer's name, not on how many layers precede it
                 block.set_submodule(name, self.factorize(layer, f"{seed} {number} {name}"))
                 replaced += 1
         if not replaced:
             raise UserError(self.nothing_replaced_message(dense))
         if dense:
             warnings.warn(
-                f"SLTrain leaves {len(dense)} of {len(dense) + replaced} layers dense, such as "
-                f"{dense[0]}: at rank {self.rank} their factors would hold no fewer numbers.",
+                f"SLTrain keeps {len(dense)} of {len(dense) + replaced} layers dense, such as "
+                f"{dense[0]}: at rank {self.rank} their factors would not be smaller.",
                 stacklevel=2,
             )
 
     def is_targeted(self, name: str) -> bool:
-        """Whether a layer of that name is replaced."""
+        """Return True if a layer is to be replaced.
+
+        Args:
+            name: Name of the layer within its block.
+        """
         return any(target in name for target in self.targets)
 
     def factorize(self, layer: nn.Linear, support: str) -> SparseLowRankLinear:
-        """A new layer in the place of another.
+        """Return a low-rank plus sparse layer with new weights, of the sizes of another layer.
 
         Args:
-            layer: Gives sizes, dtype and device.
-            support: Names the support: other names, other positions.
+            layer: Layer whose sizes, bias, dtype and device are used.
+            support: Text from which the positions of the sparse part are drawn.
         """
         new = SparseLowRankLinear(
             layer.in_features,
@@ -160,28 +184,53 @@ class SLTrain:
         return new.to(layer.weight.device, layer.weight.dtype)
 
     def nothing_replaced_message(self, dense: Sequence[str]) -> str:
-        """Why nothing was replaced."""
+        """Return the error message for a network of which no layer was replaced.
+
+        Args:
+            dense: Names of the targeted layers, which stayed dense.
+        """
         if dense:
             return (
-                f"SLTrain at rank {self.rank} and density {self.density} would hold no fewer "
-                f"numbers than any of the {len(dense)} layers it is for: take a lower rank."
+                f"SLTrain at rank {self.rank} and density {self.density} would make none of the "
+                f"{len(dense)} targeted layers smaller. Set a lower sltrain.rank."
             )
-        return f"The blocks have no linear layer whose name holds one of {', '.join(self.targets)}."
+        return (
+            f"The blocks have no linear layer with one of {', '.join(self.targets)} in its name. "
+            f"Set sltrain.targets."
+        )
 
 
 def saves_memory(in_features: int, out_features: int, rank: int, density: float) -> bool:
-    """Whether the factors of a weight hold fewer numbers than the weight itself."""
+    """Return True if the parts of a weight have fewer numbers than the weight itself.
+
+    Args:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        rank: Columns of each low-rank factor.
+        density: Fraction of the weight's entries in the sparse part.
+
+    Example:
+        (8 + 8) * 3 + 0.125 * 64 = 56 numbers replace 64.
+
+        >>> saves_memory(8, 8, rank=3, density=0.125), saves_memory(8, 8, rank=4, density=0.0)
+        (True, False)
+    """
     low_rank = (out_features + in_features) * rank
     sparse = num_sparse(out_features, in_features, density)
     return low_rank + sparse < out_features * in_features
 
 
 def densify_state_dict(network: nn.Module, state: Mapping[str, object]) -> dict[str, Tensor]:
-    """The state dict with each layer's parts put together to the plain weight they stand for.
+    """Return a state dict with dense weights [out, in] instead of low-rank and sparse parts.
 
     Args:
-        network: Has the layers.
-        state: Its whole weights, by name.
+        network: Network with low-rank plus sparse layers.
+        state: Its unsharded weights by name.
+
+    Example:
+        >>> network = nn.Sequential(SparseLowRankLinear(4, 6, rank=1, density=0.5, alpha=1))
+        >>> {k: v.shape for k, v in densify_state_dict(network, network.state_dict()).items()}
+        {'0.weight': torch.Size([6, 4])}
     """
     dense = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     for name, layer in network.named_modules():
@@ -189,14 +238,23 @@ def densify_state_dict(network: nn.Module, state: Mapping[str, object]) -> dict[
             lora_a, lora_b, value, index = (
                 dense.pop(f"{name}.{part}") for part in STATE_DICT_PARTS
             )
-            exact = torch.promote_types(value.dtype, torch.float32)  # halves would round twice
+            # half precision would round after the product and again after the sum
+            exact = torch.promote_types(value.dtype, torch.float32)
             weight = dense_weight(lora_a.to(exact), lora_b.to(exact), value, index, layer.scale)
             dense[f"{name}.weight"] = weight.to(value.dtype)
     return dense
 
 
 def rank_zero_seed() -> int:
-    """torch's seed on the first rank: ranks with other supports would be other models."""
+    """Return torch's seed on rank 0, on every rank.
+
+    Ranks with different supports would train different models.
+
+    Example:
+        >>> _ = torch.manual_seed(5)
+        >>> rank_zero_seed()
+        5
+    """
     seeds = [torch.initial_seed()]
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast_object_list(seeds)

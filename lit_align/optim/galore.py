@@ -1,4 +1,8 @@
-"""GaLore: AdamW whose moments live in a low-rank subspace of the gradient, arXiv:2403.03507."""
+"""GaLore: AdamW with its moments in a low-rank subspace of the gradient, arXiv:2403.03507.
+
+A gradient G is [out, in], a basis P [in, rank] of its right or [out, rank] of its left singular
+vectors.
+"""
 
 from __future__ import annotations
 
@@ -19,83 +23,142 @@ ParamGroup = dict[str, Any]
 
 
 def num_state_values(rows: int, columns: int, rank: int) -> int:
-    """Numbers kept of a matrix: projector [min, rank] and two moments [max, rank].
+    """Return how many numbers the optimizer keeps of a matrix [rows, columns].
 
-    AdamW's two moments [rows, columns] where that is no less: the projection then saves nothing.
+    They are a projector [min, rank] and two moments [max, rank], or the two moments of AdamW
+    [rows, columns] if projection saves nothing.
+
+    Args:
+        rows: Rows of the matrix.
+        columns: Columns of the matrix.
+        rank: Dimensions of the subspace.
+
+    Example:
+        >>> num_state_values(4, 2, rank=1), num_state_values(4, 2, rank=2)  # AdamW: 2 x 4 x 2
+        (10, 16)
     """
     small, large = sorted((rows, columns))
     return min(rank * (small + 2 * large), 2 * rows * columns)
 
 
 def leading_singular_vectors(gradient: Tensor, rank: int, right: bool) -> Tensor:
-    """[k, rank]: the leading singular vectors of the gradient, by size, first largest.
+    """Return the leading singular vectors [k, rank] of the gradient, largest first.
 
-    They are the eigenvectors of the Gram matrix of that side, which are found faster. Squaring
-    costs half of the digits, and float64 has them to spare. Of each vector the largest entry is
-    positive, the first one among equals: moments are carried over to the next subspace, and a
-    sign that hangs on rounding would decide the step.
+    They are eigenvectors of the Gram matrix of that side, which are faster than an SVD. The
+    largest entry of each vector is positive, the first one of equal entries.
 
     Args:
-        gradient: [out, in]; a sharded one is gathered, since a shard has other singular vectors.
+        gradient: [out, in]. A sharded one is gathered, since a shard has other singular vectors.
         rank: Number of vectors.
-        right: Whether of the right side (k = in) or of the left (k = out).
+        right: True for the right side (k = in), False for the left side (k = out).
+
+    Example:
+        >>> leading_singular_vectors(torch.tensor([[3.0, 4.0]]), rank=1, right=True)
+        tensor([[0.6000],
+                [0.8000]])
     """
+    # Squaring costs half of the digits, which float64 can spare.
     wide = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).double()
-    wide = wide.nan_to_num(0.0, 0.0, 0.0)  # eigh would raise; projected, a NaN still is one
+    wide = wide.nan_to_num(0.0, 0.0, 0.0)  # eigh would raise; the projected gradient keeps its NaN
     vectors = torch.linalg.eigh(wide.mT @ wide if right else wide @ wide.mT).eigenvectors
     vectors = vectors[:, -rank:].flip(-1)
+    # Moments are carried into the next subspace, so a sign that depends on rounding would decide
+    # the step. The margin of 1e-4 makes entries of one size equal.
     sizes = vectors.abs()
     leading = (sizes > (1 - 1e-4) * sizes.amax(0)).int().argmax(0, keepdim=True)
     basis: Tensor = (vectors * vectors.gather(0, leading).sign()).to(gradient.dtype)
-    if isinstance(gradient, DTensor):  # the first rank's vectors, should ranks round differently
+    if isinstance(gradient, DTensor):  # the vectors of rank 0, in case ranks round differently
         return distribute_tensor(basis, gradient.device_mesh, gradient.placements)
     return basis
 
 
 def project(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
-    """The gradient in the subspace: G P [out, rank] from the right, P^T G [rank, in] from the left.
+    """Return the gradient in the subspace: G P [out, rank] from the right, P^T G [rank, in] else.
 
-    Sharded like the gradient.
+    Args:
+        gradient: [out, in]. The result is sharded like it.
+        basis: [in, rank] for the right side, [out, rank] for the left side.
+        right: True if the basis is of the right side.
+
+    Example:
+        >>> gradient, basis = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [0.0]])
+        >>> project(gradient, basis, right=True).tolist()
+        [[1.0], [3.0]]
     """
     projected = gradient @ replicate(basis) if right else basis.mT @ gradient
     return reshard_like(gradient, projected)
 
 
 def project_back(projected: Tensor, basis: Tensor, right: bool) -> Tensor:
-    """[out, in]: what `project` made, in full space: R P^T from the right, P R from the left."""
+    """Return a projected gradient R in full space [out, in]: R P^T from the right, P R else.
+
+    Args:
+        projected: [out, rank] from the right side, [rank, in] from the left side.
+        basis: [in, rank] for the right side, [out, rank] for the left side.
+        right: True if the basis is of the right side.
+
+    Example:
+        >>> projected, basis = torch.tensor([[5.0, 6.0]]), torch.tensor([[0.0], [1.0]])
+        >>> project_back(projected, basis, right=False).tolist()
+        [[0.0, 0.0], [5.0, 6.0]]
+    """
     return reshard_like(
         projected, projected @ replicate(basis).mT if right else basis @ replicate(projected)
     )
 
 
 def replicate(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on each rank."""
+    """Return a sharded tensor [..] with all of its entries on each rank.
+
+    Args:
+        tensor: [..]. An unsharded one is returned unchanged.
+
+    Example:
+        >>> replicate(torch.tensor([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+    """
     if isinstance(tensor, DTensor):
         return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
     return tensor
 
 
 def reshard_like(other: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, of which each rank keeps the share that it has of `other`."""
+    """Return `tensor` [..] sharded like `other`.
+
+    Args:
+        other: Tensor with the placements to use.
+        tensor: [..]. It is returned unchanged unless both are sharded.
+
+    Example:
+        >>> reshard_like(torch.zeros(4, 4), torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
     if isinstance(tensor, DTensor) and isinstance(other, DTensor):
         return tensor.redistribute(placements=other.placements)
     return tensor
 
 
 class GaLoreAdamW(Optimizer):
-    """AdamW in the subspace of the gradient's leading singular vectors, arXiv:2403.03507.
+    """AdamW in the subspace of the leading singular vectors of the gradient, arXiv:2403.03507.
 
-    A group with `rank` (and `update_gap`, 200, and `scale`, 0.25) is projected: every matrix of
-    it whose state becomes smaller. The rest is plain AdamW. As in the released code, eps comes
-    before the bias correction and the decay after the update, and the moments are carried over
-    when the subspace changes. The gradient to project is the accumulated and clipped one.
+    A group with `rank` (and `update_gap`, 200, and `scale`, 0.25) is projected: all of its
+    matrices whose state becomes smaller. All other parameters get plain AdamW. As in the released
+    code, eps is added before the bias correction, the weights decay after the update, and the
+    moments are carried into the next subspace. Clip and accumulate gradients before `step`.
 
     Args:
         params: Parameters, or groups of them.
-        lr: Learning rate; of a projected matrix, `scale` times that.
-        betas: Decay of the two moments per step.
-        eps: Added to the root of the second moment, before the bias correction.
-        weight_decay: Share of the weights that is lost per step and learning rate.
+        lr: Learning rate. A projected matrix has `scale` times this rate.
+        betas: Decay rates of the two moments per step.
+        eps: Term added to the root of the second moment, before the bias correction.
+        weight_decay: Fraction of a weight that a step of learning rate 1 removes.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(3, 2))
+        >>> optimizer = GaLoreAdamW([{"params": [weight], "rank": 1}], lr=0.1)
+        >>> optimizer.step(lambda: weight.sum().backward())
+        >>> optimizer.state[weight]["exp_avg"].shape
+        torch.Size([3, 1])
     """
 
     def __init__(
@@ -110,16 +173,20 @@ class GaLoreAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Adds parameters; a group with `rank` is projected."""
+        """Add parameters; a group with `rank` is projected."""
         if "rank" in param_group:
             for name, value in (("update_gap", 200), ("scale", 0.25)):
                 param_group.setdefault(name, value)
-            if param_group["rank"] < 1 or param_group["update_gap"] < 1:
-                raise ValueError("GaLore needs a rank and an update_gap of at least 1.")
+            for name in ("rank", "update_gap"):
+                if param_group[name] < 1:
+                    raise ValueError(
+                        f"{name} of GaLore must be at least 1, found {param_group[name]}. "
+                        f"Set {name} to 1 or more."
+                    )
         super().add_param_group(param_group)
 
     def is_projected(self, param: Tensor, group: ParamGroup) -> bool:
-        """Whether a parameter's moments live in the subspace: a matrix, where that saves memory."""
+        """Return True if the parameter is a matrix [out, in] on which projection saves memory."""
         if param.ndim != 2 or "rank" not in group:
             return False
         rows, columns = param.shape
@@ -133,7 +200,7 @@ class GaLoreAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every parameter that has a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -146,17 +213,17 @@ class GaLoreAdamW(Optimizer):
 
     @torch.no_grad()
     def update_param(self, param: Tensor, gradient: Tensor, group: ParamGroup) -> None:
-        """One step of one parameter.
+        """Update one parameter.
 
         Args:
-            param: Of any shape; a projected one is [out, in].
-            gradient: Of the same shape, accumulated and clipped.
-            group: The settings.
+            param: [..] weights; [out, in] if it is projected.
+            gradient: [..] accumulated and clipped gradient.
+            group: Settings of the group of the parameter.
         """
         state, projected = self.state[param], self.is_projected(param, group)
         right = param.ndim == 2 and param.shape[0] >= param.shape[1]
         if not state:
-            state["step"] = torch.tensor(0)  # on the CPU, so that reading it waits for no GPU
+            state["step"] = torch.tensor(0)  # on the CPU, so that int() does not wait for a GPU
         moment_grad, scale = gradient, 1.0
         if projected:
             if int(state["step"]) % group["update_gap"] == 0:
@@ -169,17 +236,18 @@ class GaLoreAdamW(Optimizer):
         if projected:
             change = project_back(change, state["projector"], right)
         step, (first, second) = int(state["step"]), group["betas"]
+        # eps is in `change` already: the released code corrects the bias of the rate instead
         rate = group["lr"] * (1 - second**step) ** 0.5 / (1 - first**step)
         param.add_(change, alpha=-rate * scale)
         if group["weight_decay"] > 0:
             param.add_(param, alpha=-group["lr"] * group["weight_decay"])
 
     def init_moments(self, moment_grad: Tensor, state: dict[str, Tensor]) -> None:
-        """Adds the moments, zeros, to the state of a parameter.
+        """Add moments of zeros to the state of a parameter.
 
         Args:
-            moment_grad: What moments are taken of, the gradient or its projection.
-            state: Of the parameter.
+            moment_grad: [..] gradient of the parameter, or its projection.
+            state: State of the parameter.
         """
         state["exp_avg"], state["exp_avg_sq"] = (
             torch.zeros_like(moment_grad),
@@ -189,7 +257,7 @@ class GaLoreAdamW(Optimizer):
     def adam_direction(
         self, moment_grad: Tensor, state: dict[str, Tensor], group: ParamGroup
     ) -> Tensor:
-        """Adam's direction M / (sqrt(V) + eps), after both moments have taken in `moment_grad`."""
+        """Update the moments M and V [..] and return M / (sqrt(V) + eps) [..]."""
         (first, second), mean, square = group["betas"], state["exp_avg"], state["exp_avg_sq"]
         mean.mul_(first).add_(moment_grad, alpha=1 - first)
         square.mul_(second).addcmul_(moment_grad, moment_grad, value=1 - second)
@@ -197,22 +265,28 @@ class GaLoreAdamW(Optimizer):
 
 
 class GaLore(GaLoreAdamW):
-    """GaLore for a whole model: its parameters' names decide which matrices are projected.
+    """GaLore for a whole model, which chooses projected matrices by parameter name.
 
-    As in the paper, those of the blocks are; embeddings, output heads, norms and biases are not,
-    nor are matrices on which projection saves nothing.
+    As in arXiv:2403.03507, they are the matrices of the blocks. Embeddings, output heads, norms
+    and biases are not projected, nor are matrices on which projection saves no memory.
 
     Args:
-        params: (name, tensor) pairs, as of `model.named_parameters()`, or groups of them.
-        lr: Learning rate; of a projected matrix, `scale` times that.
-        rank: Dimensions of the subspace; None projects nothing, for networks that are low-rank
-            already.
-        update_gap: Steps from one subspace to the next.
+        params: (name, tensor) pairs, as from `model.named_parameters()`, or groups of them.
+        lr: Learning rate. A projected matrix has `scale` times this rate.
+        rank: Dimensions of the subspace. None projects nothing, for low-rank networks.
+        update_gap: Number of steps for which a subspace is used.
         scale: Factor on the update of a projected matrix.
-        targets: Regular expression found in the names of projected matrices; by default a block's
-            number between dots.
-        per_layer: Step on each parameter during backward and free its gradient at once. This
-            leaves no gradient to clip or to accumulate, and DDP nothing to average.
+        targets: Regular expression that is searched in parameter names. The default matches the
+            number of a block between dots.
+        per_layer: Update each parameter during backward and free its gradient. Gradients can then
+            be neither clipped nor accumulated, and DDP has nothing to average.
+
+    Example:
+        >>> names = ["blocks.0.weight", "blocks.0.bias", "head.weight"]
+        >>> params = [torch.nn.Parameter(torch.ones(s)) for s in ((8, 4), (8,), (9, 4))]
+        >>> optimizer = GaLore(zip(names, params), lr=0.1, rank=1)
+        >>> [optimizer.is_projected(param, optimizer.param_groups[0]) for param in params]
+        [True, False, False]
     """
 
     def __init__(
@@ -229,46 +303,46 @@ class GaLore(GaLoreAdamW):
         own = {"rank": rank, "update_gap": update_gap, "scale": scale}
         self.projection_settings = own if rank is not None else {}
         self.targets, self.per_layer = re.compile(targets), per_layer
-        self.projected_params: set[Tensor] = set()
+        self.target_params: set[Tensor] = set()
         self.in_backward = OptimizerInBackward(self.update_in_backward)
         super().__init__(params, lr, **kwargs)
         self.register_step_post_hook(self.in_backward.reset)
         groups = [(param, group) for group in self.param_groups for param in group["params"]]
         if rank is not None and not any(self.is_projected(*pair) for pair in groups):
             raise ValueError(
-                f"GaLore would project none of {len(groups)} parameters: take a smaller rank than "
-                f"{rank}, or targets that are in their names."
+                f"GaLore would project none of {len(groups)} parameters, found rank {rank} and "
+                f"targets {targets!r}. Set a smaller rank, or targets that match parameter names."
             )
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Adds named parameters, and chooses which are projected.
+        """Add named parameters and choose the projected ones.
 
         Args:
-            param_group: Parameters and settings; `max_grad_norm`, if it is there, is the length to
-                which the caller clips their gradient.
+            param_group: Parameters and settings. `max_grad_norm`, if present, is the norm to which
+                the caller clips their gradient.
         """
         if self.per_layer and param_group.get("max_grad_norm", math.inf) < math.inf:
             raise ValueError(
-                "per_layer leaves no gradient to clip: set max_grad_norm to .inf, or leave "
-                "per_layer out."
+                "per_layer frees gradients before they can be clipped, found max_grad_norm "
+                f"{param_group['max_grad_norm']}. Set max_grad_norm to .inf, or remove per_layer."
             )
         super().add_param_group({**self.projection_settings, **param_group})
         added = self.param_groups[-1]
         if self.projection_settings and "param_names" not in added:
             raise ValueError(
-                "GaLore chooses by name what it projects: give it (name, tensor) pairs, such as "
-                "model.named_parameters()."
+                "GaLore chooses matrices by parameter name, found parameters without names. "
+                "Use (name, tensor) pairs such as model.named_parameters()."
             )
         for name, param in zip(added.get("param_names", ()), added["params"], strict=False):
             if self.targets.search(name):
-                self.projected_params.add(param)
+                self.target_params.add(param)
         if self.per_layer:
             self.in_backward.register_hooks(added["params"], len(self.param_groups) - 1)
 
     def is_projected(self, param: Tensor, group: ParamGroup) -> bool:
-        """Whether a parameter is a chosen matrix on which projection saves memory."""
-        return param in self.projected_params and super().is_projected(param, group)
+        """Return True if `targets` match the parameter and projection saves memory."""
+        return param in self.target_params and super().is_projected(param, group)
 
-    def update_in_backward(self, number: int, param: Tensor, gradient: Tensor) -> None:
-        """One step of one parameter of the group with that number."""
-        self.update_param(param, gradient, self.param_groups[number])
+    def update_in_backward(self, group_index: int, param: Tensor, gradient: Tensor) -> None:
+        """Update one parameter [..] of the group with this index."""
+        self.update_param(param, gradient, self.param_groups[group_index])

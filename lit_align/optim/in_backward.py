@@ -1,4 +1,4 @@
-"""Steps inside of backward: no more than one parameter's gradient is there at a time."""
+"""Optimizer steps during backward, so that at most one parameter has a gradient at a time."""
 
 from __future__ import annotations
 
@@ -12,52 +12,65 @@ from torch.distributed.tensor import DTensor
 
 
 class OptimizerInBackward:
-    """Updates each watched parameter as soon as its gradient is complete, and frees the gradient.
+    """Hooks that update each parameter when its gradient is complete, and free the gradient.
 
-    A second gradient before the optimizer's `step` is refused: k micro-batches would make k steps
-    on a k-th of the gradient each.
+    A second backward before the optimizer's `step` is an error: k micro-batches would make k steps
+    on gradients that are k times too small.
 
     Args:
-        update: An optimizer's method that updates a parameter, from its group's number, the
-            parameter and its gradient. Once the optimizer is gone, its parameters are left alone.
+        update: Method of an optimizer that updates a parameter, given the index of its group, the
+            parameter and its gradient. It is held weakly: without the optimizer nothing is updated.
+
+    Example:
+        >>> import torch
+        >>> from lit_align.optim.galore import GaLore
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = GaLore([("weight", weight)], lr=0.5, rank=None, per_layer=True)
+        >>> weight.sum().backward()
+        >>> weight.grad is None, (weight < 0).tolist()
+        (True, [True, True])
     """
 
     def __init__(self, update: Callable[[int, Tensor, Tensor], None]):
         self.update = weakref.WeakMethod(update)
         self.updated: set[Tensor] = set()
 
-    def register_hooks(self, params: Iterable[Tensor], number: int) -> None:
-        """Updates parameters in backward from now on.
+    def register_hooks(self, params: Iterable[Tensor], group_index: int) -> None:
+        """Update parameters during every backward that follows.
 
         Args:
-            params: The parameters of a group.
-            number: The group's; the group itself is another object after a resume.
+            params: Parameters of a group.
+            group_index: Index of the group in `param_groups`. Resuming replaces the group itself.
         """
         for param in params:
-            param.register_post_accumulate_grad_hook(partial(self.update_param, number))
+            param.register_post_accumulate_grad_hook(partial(self.update_param, group_index))
 
-    def update_param(self, number: int, param: Tensor) -> None:
-        """Updates one parameter, whose gradient has just become complete."""
+    def update_param(self, group_index: int, param: Tensor) -> None:
+        """Update one parameter [..] whose gradient is complete."""
         update = self.update()
         if update is None:
             return
         is_distributed = distributed.is_initialized() and distributed.get_world_size() > 1
         if is_distributed and not isinstance(param, DTensor):
             raise ValueError(
-                "per_layer under DDP would step on the gradient of one rank: shard with FSDP2, or "
-                "leave per_layer out."
+                "per_layer under DDP would step on the gradient of one rank. Shard with FSDP2, or "
+                "remove per_layer."
             )
         if param in self.updated:
             raise ValueError(
-                "per_layer steps during backward, and a step may have one backward only: raise "
-                "microbatch_tokens until a batch is one micro-batch, or leave per_layer out."
+                "per_layer steps during backward and allows one backward per step, found a second. "
+                "Set a larger microbatch_tokens so that a batch is one micro-batch, or remove "
+                "per_layer."
             )
         if param.grad is None:
-            raise ValueError("per_layer: another optimizer has taken this parameter's gradient.")
+            raise ValueError(
+                "per_layer found no gradient: another optimizer has freed it. Use one optimizer "
+                "with per_layer."
+            )
         self.updated.add(param)
-        update(number, param, param.grad)
+        update(group_index, param, param.grad)
         param.grad = None
 
     def reset(self, *call: Any) -> None:
-        """Allows the next backward; to be called after the optimizer's `step`."""
+        """Allow the next backward. Call it after the `step` of the optimizer."""
         self.updated.clear()

@@ -1,4 +1,7 @@
-"""A rollout's first and last passes, with the cache that all between them would have left."""
+"""Simulated rollout: the first and last passes only, with a cache of the size between them.
+
+Shapes: N rows, B prompts of P tokens, R response tokens, H hidden.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from lit_align.models.generation.decode import (
 from lit_align.models.generation.prefill import PrefillOutput, PromptTensors, prefill_chunk
 from lit_align.models.generation.static_cache import StaticDecodeState
 
-NUM_LAST_TOKENS = 2  # tokens that are decoded; each is the largest so far
+# Tokens that are decoded at the end. The cache grows with each, so the last one has the peak.
+NUM_LAST_TOKENS = 2
 
 
 def decode_first_and_last(
@@ -32,50 +36,68 @@ def decode_first_and_last(
     sampling: SamplingParams,
     all_ranks_done: Callable[[bool], bool] = bool,
 ) -> Responses:
-    """`decode` where no answer ends early, without the tokens between the first and the last.
+    """Replace `decode` if no response ends early: decode the first and the last tokens.
 
     Args:
-        state: As in `decode`, and so are the others.
-        prompts: N rows.
-        noise: [N, R].
-        is_greedy: [N] bool.
-        stop_ids: [S] token ids.
-        pad_id: Token id.
-        temperature: Divides the logits.
-        sampling: What may be chosen.
-        all_ranks_done: Never asked, since no row stops.
+        state: State after prefill.
+        prompts: N prompts.
+        noise: [N, R] uniform in [0, 1).
+        is_greedy: [N] bool, True for rows that take the most likely token.
+        stop_ids: [S] ids of stop tokens.
+        pad_id: Token id after the stop token.
+        temperature: Divisor of the logits.
+        sampling: Top-k and top-p.
+        all_ranks_done: Not called, because no row stops.
     """
     length = noise.shape[1]
     buffer = ResponseBuffer(prompts, noise, is_greedy, pad_id)
     for step in [0, *range(max(length - NUM_LAST_TOKENS, 1), length)]:
-        next_tokens = buffer.sample_next(
-            step, state.next_token_logprobs(temperature), stop_ids, sampling
-        )
+        ids = buffer.sample_next(step, state.next_token_logprobs(temperature), stop_ids, sampling)
         if step == 0:
             extend_context(state, max(length - NUM_LAST_TOKENS, 1) - 1)
         if step + 1 < length:
-            state.append(next_tokens)
+            state.append(ids)
     return Responses(buffer.tokens, buffer.logprobs)
 
 
 def extend_context(state: DecodeState, tokens: int) -> None:
-    """The context after so many more tokens."""
-    if isinstance(state, StaticDecodeState):  # has room for all of them
+    """Change a decode state as if more tokens had been decoded.
+
+    Args:
+        state: State of the decode loop, changed in place.
+        tokens: Number of tokens.
+    """
+    if isinstance(state, StaticDecodeState):  # its cache has its full length already
         state.num_cached += tokens
         state.positions.add_(tokens)
         return
     state.mask = torch.cat([state.mask, state.mask.new_ones(len(state.mask), tokens)], 1)
     state.positions = state.positions[:, -1:] + tokens
     for layer in state.cache.layers:
+        # transformers keeps one token less than the window, because the new one is added to it.
         window = layer.sliding_window - 1 if layer.is_sliding else None
         if layer.is_sliding:
             layer.cumulative_length += tokens
-        layer.keys = extended_zeros(layer.keys, tokens, window)  # one at a time, as they grow
+        # One tensor at a time, as in a decode step, so that the peak is not counted too high.
+        layer.keys = extended_zeros(layer.keys, tokens, window)
         layer.values = extended_zeros(layer.values, tokens, window)
 
 
 def extended_zeros(old: Tensor, tokens: int, max_tokens: int | None) -> Tensor:
-    """[N, heads, t, d] keys or values of more tokens, of `most` at most."""
+    """Return zeros in the shape of keys or values with more tokens.
+
+    Args:
+        old: Keys or values [N, key heads, T, D].
+        tokens: Number of tokens to add.
+        max_tokens: Largest number of tokens, in a sliding window. None means no limit.
+
+    Returns:
+        Zeros [N, key heads, min(T + tokens, max_tokens), D].
+
+    Example:
+        >>> extended_zeros(torch.ones(1, 2, 3, 4), tokens=5, max_tokens=None).shape
+        torch.Size([1, 2, 8, 4])
+    """
     shape = list(old.shape)
     shape[-2] = min(shape[-2] + tokens, max_tokens or shape[-2] + tokens)
     return old.new_zeros(shape)
@@ -84,14 +106,15 @@ def extended_zeros(old: Tensor, tokens: int, max_tokens: int | None) -> Tensor:
 def prefill_first_and_last(
     network: PreTrainedModel, chunks: list[PromptTensors]
 ) -> list[PrefillOutput]:
-    """`prefill_chunks`, of which only the first and the last are read.
+    """Replace `prefill_chunks`: run the first and the last chunk, and fill in the others.
 
     Args:
-        network: A causal language model.
-        chunks: Of the prompts.
+        network: Causal language model.
+        chunks: Prompts, B rows together.
     """
     outputs = [prefill_chunk(network, chunks[0])]
     for chunk in chunks[1:-1]:
+        # Only the memory of these chunks matters, so zeros of the same shapes are enough.
         cache = DynamicCache(config=network.config)
         for number, layer in enumerate(outputs[0].cache.layers):
             if layer.keys is not None:
@@ -103,5 +126,18 @@ def prefill_first_and_last(
 
 
 def zeros_like_chunk(first: Tensor, chunk: PromptTensors) -> Tensor:
-    """What a part leaves in the place of what the first has left."""
+    """Return zeros shaped like an output of the first chunk, with the rows of another chunk.
+
+    Args:
+        first: Output [B, ...] of the first chunk.
+        chunk: Prompts of the other chunk, B' rows.
+
+    Returns:
+        Zeros [B', ...].
+
+    Example:
+        >>> column = torch.zeros(3, 1)
+        >>> zeros_like_chunk(torch.ones(2, 5), PromptTensors(column, column, column)).shape
+        torch.Size([3, 5])
+    """
     return first.new_zeros(len(chunk.tokens), *first.shape[1:])

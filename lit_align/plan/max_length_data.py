@@ -1,4 +1,4 @@
-"""What a plan is made with: batches of the longest texts, answers of the longest length."""
+"""Data of a plan: batches of random tokens with the maximum length."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lit_align.data.prompts import PromptData
 from lit_align.data.rated_pairs import RatedPairs
 from lit_align.errors import UserError
 
-NUM_BATCHES = 2  # the first makes the optimizer's state, the second has it from the beginning
-FIRST_TOKEN_ID = 4  # token ids from here on are words, in every vocabulary that a test may have
+NUM_BATCHES = 2  # the first creates the optimizer state, the second starts with it
+FIRST_TOKEN_ID = 4  # lower ids may be special tokens
 
 
 class MaxLengthData(LightningDataModule):
-    """Batches whose every row is as long as the data section allows.
+    """Batches in which every row is as long as the data section allows.
 
     Args:
-        data: The data section; its rows are never read.
-        prompt_tokens: Of each prompt; by default the most that data allow.
-        response_tokens: Of each answer that comes with the data.
-        num_offline_samples: Such answers per prompt.
-        vocabulary: Token ids are below.
+        data: Data section of the run; its rows are not read.
+        prompt_tokens: Tokens of each prompt or text. Default: the maximum of the data section.
+        response_tokens: Tokens of each offline response.
+        num_offline_samples: Offline responses per prompt.
+        vocabulary: Upper limit of token ids, exclusive.
     """
 
     def __init__(
@@ -49,23 +49,32 @@ class MaxLengthData(LightningDataModule):
         self.width = prompt_tokens or max_tokens
         if self.width > max_tokens:
             raise UserError(
-                f"--prompt_tokens {self.width} is more than the {max_tokens} that the data allow."
+                f"--prompt_tokens {self.width} is more than the {max_tokens} tokens that the data "
+                f"section allows. Set --data.max_prompt_tokens or --data.max_tokens."
             )
         self.response_tokens, self.num_offline_samples = response_tokens, num_offline_samples
         self.tokenizer = SimpleNamespace(pad_token_id=0)
-        self.stop_ids: list[int] = []  # no answer ends early
+        self.stop_ids: list[int] = []  # no response ends early
 
     def decode(self, ids: list[int]) -> str:
-        """No text: nothing here reads one."""
+        """Return an empty text. A plan has token ids only.
+
+        Args:
+            ids: Token ids.
+        """
         return ""
 
     def train_dataloader(self) -> DataLoader[int]:
-        """Two batches."""
+        """Return a loader of NUM_BATCHES batches."""
         indices: Any = range(NUM_BATCHES)
         return DataLoader(indices, batch_size=1, collate_fn=self.batch)
 
     def batch(self, indices: list[int]) -> AnyBatch:
-        """One batch, whatever its number."""
+        """Return a batch for the class of the data section.
+
+        Args:
+            indices: Number of the batch; not used.
+        """
         if issubclass(self.data_class, PromptData):
             return self.prompt_batch()
         return (
@@ -73,22 +82,21 @@ class MaxLengthData(LightningDataModule):
         )
 
     def random_ids(self) -> tuple[Tensor, list[int]]:
-        """[B, T] token ids, and the rows' lengths: each other one is a token shorter.
-
-        Rows of one length would need no mask and no moving, which no data set spares.
-        """
+        """Return random token ids [B, T] and the length of each row."""
+        # Every second row is a token shorter. Rows of equal length would need no mask and no
+        # packing, and take less memory than those of a data set.
         lengths = [max(self.width - row % 2, 1) for row in range(self.batch_size)]
         return torch.randint(
             FIRST_TOKEN_ID, self.vocabulary, (self.batch_size, self.width)
         ), lengths
 
     def prompt_batch(self) -> Experience:
-        """Prompts, left-padded, and what the data answer."""
+        """Return left-padded prompts [B, P], with offline responses if the algorithm reads them."""
         (tokens, lengths), rows = self.random_ids(), self.batch_size
         num_padding = self.width - torch.tensor(lengths).unsqueeze(1)
-        answer = OfflineResponse([FIRST_TOKEN_ID] * self.response_tokens, None, None)
+        response = OfflineResponse([FIRST_TOKEN_ID] * self.response_tokens, None, None)
         offline = (
-            {"offline_responses": [[answer] * self.num_offline_samples] * rows}
+            {"offline_responses": [[response] * self.num_offline_samples] * rows}
             if self.num_offline_samples
             else {}
         )
@@ -101,7 +109,7 @@ class MaxLengthData(LightningDataModule):
         )
 
     def text_batch(self) -> TextBatch:
-        """Texts that are learnt from the second token on."""
+        """Return texts [B, T] in which all tokens but the first are targets."""
         tokens, lengths = self.random_ids()
         token_mask = torch.arange(self.width) < torch.tensor(lengths).unsqueeze(1)
         loss_mask = token_mask & (torch.arange(self.width) > 0)
@@ -110,7 +118,7 @@ class MaxLengthData(LightningDataModule):
         )
 
     def pair_batch(self) -> PreferenceBatch:
-        """Pairs of two such texts."""
+        """Return pairs of two texts [B, T]."""
         sides: dict[str, Any] = {}
         for side in ("chosen", "rejected"):
             text = self.text_batch()
@@ -125,10 +133,14 @@ class MaxLengthData(LightningDataModule):
 
 
 def max_text_tokens(data: TextDataModule) -> int:
-    """Most tokens of a text that a data module lets through."""
+    """Return the maximum tokens of a text in a data section.
+
+    Args:
+        data: Data section of supervised texts or of pairs.
+    """
     if not isinstance(data, PreferenceData | RatedPairs | InstructionData):
         raise UserError(
-            f"plan knows how long the texts of PromptData, InstructionData, PreferenceData and "
-            f"RatedPairs may be, and of {type(data).__name__} it does not: take one of these."
+            f"lit-align plan does not know the maximum length of {type(data).__name__}. Set --data "
+            f"to PromptData, InstructionData, PreferenceData or RatedPairs."
         )
     return data.max_tokens

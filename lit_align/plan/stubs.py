@@ -1,4 +1,4 @@
-"""What stands in a planned run for text, for rewards' values and for repetitions of one shape."""
+"""Stubs of a simulated run: they replace texts, scores and repetitions of one shape."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lit_align.rewards.reward_model import ModelReward
 def fill_max_length_responses(
     rollout: Rollout, trainer: Trainer, batch: Experience, stops: list[int]
 ) -> None:
-    """`Rollout.add_masks_and_texts` where no answer has stopped.
+    """Replace `Rollout.add_masks_and_texts` if no response has stopped.
 
     Args:
-        rollout: Whose tokens they are.
-        trainer: As there.
-        batch: N rows.
-        stops: Token ids that nobody has said.
+        rollout: Rollout that is replaced.
+        trainer: Trainer of the run.
+        batch: N rows with responses [N, R], changed in place.
+        stops: Ids of stop tokens; none was sampled.
     """
     number, width = batch.responses.shape
     batch.response_mask = torch.ones_like(batch.responses, dtype=torch.bool)
@@ -39,11 +39,11 @@ def fill_max_length_responses(
 
 
 class FakeReward:
-    """`Reward.score_batch` that asks the sources with a network, and takes every score for 0.
+    """Replacement of `Reward.score_batch`: it runs reward models, and every score is 0.
 
     Args:
-        reward: Whose sources.
-        tracker: Told where reward models are.
+        reward: Reward callback that is replaced.
+        tracker: Tracker of storages.
     """
 
     def __init__(self, reward: Reward, tracker: MemoryTracker):
@@ -51,11 +51,20 @@ class FakeReward:
 
     @torch.no_grad()
     def __call__(self, trainer: Trainer, batch: Experience) -> list[bool]:
-        """Writes scores [N] and a column per source."""
+        """Write scores [N] and a column for each reward function.
+
+        Args:
+            trainer: Trainer of the run.
+            batch: N rows, changed in place.
+
+        Returns:
+            [N] True: every score is finite.
+        """
         with trainer.precision_plugin.forward_context():
             for source in self.reward.weighted_sum.functions.values():
                 if isinstance(source, ModelReward):
                     self.load_reward_model(source)
+                # Functions without a network need text, and no memory of the device.
                 if source.all_roles():
                     source(batch)
         number = len(batch)
@@ -65,7 +74,11 @@ class FakeReward:
         return [True] * number
 
     def load_reward_model(self, source: ModelReward) -> None:
-        """A reward model comes to the device, to read what stands in the place of text."""
+        """Load a reward model to the device and give it token ids instead of text.
+
+        Args:
+            source: Reward function with a network.
+        """
         source.offloaded_weights.reload()
         for weight in source.network.parameters():
             self.tracker.label(weight, MemoryKind.PARAMETERS, MemoryLocation.DEVICE)
@@ -73,19 +86,25 @@ class FakeReward:
         vars(source).update(overrides)
 
     def max_length_texts(self, source: ModelReward, batch: Experience) -> list[list[int]]:
-        """Token ids for two full passes of a reward model, as long as the policy's own."""
+        """Return token ids for two full passes of a reward model.
+
+        Args:
+            source: Reward function with a network.
+            batch: N rows; each text has their length, or the maximum of the reward model.
+        """
+        # Two passes, because the results of the first are in memory during the second.
         length = min(batch.tokens.shape[1], source.max_tokens)
         rows = 2 * max(source.tokens_per_pass // length, 1)
         return [[0] * length] * min(rows, len(batch))
 
 
 class SkipRepeatedMicrobatches:
-    """Micro-batches and minibatches of one shape are computed so often that no more can come.
+    """Skip micro-batches and minibatches that cannot raise the peak, because two were the same.
 
-    Gradients are there from the second micro-batch on, and reduced in the last.
+    The second micro-batch runs with the gradients of the first. The last one reduces gradients.
 
     Args:
-        algorithm: Whose.
+        algorithm: Algorithm, whose methods are replaced.
     """
 
     def __init__(self, algorithm: Algorithm):
@@ -102,16 +121,25 @@ class SkipRepeatedMicrobatches:
             setattr(algorithm, name, method)
 
     def mix_lengths(self, batch: AnyBatch) -> list[list[int]]:
-        """All micro-batches, each with rows of both lengths, as a data set's have many."""
-        plan = self.sorted_microbatches(batch)
-        rows = [row for part in plan for row in part]
+        """Return the row indices of all micro-batches, with rows of both lengths in each.
+
+        Args:
+            batch: N rows of two lengths.
+        """
+        # Sorted by length, one micro-batch would have all long rows and no padding.
+        microbatches = self.sorted_microbatches(batch)
+        rows = [row for part in microbatches for row in part]
         half = (len(rows) + 1) // 2
         pairs = zip_longest(rows[:half], rows[half:])
         order = iter([row for pair in pairs for row in pair if row is not None])
-        return [list(islice(order, len(part))) for part in plan]
+        return [list(islice(order, len(part))) for part in microbatches]
 
     def split_microbatches(self, batch: AnyBatch) -> list[list[int]]:
-        """The first two micro-batches of each length and number, and the last of all."""
+        """Return the first two micro-batches of each number of rows, and the last of all.
+
+        Args:
+            batch: N rows of two lengths.
+        """
         microbatches = self.mix_lengths(batch)
         selected, counts = [], dict[int, int]()
         for rows in microbatches[:-1]:
@@ -120,7 +148,12 @@ class SkipRepeatedMicrobatches:
         return [*selected, microbatches[-1]]
 
     def map_microbatches(self, batch: AnyBatch, compute: Compute) -> list[Tensor]:
-        """Results of all micro-batches, of which the third of a shape is like the second."""
+        """Return the results of all micro-batches; from the third of a shape on they are zeros.
+
+        Args:
+            batch: N rows.
+            compute: Function of a micro-batch.
+        """
         known: dict[int, list[tuple[Tensor, ...]]] = {}
 
         def compute_or_repeat(part: AnyBatch) -> tuple[Tensor, ...]:
@@ -130,6 +163,7 @@ class SkipRepeatedMicrobatches:
                 return results[-1]
             return tuple(torch.zeros_like(result) for result in results[-1])
 
+        # All rows need a result here, so the selection of `split_microbatches` is switched off.
         self.algorithm.split_microbatches = self.mix_lengths
         try:
             return self.map_all_microbatches(batch, compute_or_repeat)
@@ -137,15 +171,20 @@ class SkipRepeatedMicrobatches:
             self.algorithm.split_microbatches = self.split_microbatches
 
     def minibatches(self, num_rows: int, epoch: int) -> list[list[int]]:
-        """Two of the first epoch, none of the others."""
+        """Return two minibatches of the first epoch and none of the others.
+
+        Args:
+            num_rows: Rows of the rollout.
+            epoch: Number of the update epoch, from 0.
+        """
         return self.all_minibatches(num_rows, epoch)[: 0 if epoch else 2]
 
 
 def stub_precomputed(algorithm: Algorithm) -> None:
-    """Log-probs that are computed in advance are known without the data.
+    """Replace precomputed reference log-probs by zeros, because a plan reads no data.
 
     Args:
-        algorithm: A DPO with `precompute`, or any other.
+        algorithm: DPO with `precompute`; any other algorithm is not changed.
     """
     if isinstance(algorithm, DPO) and algorithm.precomputed is not None:
         zeros = lambda pairs: torch.zeros(2, len(pairs)).unbind()  # noqa: E731
@@ -153,7 +192,11 @@ def stub_precomputed(algorithm: Algorithm) -> None:
         algorithm.on_train_start = lambda: None
 
 
-def disable_logging(algorithm: nn.Module) -> None:
-    """Metrics are a few numbers, and copying them needs their values."""
+def disable_metrics(algorithm: nn.Module) -> None:
+    """Disable the metrics of an algorithm: Lightning would need their values.
+
+    Args:
+        algorithm: Algorithm, whose `log` and `log_dict` are replaced.
+    """
     for name in ("log", "log_dict"):
         setattr(algorithm, name, lambda *args, **kwargs: None)

@@ -1,4 +1,4 @@
-"""Small changes of a run that take less memory, from what costs least to what costs most."""
+"""Suggestions: small changes of a run that reduce its memory, those with the least effect first."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from jsonargparse import Namespace
 
 from lit_align.plan.table import MemoryPlan
 
-Argv = tuple[str, ...]  # of a command line
+Argv = tuple[str, ...]  # arguments of a command line
 
 
 class Suggestion(NamedTuple):
-    """What a run would take.
+    """A change of a run, and the memory of the changed run.
 
     Args:
-        argv: To be added to the command line.
-        plan: Of the run with them, or why it is refused.
+        argv: Arguments to add to the command line.
+        plan: Estimated memory of the changed run, or the message of its error.
     """
 
     argv: Argv
@@ -25,20 +25,21 @@ class Suggestion(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether it would run."""
+        """Return True if the changed run is valid and fits in memory."""
         return isinstance(self.plan, MemoryPlan) and self.plan.fits
 
 
 def candidate_arguments(config: Namespace, ranks: int) -> Iterator[Argv]:
-    """What might be changed in a run: first what changes seconds, then what changes the training.
+    """Yield possible changes: first those that cost time, then those that change the training.
 
     Args:
-        config: Of the run.
-        ranks: It runs on.
+        config: Configuration of the run.
+        ranks: Number of ranks.
     """
     model, data, trainer = config.model.init_args, config.data.init_args, config.trainer
     role = "policy" if "policy" in model else "reward_model"
     network = model[role].get("init_args", model[role])
+    # Smaller micro-batches, checkpointing and offloading only cost time.
     if model.microbatch_tokens > 1024:
         yield "--model.microbatch_tokens", str(max(model.microbatch_tokens // 4, 1024))
     if not network.activation_checkpointing:
@@ -46,6 +47,7 @@ def candidate_arguments(config: Namespace, ranks: int) -> Iterator[Argv]:
     yield from fsdp2_candidates(trainer.strategy)
     argv = ("--trainer.devices", str(2 * ranks // trainer.num_nodes))
     yield argv if ranks > 1 else (*argv, "--trainer.strategy", "fsdp2")
+    # A smaller batch, GaLore and LoRA train differently.
     if data.batch_size > 1:
         yield "--data.batch_size", str(data.batch_size // 2)
     if "galore" not in str(model.optimizer.class_path).lower():
@@ -55,10 +57,16 @@ def candidate_arguments(config: Namespace, ranks: int) -> Iterator[Argv]:
 
 
 def fsdp2_candidates(strategy: Namespace | str) -> Iterator[Argv]:
-    """What FSDP2 may be told to keep less of.
+    """Yield the changes that reduce the memory of FSDP2. Other strategies have none.
 
     Args:
-        strategy: A word or a class, of any kind.
+        strategy: Name of a strategy, or a class with its arguments.
+
+    Example:
+        >>> [argv[-2:] for argv in fsdp2_candidates("fsdp2")][1]
+        ('--trainer.strategy.cpu_offload', 'true')
+        >>> list(fsdp2_candidates("ddp"))
+        []
     """
     if isinstance(strategy, Namespace) and strategy.class_path.endswith(".FSDP2"):
         if not strategy.init_args.sync_every_microbatch:
@@ -66,6 +74,7 @@ def fsdp2_candidates(strategy: Namespace | str) -> Iterator[Argv]:
         if not strategy.init_args.cpu_offload:
             yield "--trainer.strategy.cpu_offload", "true"
     elif strategy in ("fsdp", "fsdp2"):
+        # A name takes no arguments: the class is needed.
         as_class = ("--trainer.strategy", "lit_align.models.parallel.fsdp2.FSDP2")
         yield *as_class, "--trainer.strategy.sync_every_microbatch", "true"
         yield *as_class, "--trainer.strategy.cpu_offload", "true"
@@ -74,11 +83,11 @@ def fsdp2_candidates(strategy: Namespace | str) -> Iterator[Argv]:
 def try_suggestions(
     candidates: list[Argv], plan_with: Callable[[Argv], MemoryPlan]
 ) -> Iterator[Suggestion]:
-    """Each change by itself; and if none of them makes the run fit, more and more of them.
+    """Plan each change alone. If none fits, plan more and more of them together.
 
     Args:
-        candidates: Of each.
-        plan_with: From words that are added to what the run takes then.
+        candidates: Arguments of each change.
+        plan_with: Function of added arguments that returns the memory of the changed run.
     """
     single = []
     for candidate in candidates:
@@ -89,18 +98,24 @@ def try_suggestions(
     combined: Argv = ()
     for number, each in enumerate(usable):
         combined += each.argv
-        if number and not fits:
+        if number and not fits:  # the first alone has been planned already
             suggestion = try_suggestion(combined, plan_with)
             fits = suggestion.fits
             yield suggestion
 
 
 def try_suggestion(argv: Argv, plan_with: Callable[[Argv], MemoryPlan]) -> Suggestion:
-    """A change that may be none for this run: its error is told to the user.
+    """Plan one change. If it is invalid for this run, keep the error message.
 
     Args:
-        argv: To be added.
-        plan_with: As in `try_suggestions`.
+        argv: Arguments to add to the command line.
+        plan_with: Function of added arguments that returns the memory of the changed run.
+
+    Example:
+        >>> def refuse(argv):
+        ...     raise ValueError("no adapter")
+        >>> try_suggestion(("--config", "lora"), refuse).plan
+        'no adapter'
     """
     try:
         return Suggestion(argv, plan_with(argv))

@@ -1,4 +1,4 @@
-"""A plan as people and as machines read it."""
+"""Memory plan as a table, as one line and as JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ GIB = 2**30  # bytes
 
 
 class MemoryPlan(NamedTuple):
-    """What a run takes.
+    """Estimated memory of a run.
 
     Args:
-        peaks: The most of each phase.
-        memory: Bytes of a device.
+        peaks: Peak of each phase by location.
+        memory: Memory of a device in bytes.
+
+    Example:
+        >>> from lit_align.plan.memory_tracker import MemoryTracker
+        >>> tracker = MemoryTracker()
+        >>> tracker.end("load")
+        >>> MemoryPlan(tracker.peaks, memory=10).fits
+        True
     """
 
     peaks: EstimatedPeaks
@@ -27,23 +34,27 @@ class MemoryPlan(NamedTuple):
 
     @property
     def peak(self) -> tuple[str, EstimatedPeak]:
-        """The phase with the most bytes on the device, and what is there then."""
+        """Return the phase with the highest peak on the device, and that peak."""
         phase = max(self.peaks, key=lambda name: self.peaks[name][MemoryLocation.DEVICE].total)
         return phase, self.peaks[phase][MemoryLocation.DEVICE]
 
     @property
     def host(self) -> int:
-        """The most bytes of a rank on the host."""
+        """Return the host memory of a rank at its peak, in bytes."""
         return max(peaks[MemoryLocation.HOST].total for peaks in self.peaks.values())
 
     @property
     def fits(self) -> bool:
-        """Whether it fits."""
+        """Return True if the highest peak fits in the memory of a device."""
         return self.peak[1].total <= self.memory
 
 
 def plan_table(plan: MemoryPlan) -> Table:
-    """Phase by kind, in GiB of one device, and what is on the host."""
+    """Return the table of a plan: a row per phase, a column per kind, in GiB.
+
+    Args:
+        plan: Estimated memory of a run.
+    """
     title = "GiB of a device at the peak of each phase, and of its rank on the host"
     table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1))
     for name in ("phase", *MemoryKind, "peak", "host"):
@@ -56,7 +67,11 @@ def plan_table(plan: MemoryPlan) -> Table:
 
 
 def verdict(plan: MemoryPlan) -> str:
-    """The peak, where it is, and whether it fits."""
+    """Return one line with the peak, its phase and operator, and if it fits.
+
+    Args:
+        plan: Estimated memory of a run.
+    """
     phase, peak = plan.peak
     outcome = "fits" if plan.fits else "does not fit"
     return (
@@ -66,13 +81,25 @@ def verdict(plan: MemoryPlan) -> str:
 
 
 def format_gib(size: int) -> str:
-    """Bytes as GiB, with three digits where it is little."""
+    """Format bytes as GiB with two decimals, or one digit below 0.01 GiB.
+
+    Args:
+        size: Bytes.
+
+    Example:
+        >>> format_gib(3 * GIB // 2), format_gib(GIB // 250), format_gib(0)
+        ('1.50', '0.004', '-')
+    """
     value = size / GIB
     return "-" if not size else f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def as_json(plan: MemoryPlan) -> dict[str, Any]:
-    """All bytes, for machines."""
+    """Return all bytes of a plan in the form that `lit-align plan --json` prints.
+
+    Args:
+        plan: Estimated memory of a run.
+    """
     phase, peak = plan.peak
     return {
         "fits": plan.fits,

@@ -1,4 +1,4 @@
-"""How checkpoints are read and written where nothing is sharded, even if it was before."""
+"""Reading and writing of unsharded checkpoints, also from a sharded one."""
 
 import warnings
 from collections.abc import Callable
@@ -11,21 +11,30 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lit_align.runs.checkpoint_files import partial_path, publish, read_checkpoint
+from lit_align.runs.atomic_io import atomic_file
+from lit_align.runs.checkpoint_files import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes without a copy in memory, whole or not at all; reads tensors and numbers alone."""
+    """Checkpoint plugin that writes atomically and reads sharded checkpoints as unsharded ones.
+
+    Writing needs no copy in memory. Reading accepts tensors and numbers, but no other objects.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Writes under another name first."""
+        """Write a checkpoint to one file.
+
+        Args:
+            checkpoint: Content of the file.
+            path: File to write. Its folder is made if it is missing.
+            storage_options: Unused.
+        """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = partial_path(target)
-        torch.save(checkpoint, part)
-        publish(part, target)
+        with atomic_file(target) as part:
+            torch.save(checkpoint, part)
 
     def load_checkpoint(
         self,
@@ -33,7 +42,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """A file's content, or that of a sharded checkpoint's folder put together."""
+        """Return the content of a file, or of a sharded checkpoint as one file would hold it.
+
+        Args:
+            path: File, or folder of a sharded checkpoint.
+            map_location: Unused: tensors are on the CPU.
+            weights_only: Unused: always true.
+        """
         found: dict[str, Any] = read_checkpoint(Path(path))
         if Path(path).is_dir():
             found |= load_unsharded(Path(path))
@@ -41,11 +56,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def load_unsharded(path: Path, prefix: str = "") -> dict[str, Any]:
-    """The whole tensors of a sharded checkpoint, as one of a single file names them.
+    """Return the unsharded tensors of a sharded checkpoint in the structure of a single file.
 
     Args:
-        path: Its folder.
-        prefix: What names of tensors must begin with, such as `state_dict`.
+        path: Folder of the checkpoint.
+        prefix: Start of the tensor names that are read, such as `state_dict.`. Default: all.
     """
     index = FileSystemReader(path).read_metadata()
     flat: dict[str, Any] = {
@@ -55,9 +70,10 @@ def load_unsharded(path: Path, prefix: str = "") -> dict[str, Any]:
         for name, entry in index.state_dict_metadata.items()
         if name.startswith(prefix)
     }
-    with warnings.catch_warnings():  # torch says that this is one process
+    with warnings.catch_warnings():  # torch warns that this is one process
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(flat, checkpoint_id=path, no_dist=True)
+    # planner_data has the keys of the nested dictionaries by flat name (torch 2.13)
     tree: dict[Any, Any] = {}
     for name, value in flat.items():
         key, *branches = reversed(index.planner_data[name])
@@ -65,16 +81,17 @@ def load_unsharded(path: Path, prefix: str = "") -> dict[str, Any]:
         for step in reversed(branches):
             branch = branch.setdefault(step, {})
         branch[key] = value
+    # Lightning 2.6 names the states `optimizer_0`, ...; a single file has them in one list
     optimizers = [tree.pop(name) for name in sorted(tree) if name.startswith("optimizer_")]
     groups = [{**state, "param_groups": as_lists(state["param_groups"])} for state in optimizers]
     return {**tree, **({"optimizer_states": groups} if groups else {})}
 
 
 def load_trained_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, whole, and nothing of the optimizer.
+    """Return the unsharded weights of a checkpoint by name, without optimizer states.
 
     Args:
-        path: Its file or folder.
+        path: File, or folder of a sharded checkpoint.
     """
     found = load_unsharded(path, "state_dict.") if path.is_dir() else read_checkpoint(path)
     weights: dict[str, torch.Tensor] = found["state_dict"]
@@ -82,10 +99,11 @@ def load_trained_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def as_lists(entries: Any) -> Any:
-    """Lists where the index counts from 0 on.
+    """Return nested dictionaries with lists in the place of those whose keys are 0, 1, ....
 
-    Args:
-        entries: Nested dictionaries.
+    Example:
+        >>> as_lists({"betas": {0: 0.5, 1: 0.75}})
+        {'betas': [0.5, 0.75]}
     """
     if not isinstance(entries, dict):
         return entries

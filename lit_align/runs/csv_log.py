@@ -1,7 +1,6 @@
-"""metrics.csv of a run, of which a resumed run keeps the rows."""
+"""CSV logger whose metrics.csv keeps its rows when a run is resumed."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,16 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_align.runs.atomic_io import atomic_file
+
 MetricsRow = dict[str, Any]
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Lightning's CSV logger, but for the start: rows are kept until `rewind` says from where on.
+    """Lightning's CSV logger with rows kept until `rewind`, not deleted at the start.
 
     Args:
-        folder: The run's; `metrics.csv` is written into it.
+        folder: Run folder, in which `metrics.csv` is written.
     """
 
     def __init__(self, folder: str | Path):
@@ -26,27 +27,27 @@ class ResumableCSVLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> "CSVFile":
-        """What writes the file."""
-        if self._experiment is None:
+        """The writer of the file."""
+        if self._experiment is None:  # attribute of CSVLogger, checked with lightning 2.6.6
             self._experiment = CSVFile(self.log_dir)
         assert isinstance(self._experiment, CSVFile)
         return self._experiment
 
     @rank_zero_only
     def rewind(self, steps: int) -> None:
-        """Drops the rows of all but the first steps of the run.
+        """Drop the rows after the first steps of the run.
 
         Args:
-            steps: Lightning batches, whose rows stay.
+            steps: Number of Lightning batches whose rows are kept.
         """
         self.experiment.rewind(steps)
 
 
 class CSVFile(ExperimentWriter):
-    """The file: appended to, and replaced as a whole where its header grows.
+    """Writer of metrics.csv, which appends rows and rewrites the file for a new column.
 
     Args:
-        folder: Where it is.
+        folder: Folder of the file.
     """
 
     def __init__(self, folder: str):
@@ -55,10 +56,10 @@ class CSVFile(ExperimentWriter):
         self.metrics_keys = metric_names(self.read_rows())
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning would delete the file here."""
+        """Keep an existing file, which Lightning 2.6.6 would delete here."""
 
     def read_rows(self) -> list[MetricsRow]:
-        """The rows that are whole: a killed run may have left half a line."""
+        """Return the complete rows. A killed run may have written half of its last line."""
         if not self.path.is_file():
             return []
         text = self.path.read_text()
@@ -67,16 +68,16 @@ class CSVFile(ExperimentWriter):
         return [row for row in rows if row.get("step", "").isdigit()]
 
     def rewind(self, steps: int) -> None:
-        """Keeps the rows of the first steps, and no others.
+        """Keep only the rows of the first steps.
 
         Args:
-            steps: Lightning batches.
+            steps: Number of Lightning batches whose rows are kept.
         """
         self.save()
         self.rewrite([row for row in self.read_rows() if int(row["step"]) < steps])
 
     def save(self) -> None:
-        """Puts what was logged since the last time into the file."""
+        """Write the rows that were logged since the last call."""
         if not self.metrics:
             return
         if set(metric_names(self.metrics)) <= set(self.metrics_keys):
@@ -87,21 +88,22 @@ class CSVFile(ExperimentWriter):
         self.metrics = []
 
     def rewrite(self, rows: list[MetricsRow]) -> None:
-        """Writes the file anew; a kill leaves the old one or the new one."""
+        """Replace the file atomically, or delete it if there are no rows."""
         self.metrics_keys = metric_names(rows)
         if not rows:
             self.path.unlink(missing_ok=True)
             return
-        part = self.path.with_name(f".{self.path.name}.part")
-        with part.open("w", newline="") as file:
+        with atomic_file(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path)
 
 
 def metric_names(rows: list[MetricsRow]) -> list[str]:
-    """The columns, in alphabetical order."""
+    """Return the columns of all rows in alphabetical order.
+
+    Example:
+        >>> metric_names([{"step": 0, "loss": 1.0}, {"reward": 2.0}])
+        ['loss', 'reward', 'step']
+    """
     return sorted({key for row in rows for key in row})

@@ -74,11 +74,11 @@ CASES = {
     ),
     "Lightning's own clipping": (
         (*ONLINE, "--trainer.gradient_clip_val", "1.0"),
-        r"--trainer.gradient_clip_val cannot be used here: set --model.max_grad_norm",
+        r"--trainer.gradient_clip_val is not supported. Set --model.max_grad_norm",
     ),
     "Lightning's own accumulation": (
         (*ONLINE, "--trainer.accumulate_grad_batches", "2"),
-        r"set --data.batch_size .* and --model.microbatch_tokens",
+        r"Set --data.batch_size .* and --model.microbatch_tokens",
     ),
     "no room for an answer": (
         (*ONLINE, "--rollout.max_new_tokens", "0"),
@@ -110,11 +110,11 @@ CASES = {
     ),
     "no reward for an algorithm that needs one": (
         (*ONLINE, "--reward", "null"),
-        r"ReMax learns from scores: add a `reward` section",
+        r"ReMax is trained on scores. Add a `reward` section",
     ),
     "no rollout for an algorithm that needs one": (
         (*ONLINE, "--rollout", "null"),
-        r"ReMax learns from its own answers: add a `rollout` section",
+        r"ReMax is trained on its own responses. Add a `rollout` section",
     ),
     "a vocabulary smaller than the tokenizer's": (
         (*ONLINE, "--model.policy.config.vocab_size", "100"),
@@ -217,7 +217,7 @@ CASES = {
     ),
     "a checkpoint that is not there": (
         (*OFFLINE, "--ckpt_path", "nowhere.ckpt"),
-        r"--ckpt_path nowhere.ckpt: there is no such checkpoint",
+        r"--ckpt_path nowhere.ckpt: no such checkpoint",
     ),
     "a data type that is none": (
         (*ONLINE, "--model.policy.dtype", "flaot32"),

@@ -18,7 +18,7 @@ LINE = ("plan", "--config", "remax", "--config", "toy")
 WRONG = {
     "an unknown shape": (
         ("--model.policy.path", "shape:llama-3-8"),
-        r"shape:llama-3-8: there is no such shape; did you mean 'llama-3-8b'\?",
+        r"shape:llama-3-8: there is no such shape\. Did you mean 'llama-3-8b'\?",
     ),
     "a hub id": (
         ("--model.policy.path", "nobody/nothing"),
@@ -31,7 +31,7 @@ WRONG = {
     "GPUs without a strategy": (("--trainer.devices", "2"), r"2 devices need a strategy"),
     "longer prompts than the data allow": (
         ("--prompt_tokens", "64"),
-        r"--prompt_tokens 64 is more than the 32 that the data allow",
+        r"--prompt_tokens 64 is more than the 32 tokens that the data section allows",
     ),
     "a size that is none": (("--gpu_memory", "large"), r"large is no size; give a number and GB"),
     "an argument that is none": (("--model.kl_cof", "1"), r"Did you mean 'kl_coef'\?"),

@@ -50,7 +50,7 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (CHUNK,), (CHUNK + 1,), (2, 3, 200)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_chunks_give_the_naive_numbers_and_gradients(close, shape, temperature, with_bias):
+def test_chunks_give_the_naive_numbers_and_gradients(assert_close, shape, temperature, with_bias):
     hidden, weight, bias, tokens = head(*shape, spread=2.0)
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     settings = {"temperature": temperature, "bias": bias if with_bias else None}
@@ -62,7 +62,7 @@ def test_chunks_give_the_naive_numbers_and_gradients(close, shape, temperature, 
         assert not entropy.requires_grad
         results.append((logprobs, entropy, *gradients))
     for actual, expected in zip(*results, strict=True):
-        close(actual, expected.detach(), 1e-6 if actual.shape != shape else 5e-6)
+        assert_close(actual, expected.detach(), 1e-6 if actual.shape != shape else 5e-6)
 
 
 def test_exact_to_1e_6():
@@ -103,7 +103,7 @@ def test_gradients_against_finite_differences():
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True)]
 )
-def test_only_what_asks_gets_a_gradient(close, wanted):
+def test_only_what_asks_gets_a_gradient(assert_close, wanted):
     hidden, weight, bias, tokens = head(1500)
     inputs = (hidden, weight, bias)
     for tensor, asks in zip(inputs, wanted, strict=True):
@@ -112,7 +112,7 @@ def test_only_what_asks_gets_a_gradient(close, wanted):
     assert tuple(tensor.grad is not None for tensor in inputs) == wanted
     (asking,) = (tensor for tensor in inputs if tensor.requires_grad)
     expected = naive(hidden, weight, tokens, bias=bias)[0].mean()
-    close(asking.grad, torch.autograd.grad(expected, asking)[0], 1e-6)
+    assert_close(asking.grad, torch.autograd.grad(expected, asking)[0], 1e-6)
 
 
 def test_nothing_asks_for_gradients_under_no_grad():
@@ -124,13 +124,13 @@ def test_nothing_asks_for_gradients_under_no_grad():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_result_is_fp32_and_gradients_are_of_their_inputs(close, dtype):
+def test_the_result_is_fp32_and_gradients_are_of_their_inputs(assert_close, dtype):
     hidden, weight, bias, tokens = head(2, 700, dtype=dtype)
     logprobs, entropy = chosen_logprobs(hidden, weight, tokens, bias=bias)
     assert logprobs.dtype == entropy.dtype == torch.float32
     expected, expected_entropy = naive(hidden, weight, tokens, bias=bias)
-    close(logprobs, expected.detach(), 5e-6)
-    close(entropy, expected_entropy, 5e-6)
+    assert_close(logprobs, expected.detach(), 5e-6)
+    assert_close(entropy, expected_entropy, 5e-6)
     gradients = torch.autograd.grad(logprobs.mean(), (hidden, weight, bias))
     references = torch.autograd.grad(expected.mean(), (hidden, weight, bias))
     for actual, reference in zip(gradients, references, strict=True):
@@ -259,17 +259,17 @@ def test_runs_on_tensors_without_data(dtype):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_agree_with_openrlhf(close, golden, temperature):
+def test_logprobs_agree_with_openrlhf(assert_close, golden, temperature):
     """A head that is the identity takes logits as they are."""
     file = golden("openrlhf_misc")
     suffix = "" if temperature == 1 else f",temperature={temperature}"
     logprobs, _ = chosen_logprobs(
         file["logits"], torch.eye(11), file["ids"], temperature=temperature
     )
-    close(logprobs, file.cases[f"log_probs_from_logits{suffix}"])
+    assert_close(logprobs, file.cases[f"log_probs_from_logits{suffix}"])
 
 
-def test_summed_logprobs_agree_with_the_authors_of_dpo(close, golden):
+def test_summed_logprobs_agree_with_the_authors_of_dpo(assert_close, golden):
     """The label at t is scored by the logits at t - 1."""
     file = golden("dpo_reference")
     case = file.cases["get_batch_logps,average=False"]
@@ -277,16 +277,16 @@ def test_summed_logprobs_agree_with_the_authors_of_dpo(close, golden):
     mask = labels != -100
     logprobs, _ = chosen_logprobs(logits[:, :-1], torch.eye(11), labels.where(mask, 0))
     summed = torch.where(mask, logprobs, 0).sum(-1)
-    close(summed, case["logps"])
-    close(torch.autograd.grad(summed.sum(), logits)[0], case["grad_logits_of_sum"])
+    assert_close(summed, case["logps"])
+    assert_close(torch.autograd.grad(summed.sum(), logits)[0], case["grad_logits_of_sum"])
 
 
-def test_supervised_loss_agrees_with_openrlhf(close, golden):
+def test_supervised_loss_agrees_with_openrlhf(assert_close, golden):
     file = golden("openrlhf_sft_loss")
     case = file.cases["GPTLMLoss"]
     logits, labels = file["logits"].requires_grad_(), file["labels"][:, 1:]
     mask = labels != -100
     logprobs, _ = chosen_logprobs(logits[:, :-1], torch.eye(11), labels.where(mask, 0))
     loss = -torch.where(mask, logprobs, 0).sum() / mask.sum()
-    close(loss, case["loss"])
-    close(torch.autograd.grad(loss, logits)[0], case["grad_logits"])
+    assert_close(loss, case["loss"])
+    assert_close(torch.autograd.grad(loss, logits)[0], case["grad_logits"])

@@ -138,17 +138,17 @@ BY_TOKEN = [(True, masked_mean), (False, mean_of_rows)]
 
 @pytest.mark.parametrize(("token_level", "mean"), BY_TOKEN)
 @pytest.mark.parametrize(("source", "high"), [("logp", 0.2), ("logp", 0.28), ("logp_wild", 0.28)])
-def test_the_surrogate_agrees_with_openrlhf(close, golden, source, high, token_level, mean):
+def test_the_surrogate_agrees_with_openrlhf(assert_close, golden, source, high, token_level, mean):
     file = golden("openrlhf_policy_loss")
     wild = "logp_wild," if source == "logp_wild" else ""
     case = file.cases[f"ppo,{wild}low=0.2,high={high},dual_clip=None,token_level={token_level}"]
     logprobs = file[source].requires_grad_()
     loss = mean(clipped_surrogate(logprobs, file["old_logp"], file["adv"], 0.2, high), file.mask)
-    close(loss, case["loss"])
-    close(grad(loss, logprobs), case["grad_logp"])
+    assert_close(loss, case["loss"])
+    assert_close(grad(loss, logprobs), case["grad_logp"])
 
 
-def test_the_surrogate_of_sequences_agrees_with_openrlhf(close, golden):
+def test_the_surrogate_of_sequences_agrees_with_openrlhf(assert_close, golden):
     """GSPO's ratio: mean log-ratio of a response, one advantage per response."""
     file = golden("openrlhf_policy_loss")
     case = file.cases["gspo,low=0.2,high=0.28,adv=adv_seq"]
@@ -159,53 +159,53 @@ def test_the_surrogate_of_sequences_agrees_with_openrlhf(close, golden):
         for x in (logprobs, file["old_logp"])
     )
     loss = clipped_surrogate(new, old, file["adv_seq"].unsqueeze(-1), 0.2, 0.28).mean()
-    close(loss, case["loss"])
-    close(grad(loss, logprobs), case["grad_logp"])
+    assert_close(loss, case["loss"])
+    assert_close(grad(loss, logprobs), case["grad_logp"])
 
 
 @pytest.mark.parametrize("name", ["epsilon=0.2,value_clip=0.2", "epsilon=0.1,value_clip=0.5"])
-def test_both_clipped_losses_agree_with_torchtune(close, golden, name):
+def test_both_clipped_losses_agree_with_torchtune(assert_close, golden, name):
     file = golden("torchtune_ppo_loss")
     case = next(case for key, case in file.cases.items() if key.startswith(name))
     epsilon, clip = numbers(name)
     logprobs, values = file["logp"].requires_grad_(), file["new_values"].requires_grad_()
     policy = clipped_surrogate(logprobs, file["old_logp"], file["adv"], epsilon, epsilon)
     policy_loss = masked_mean(policy, file.mask)
-    close(policy_loss, case["policy_loss"])
-    close(grad(policy_loss, logprobs), case["grad_logp"])
+    assert_close(policy_loss, case["policy_loss"])
+    assert_close(grad(policy_loss, logprobs), case["grad_logp"])
     value = masked_mean(clipped_value(values, file["values"], file["returns"], clip), file.mask)
-    close(value, case["value_loss"])
+    assert_close(value, case["value_loss"])
 
 
 @pytest.mark.parametrize(("token_level", "mean"), BY_TOKEN)
 @pytest.mark.parametrize("clip", ["None", "0.2", "0.5"])
-def test_values_agree_with_openrlhf(close, golden, clip, token_level, mean):
+def test_values_agree_with_openrlhf(assert_close, golden, clip, token_level, mean):
     """Without a clip it is an infinite one."""
     file = golden("openrlhf_value_loss")
     case = file.cases[f"clip={clip},token_level={token_level}"]
     values = file["new_values"].requires_grad_()
     bound = math.inf if clip == "None" else float(clip)
     loss = mean(clipped_value(values, file["values"], file["returns"], bound), file.mask)
-    close(loss, case["loss"])
-    close(grad(loss, values), case["grad_new_values"])
+    assert_close(loss, case["loss"])
+    assert_close(grad(loss, values), case["grad_new_values"])
 
 
-def test_grpo_agrees_with_torchtune(close, golden):
+def test_grpo_agrees_with_torchtune(assert_close, golden):
     file = golden("torchtune_grpo_loss")
     case = file.cases["GRPOLoss,epsilon=0.2,kl=0.1"]
     logprobs = file["logp"].requires_grad_()
     surrogate = clipped_surrogate(logprobs, file["old_logp"], file["adv_seq"].unsqueeze(-1))
     kl = k3(logprobs, file["ref_logp"])
     loss = masked_mean(surrogate + 0.1 * kl, file.mask)
-    close(masked_mean(kl, file.mask), case["kl"])
-    close(loss, case["loss"])
-    close(grad(loss, logprobs), case["grad_logp"])
+    assert_close(masked_mean(kl, file.mask), case["kl"])
+    assert_close(loss, case["loss"])
+    assert_close(grad(loss, logprobs), case["grad_logp"])
 
     case = file.cases["GRPOSimpleLoss,epsilon=0.2,kl=0.1"]  # on-policy, each response by itself
     surrogate = clipped_surrogate(logprobs, logprobs.detach(), file["adv_seq"].unsqueeze(-1))
     loss = mean_of_rows(surrogate + 0.1 * k3(logprobs, file["ref_logp"]), file.mask)
-    close(loss, case["loss"])
-    close(grad(loss, logprobs), case["grad_logp"])
+    assert_close(loss, case["loss"])
+    assert_close(grad(loss, logprobs), case["grad_logp"])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_grpo_agrees_with_torchtune(close, golden):
         "beta=0.1,label_smoothing=0.1",
     ],
 )
-def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(close, golden, name):
+def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(assert_close, golden, name):
     beta, label_smoothing = numbers(name)
     for source, suffix, loss_key, grad_key in (
         ("dpo_reference", ",ipo=False,reference_free=False", "mean", "_of_mean"),
@@ -228,9 +228,9 @@ def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(close, golden, name)
         sides = [file[side] for side in PAIR]
         sides[0].requires_grad_()
         losses = dpo(*sides, beta, label_smoothing)
-        close(losses, case.get("losses", losses))
-        close(losses.mean(), case[loss_key])
-        close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
+        assert_close(losses, case.get("losses", losses))
+        assert_close(losses.mean(), case[loss_key])
+        assert_close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
 
 
 @pytest.mark.parametrize(
@@ -241,16 +241,16 @@ def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(close, golden, name)
     ],
 )
 def test_ipo_agrees_with_dpos_authors_and_openrlhf(
-    close, golden, source, suffix, loss_key, grad_key
+    assert_close, golden, source, suffix, loss_key, grad_key
 ):
     file = golden(source)
     case = file.cases["beta=0.1,label_smoothing=0.0,ipo=True" + suffix]
     sides = [file[side] for side in PAIR]
     sides[0].requires_grad_()
     losses = ipo(*sides, 0.1)
-    close(losses, case.get("losses", losses))
-    close(losses.mean(), case[loss_key])
-    close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
+    assert_close(losses, case.get("losses", losses))
+    assert_close(losses.mean(), case[loss_key])
+    assert_close(grad(losses.mean(), sides[0]), case[f"grad_policy_chosen{grad_key}"])
 
 
 @pytest.mark.parametrize(
@@ -258,11 +258,11 @@ def test_ipo_agrees_with_dpos_authors_and_openrlhf(
     [("PairWiseLoss,margin=None", []), ("PairWiseLoss,margin=given", ["margin"]),
      ("LogExpLoss,margin=None", [])],
 )  # fmt: skip
-def test_bradley_terry_agrees_with_openrlhf(close, golden, name, given):
+def test_bradley_terry_agrees_with_openrlhf(assert_close, golden, name, given):
     file = golden("openrlhf_reward_model_loss")
     case = file.cases[name]
     chosen = file["chosen_reward"].requires_grad_()
     given = [file[part] for part in given]
     loss = bradley_terry(chosen, file["rejected_reward"], *given).mean()
-    close(loss, case["loss"])
-    close(grad(loss, chosen), case["grad_chosen_reward"])
+    assert_close(loss, case["loss"])
+    assert_close(grad(loss, chosen), case["grad_chosen_reward"])

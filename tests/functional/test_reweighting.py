@@ -36,35 +36,37 @@ def objective(policy, kl_coef=1.0):
     return (policy * SCORES).sum().item() - kl_coef * kl(policy, REF)
 
 
-def test_s1_at_the_reference_the_weights_are_a_softmax(close):
+def test_s1_at_the_reference_the_weights_are_a_softmax(assert_close):
     settings = {"kl_coef": 0.4, "step_coef": 0.6}
     zero = row(0, 0)
-    close(sample_weights(row(1, 0), zero, zero, **settings), row(0.73105858, 0.26894142), 1e-8)
+    assert_close(
+        sample_weights(row(1, 0), zero, zero, **settings), row(0.73105858, 0.26894142), 1e-8
+    )
     zero = row(0, 0, 0, 0)
     weights = sample_weights(row(2, 1, 0, 0), zero, zero, kl_coef=0.2, step_coef=0.3)
-    close(weights, row(0.85326667, 0.11547709, 0.01562812, 0.01562812), 1e-8)
+    assert_close(weights, row(0.85326667, 0.11547709, 0.01562812, 0.01562812), 1e-8)
 
 
-def test_s3_nats_above_the_reference_cost(close):
+def test_s3_nats_above_the_reference_cost(assert_close):
     weights = sample_weights(
         row(1, 0.5, 0), row(-2, -3, -1), row(-2.5, -2.5, -2), kl_coef=0.2, step_coef=0.3
     )
-    close(weights, row(0.60254946, 0.33068616, 0.06676438), 1e-8)
+    assert_close(weights, row(0.60254946, 0.33068616, 0.06676438), 1e-8)
 
 
-def test_s5_at_the_optimum_all_samples_weigh_the_same(close):
+def test_s5_at_the_optimum_all_samples_weigh_the_same(assert_close):
     for step_coef in (0.0, 1.0, 7.0):
         optimum = (REF.log() + SCORES).softmax(-1)
-        close(optimum, OPTIMUM, 1e-8)
+        assert_close(optimum, OPTIMUM, 1e-8)
         settings = {"kl_coef": 1.0, "step_coef": step_coef}
-        close(weights_of(SCORES, optimum.log(), REF.log(), **settings), [1 / 3] * 3, 1e-12)
+        assert_close(weights_of(SCORES, optimum.log(), REF.log(), **settings), [1 / 3] * 3, 1e-12)
 
 
-def test_s6_the_exact_update_halves_the_way_to_the_optimum(close):
+def test_s6_the_exact_update_halves_the_way_to_the_optimum(assert_close):
     first = exact_update(REF, 1.0, 1.0)
     second = exact_update(first, 1.0, 1.0)
-    close(first, [0.32503989, 0.32154011, 0.35342001], 1e-8)
-    close(second, [0.24613109, 0.31263571, 0.4412332], 1e-8)
+    assert_close(first, [0.32503989, 0.32154011, 0.35342001], 1e-8)
+    assert_close(second, [0.24613109, 0.31263571, 0.4412332], 1e-8)
     optimum, policy, gains, distances = (REF.log() + SCORES).softmax(-1), REF, [], []
     for _ in range(5):
         gains.append(objective(policy))
@@ -85,14 +87,16 @@ def test_the_gain_of_an_exact_update():
     assert gain == pytest.approx(expected, abs=1e-12)
 
 
-def test_without_step_coef_one_update_reaches_the_optimum(close):
+def test_without_step_coef_one_update_reaches_the_optimum(assert_close):
     policy = torch.tensor([0.2, 0.2, 0.6], dtype=torch.double)
-    close(exact_update(policy, 1.0, 0.0), (REF.log() + SCORES).softmax(-1), 1e-12)
+    assert_close(exact_update(policy, 1.0, 0.0), (REF.log() + SCORES).softmax(-1), 1e-12)
 
 
-def test_without_kl_coef_the_reference_is_not_needed(close):
+def test_without_kl_coef_the_reference_is_not_needed(assert_close):
     settings = {"kl_coef": 0.0, "step_coef": 2.0}
-    close(sample_weights(row(4, 0), row(-9, -1), row(-1, -5), **settings), row(2, 0).softmax(-1))
+    assert_close(
+        sample_weights(row(4, 0), row(-9, -1), row(-1, -5), **settings), row(2, 0).softmax(-1)
+    )
 
 
 def test_s9_the_balance_heuristic():
@@ -111,16 +115,16 @@ def test_s9_the_balance_heuristic():
     torch.testing.assert_close(4 * weights, ratios)
 
 
-def test_samples_of_the_policy_alone_need_no_ratio(close):
+def test_samples_of_the_policy_alone_need_no_ratio(assert_close):
     scores, logprobs, ref, behaviour = torch.randn(4, 2, 5, dtype=torch.double)
     settings = {"kl_coef": 0.1, "step_coef": 0.2}
     mixed = sample_weights(
         scores, logprobs, ref, behaviour_logprobs=behaviour, num_online=5, **settings
     )
-    close(mixed, sample_weights(scores, logprobs, ref, **settings), 1e-12)
+    assert_close(mixed, sample_weights(scores, logprobs, ref, **settings), 1e-12)
 
 
-def test_a_row_sums_to_the_mean_of_its_capped_ratios(close):
+def test_a_row_sums_to_the_mean_of_its_capped_ratios(assert_close):
     scores, logprobs, ref, behaviour = torch.randn(4, 3, 4, dtype=torch.double)
     for num_online, max_ratio in itertools.product([None, 0, 1, 3], [None, 0.9, 2.0]):
         online = num_online or 0
@@ -139,11 +143,11 @@ def test_a_row_sums_to_the_mean_of_its_capped_ratios(close):
             num_online=num_online,
             max_ratio=max_ratio,
         )
-        close(weights, rho * shaped / normaliser / 4, 1e-12)
-        close(weights.sum(-1), rho.mean(-1), 1e-12)
+        assert_close(weights, rho * shaped / normaliser / 4, 1e-12)
+        assert_close(weights.sum(-1), rho.mean(-1), 1e-12)
 
 
-def test_the_optimum_is_a_fixed_point_of_mixed_groups(close):
+def test_the_optimum_is_a_fixed_point_of_mixed_groups(assert_close):
     """One sample of the policy, two of another: the expected target is the policy itself."""
     optimum = (REF.log() + SCORES).softmax(-1)
     other = torch.tensor([0.1, 0.6, 0.3], dtype=torch.double)
@@ -160,10 +164,10 @@ def test_the_optimum_is_a_fixed_point_of_mixed_groups(close):
             num_online=1,
         )
         target.index_add_(0, torch.tensor(group), prob * weights)
-    close(target, optimum, 1e-12)
+    assert_close(target, optimum, 1e-12)
 
 
-def test_s10_the_gradient_is_policy_less_target(close):
+def test_s10_the_gradient_is_policy_less_target(assert_close):
     logits = torch.tensor([0.2, -0.1, 0.4, 0], dtype=torch.double, requires_grad=True)
     logprobs = logits.log_softmax(-1)[[0, 2, 2, 3]].unsqueeze(0)
     weights = sample_weights(
@@ -173,14 +177,14 @@ def test_s10_the_gradient_is_policy_less_target(close):
     loss = -(weights * logprobs).sum()
     loss.backward()
     assert loss.item() == pytest.approx(1.28126761)
-    close(logits.grad, [-0.42347291, 0.19593432, 0.04524901, 0.18228958], 1e-8)
+    assert_close(logits.grad, [-0.42347291, 0.19593432, 0.04524901, 0.18228958], 1e-8)
 
 
-def test_a_score_shift_of_a_prompt_changes_nothing(close):
+def test_a_score_shift_of_a_prompt_changes_nothing(assert_close):
     scores, logprobs, ref = torch.randn(3, 2, 4, dtype=torch.double)
     settings = {"kl_coef": 0.1, "step_coef": 0.2}
     shifted = sample_weights(scores + row(7).T, logprobs, ref, **settings)
-    close(shifted, sample_weights(scores, logprobs, ref, **settings), 1e-12)
+    assert_close(shifted, sample_weights(scores, logprobs, ref, **settings), 1e-12)
 
 
 def test_sums_of_long_texts_do_not_overflow():

@@ -35,21 +35,21 @@ def mean_and_variance(scores, probs):
     ],
     ids=["G1", "G3", "G5", "G6", "G11"],
 )
-def test_numbers_of_the_paper(close, probs, scores, expected):
-    close(increased(scores, probs), expected, 1e-12)
+def test_numbers_of_the_paper(assert_close, probs, scores, expected):
+    assert_close(increased(scores, probs), expected, 1e-12)
 
 
-def test_g1_and_g3_as_advantages(close):
+def test_g1_and_g3_as_advantages(assert_close):
     """Over the population's standard deviation, and without it; raw scores first."""
     population = math.sqrt(4 / 3)
     raw = group_relative(torch.tensor([[0.9, 0.6, 0.4, 0.1]], dtype=torch.double))
-    close(raw * population, [[1.371989, 0.342997, -0.342997, -1.371989]], 5e-6)
+    assert_close(raw * population, [[1.371989, 0.342997, -0.342997, -1.371989]], 5e-6)
     advantages = group_relative(increased([0.9, 0.6, 0.4, 0.1], EQUAL).unsqueeze(0))
-    close(advantages * population, [[1, 1, -1, -1]], 3e-6)
+    assert_close(advantages * population, [[1, 1, -1, -1]], 3e-6)
     adjusted = increased([0.2, 0.4, 0.9, 0.1], [0.1, 0.5, 0.15, 0.25]).unsqueeze(0)
     expected = [[-0.886102, 0.230629, 1.541575, -0.886102]]
-    close(group_relative(adjusted) * population, expected, 5e-6)
-    close(group_relative(adjusted, scale=False), [[-0.365, 0.095, 0.635, -0.365]], 1e-12)
+    assert_close(group_relative(adjusted) * population, expected, 5e-6)
+    assert_close(group_relative(adjusted, scale=False), [[-0.365, 0.095, 0.635, -0.365]], 1e-12)
 
 
 def test_g1_g3_and_g11_variances():
@@ -98,10 +98,10 @@ def test_single_scores_and_single_precision_come_back():
         ([0, 0, 1], [0.9, 0.5, 0], [0.9, 0.5, 0]),
     ],
 )
-def test_responses_without_weight(close, probs, scores, expected):
+def test_responses_without_weight(assert_close, probs, scores, expected):
     """They follow their place in the order, and keep their score where nothing decides."""
     for split_ties in (False, True):
-        close(increased(scores, probs, split_ties=split_ties), expected, 1e-12)
+        assert_close(increased(scores, probs, split_ties=split_ties), expected, 1e-12)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (0.1, 0.7)])

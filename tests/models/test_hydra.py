@@ -1,7 +1,4 @@
-"""One trunk, four roles: which adapter and which head answers, and what peft would get wrong.
-
-Every failure of peft that the paper's note lists has its test here.
-"""
+"""Hydra: the adapter and head that each role uses, and peft's behavior on which that depends."""
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from lit_align.models.scalar_head import ScalarHead, values_at_last_token
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A two-headed model on disk."""
+    """Return the folder of a two-headed model."""
     folder = tmp_path_factory.mktemp("two_headed")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -29,7 +26,7 @@ def base(tmp_path_factory) -> str:
 
 @pytest.fixture
 def answered(prompts) -> Experience:
-    """Four answers of 4, 4, 2 and 1 tokens."""
+    """Return four prompts with responses of 4, 4, 2 and 1 tokens."""
     prompts.responses = torch.randint(3, 32, (4, 4), generator=torch.Generator().manual_seed(3))
     prompts.response_lengths = [4, 4, 2, 1]
     prompts.response_mask = torch.arange(4) < torch.tensor([4, 4, 2, 1]).unsqueeze(1)
@@ -42,8 +39,8 @@ def hydra(base: str, kind: type[Hydra] = Hydra, **settings) -> Hydra:
         return kind(base, lora=LoRA(r=4, lora_alpha=8), **settings)
 
 
-def stir(network: Hydra) -> Hydra:
-    """Makes every adapter, and the value head, differ from the start."""
+def perturb(network: Hydra) -> Hydra:
+    """Change every adapter and the value head, and return the network."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in weights_of(network):
@@ -59,14 +56,14 @@ def frozen(network: Hydra) -> dict[str, Tensor]:
     return {n: p.clone() for n, p in network.named_parameters() if not p.requires_grad}
 
 
-def touched(network: Hydra, adapter: str) -> list[bool]:
-    """Whether each weight of an adapter has a gradient other than 0."""
+def has_gradients(network: Hydra, adapter: str) -> list[bool]:
+    """Return, for each weight of an adapter, if it has a gradient other than 0."""
     return [
         w.grad is not None and bool((w.grad != 0).any()) for w in network.adapter_weights(adapter)
     ]
 
 
-def loudness(network: Hydra, adapter: str) -> float:
+def gradient_norm(network: Hydra, adapter: str) -> float:
     squares = [w.grad.square().sum() for w in network.adapter_weights(adapter)]
     return float(torch.stack(squares).sum().sqrt())
 
@@ -77,26 +74,26 @@ def loudness(network: Hydra, adapter: str) -> float:
 def test_one_folder_holds_a_language_model_and_a_reward_model(base, answered):
     two = PolicyWithRewardHead(base)
     language = AutoModelForCausalLM.from_pretrained(base)
-    judge = AutoModelForSequenceClassification.from_pretrained(base)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(base)
     assert torch.equal(language.lm_head.weight, two.head.weight)
-    assert torch.equal(judge.score.weight, two.network.score.weight)
+    assert torch.equal(reward_model.score.weight, two.network.score.weight)
     assert torch.equal(
         ScalarHead(base).scores(answered), hydra(base).scores_and_ref_logprobs(answered)[0]
     )
 
 
-def test_a_language_model_gets_a_new_reward_head_and_hydra_refuses_it(tmp_path):
+def test_hydra_requires_a_trained_reward_head(tmp_path):
     tiny().save(tmp_path)
     assert PolicyWithRewardHead(str(tmp_path)).missing_weights == ["score.weight"]
     with pytest.raises(ValueError, match=r"lacks 1 weights, the first is 'score.weight'"):
         Hydra(str(tmp_path))
 
 
-# H2, H3: what each state of the adapters reads ----------------------------------------------------
+# Network of each role -----------------------------------------------------------------------------
 
 
-def test_h2_adapters_off_is_the_base_bit_for_bit(base, answered):
-    network, untouched = stir(hydra(base)), PolicyWithRewardHead(base)
+def test_disabled_adapters_give_the_base_bit_for_bit(base, answered):
+    network, untouched = perturb(hydra(base)), PolicyWithRewardHead(base)
     with network.adapters.disabled(), torch.no_grad():
         assert torch.equal(network.logprobs(answered), untouched.logprobs(answered))
     scores, logprobs = network.scores_and_ref_logprobs(answered)
@@ -106,9 +103,9 @@ def test_h2_adapters_off_is_the_base_bit_for_bit(base, answered):
 
 
 @pytest.mark.parametrize("kind", [Hydra, JointHydra])
-def test_h3_the_critic_starts_as_the_reward_model_at_every_token(base, answered, kind):
-    network, judge = hydra(base, kind), ScalarHead(base)
-    values = judge.state_values(answered)
+def test_the_critic_starts_with_the_values_of_the_reward_model(base, answered, kind):
+    network, reward_model = hydra(base, kind), ScalarHead(base)
+    values = reward_model.state_values(answered)
     assert torch.allclose(network.state_values(answered), values, atol=1e-5)
     assert torch.equal(network.logprobs(answered), network.scores_and_ref_logprobs(answered)[1])
 
@@ -130,48 +127,49 @@ def test_the_value_head_trains_and_the_reward_head_does_not(base):
     assert not network.network.score.original_module.weight.requires_grad
 
 
-def test_a_joint_pass_is_the_two_apart(base, answered):
-    network = stir(hydra(base, JointHydra))
+def test_a_joint_pass_equals_two_separate_passes(base, answered):
+    network = perturb(hydra(base, JointHydra))
     logprobs, entropy, values = network.logprobs_entropy_and_values(answered)
     assert torch.equal(values, network.state_values(answered))
     assert torch.equal(logprobs, network.logprobs(answered))
     assert torch.equal(entropy, network.logprobs_and_entropy(answered)[1])
 
 
-# Pitfalls 1 to 4: switching, gradients and flags --------------------------------------------------
+# Switching and gradients --------------------------------------------------------------------------
 
 
-def test_h5_each_loss_reaches_its_own_adapter_alone(base, answered):
-    network = stir(hydra(base))
+def test_each_loss_reaches_only_its_own_adapter(base, answered):
+    network = perturb(hydra(base))
     network.logprobs(answered).sum().backward()
-    assert all(touched(network, ACTOR))
-    assert not any(touched(network, CRITIC))
+    assert all(has_gradients(network, ACTOR))
+    assert not any(has_gradients(network, CRITIC))
     network.zero_grad()
     network.state_values(answered).sum().backward()
-    assert all(touched(network, CRITIC))
-    assert not any(touched(network, ACTOR))
+    assert all(has_gradients(network, CRITIC))
+    assert not any(has_gradients(network, ACTOR))
     assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
 
 
-def test_pitfall_1_backward_before_the_switch_feeds_both(base, answered):
-    network = stir(hydra(base))
+def test_backward_before_each_switch_reaches_both_adapters(base, answered):
+    network = perturb(hydra(base))
     network.logprobs(answered).sum().backward()
     network.state_values(answered).sum().backward()
-    assert all(touched(network, ACTOR))
-    assert all(touched(network, CRITIC))
+    assert all(has_gradients(network, ACTOR))
+    assert all(has_gradients(network, CRITIC))
 
 
-def test_h6_checkpointed_blocks_are_computed_again_with_the_same_adapter(base, answered):
+def test_checkpointed_blocks_are_recomputed_with_the_same_adapter(base, answered):
     norms = []
     for activation_checkpointing in (False, True):
-        network = stir(hydra(base, activation_checkpointing=activation_checkpointing))
+        network = perturb(hydra(base, activation_checkpointing=activation_checkpointing))
         network.logprobs(answered).sum().backward()
         network.state_values(answered).sum().backward()
-        norms.append([loudness(network, ACTOR), loudness(network, CRITIC)])
+        norms.append([gradient_norm(network, ACTOR), gradient_norm(network, CRITIC)])
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def test_pitfall_3_no_switch_freezes_what_trains(base, answered):
+def test_switching_keeps_requires_grad_of_all_trained_weights(base, answered):
+    """peft freezes all but the active adapter on each switch."""
     network = hydra(base)
     names = {n for n, p in network.named_parameters() if p.requires_grad}
     for use in (
@@ -187,18 +185,18 @@ def test_pitfall_3_no_switch_freezes_what_trains(base, answered):
     assert len(names) == 28 + 29
 
 
-def test_pitfall_4_the_base_scores_without_gradient_where_none_is_wanted(base, answered):
+def test_scores_have_no_gradient_under_no_grad(base, answered):
     with torch.no_grad():
         scores, logprobs = hydra(base).scores_and_ref_logprobs(answered)
     assert not scores.requires_grad
     assert not logprobs.requires_grad
 
 
-# Pitfalls 7 to 9: the base never moves, rows are not mixed, dtypes --------------------------------
+# Frozen base and dtypes ---------------------------------------------------------------------------
 
 
-def test_pitfall_7_fifty_switches_leave_a_bf16_base_as_it_was(base, answered):
-    network = stir(hydra(base, dtype="bfloat16"))
+def test_fifty_switches_do_not_change_a_bf16_base(base, answered):
+    network = perturb(hydra(base, dtype="bfloat16"))
     before, scores = frozen(network), network.scores_and_ref_logprobs(answered)[0]
     for _ in range(50):
         network.logprobs(answered)
@@ -208,24 +206,24 @@ def test_pitfall_7_fifty_switches_leave_a_bf16_base_as_it_was(base, answered):
     assert torch.equal(network.scores_and_ref_logprobs(answered)[0], scores)
 
 
-def test_pitfall_8_old_and_new_logprobs_take_one_path(base, answered):
-    network = stir(hydra(base, dtype="bfloat16"))
+def test_logprobs_are_equal_after_a_switch_to_the_critic_and_back(base, answered):
+    network = perturb(hydra(base, dtype="bfloat16"))
     with torch.no_grad():
         old = network.logprobs(answered)
     network.state_values(answered)
     assert torch.equal(network.logprobs(answered).detach(), old)
 
 
-def test_pitfall_9_adapters_on_a_bf16_base_are_float32(base):
+def test_adapters_on_a_bf16_base_are_float32(base):
     dtypes = {w.dtype for w in hydra(base, dtype="bfloat16").adapter_weights(ACTOR)}
     assert dtypes == {torch.float32}
 
 
-# What is written ----------------------------------------------------------------------------------
+# Saving -------------------------------------------------------------------------------------------
 
 
-def test_each_adapter_loads_over_the_base_without_us(base, answered, tmp_path):
-    network = stir(hydra(base))
+def test_peft_loads_each_adapter_on_the_base(base, answered, tmp_path):
+    network = perturb(hydra(base))
     network.save(tmp_path)
     actor = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), tmp_path / "actor"
@@ -244,17 +242,16 @@ def test_each_adapter_loads_over_the_base_without_us(base, answered, tmp_path):
     assert torch.allclose(
         own.where(answered.response_mask, 0), network.logprobs(answered), atol=1e-5
     )
-    ours = network(
-        lambda: network.token_scores(network.hidden_states(answered))
-    )  # logprobs wore the actor
+    # `logprobs` has set the actor adapter, so these are not the critic's values
+    actor_values = network(lambda: network.token_scores(network.hidden_states(answered)))
     assert not torch.allclose(
-        values_at_last_token(values, answered), values_at_last_token(ours, answered)
+        values_at_last_token(values, answered), values_at_last_token(actor_values, answered)
     )
     critics = network.state_values(answered)
     assert torch.allclose(values[:, 4:-1].where(answered.response_mask, 0), critics, atol=1e-5)
 
 
-# H10: bytes ---------------------------------------------------------------------------------------
+# Sizes --------------------------------------------------------------------------------------------
 
 
 SHAPE = {
@@ -264,15 +261,15 @@ SHAPE = {
 }  # fmt: skip
 
 
-def test_h10_parameters_of_base_and_adapters():
+def test_number_of_parameters_of_base_and_adapters():
     network = Hydra(config=dict(SHAPE), lora=LoRA(r=4, lora_alpha=8))
     assert sum(p.numel() for p in network.parameters() if not p.requires_grad) == 133440 + 64
     assert sum(p.numel() for p in network.adapter_weights(ACTOR)) == 9856
     assert sum(p.numel() for p in network.adapter_weights(CRITIC)) == 9920
 
 
-def test_h10_static_bytes():
-    """Weights 2, gradients 2, AdamW 8 bytes; heads left out (docs/hydra.md)."""
+def test_static_bytes_of_five_layouts():
+    """2 bytes per weight, 2 per gradient and 8 of AdamW, without heads (docs/hydra.md)."""
     base, adapter = 133440, 9856
     layouts = {
         "SFT": 12 * base,
@@ -287,12 +284,12 @@ def test_h10_static_bytes():
     for kind, name in ((JointHydra, "joint"), (Hydra, "Hydra")):
         network = kind(config=dict(SHAPE), lora=LoRA(r=4, lora_alpha=8))
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad) - 64
-        whole = sum(p.numel() for p in network.parameters()) - 128
-        assert 2 * whole + 10 * trained == layouts[name]
+        num_weights = sum(p.numel() for p in network.parameters()) - 128
+        assert 2 * num_weights + 10 * trained == layouts[name]
 
 
 def test_a_two_headed_model_with_an_adapter_saves_its_reward_head(base, answered, tmp_path):
-    """Hydra starts from what HydraSFT with LoRA has written: adapter and head over the base."""
+    """Hydra can start from the adapter and the head that HydraSFT with LoRA saves."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         trained = PolicyWithRewardHead(base, lora=LoRA(r=2))
@@ -323,12 +320,12 @@ def test_the_value_head_of_a_bf16_base_is_float32(base, answered, kind):
     assert torch.isfinite(network.scores_and_ref_logprobs(answered)[0]).all()
 
 
-def test_layers_trained_whole_are_refused(base):
-    with pytest.raises(ValueError, match=r"leave out lora.modules_to_save \['embed_tokens'\]"):
+def test_modules_to_save_are_refused(base):
+    with pytest.raises(ValueError, match=r"lora.modules_to_save, found \['embed_tokens'\]"):
         Hydra(base, lora=LoRA(modules_to_save=["embed_tokens"]))
 
 
-def test_the_table_counts_every_weight_once(base):
+def test_the_roles_have_all_weights_and_share_the_base(base):
     network = hydra(base)
     roles = [
         network.role("policy", ACTOR, "language"),

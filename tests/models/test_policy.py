@@ -1,4 +1,4 @@
-"""The one door for sampling and scoring."""
+"""The policy samples responses and scores their tokens by one distribution."""
 
 import json
 import math
@@ -8,14 +8,15 @@ import torch
 from tiny_models import TINY
 
 from lit_align.batches import Experience, TextBatch
+from lit_align.errors import UserError
 from lit_align.functional.masks import through_first
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.generation.decode import SamplingParams, filter_top_k_top_p, sample_tokens
 from lit_align.models.policy import Policy
 
 
-def answer(policy, prompts, greedy=(False,) * 4, temperature_noise=7, length=6):
-    """Answers four prompts as Rollout does."""
+def respond(policy, prompts, greedy=(False,) * 4, temperature_noise=7, length=6):
+    """Return four prompts with responses, as the callback `Rollout` samples them."""
     noise = torch.rand(4, length, generator=torch.Generator().manual_seed(temperature_noise))
     batch = prompts.repeat_interleave(1)
     responses = policy.eval().generate(batch, noise, greedy, [2], 0, SamplingParams())
@@ -26,7 +27,7 @@ def answer(policy, prompts, greedy=(False,) * 4, temperature_noise=7, length=6):
 
 
 def shifted(batch, left, right):
-    """The same rows with more padding on either side."""
+    """Return the same rows with more padding on the left and right."""
     pad = torch.nn.functional.pad
     wider = Experience(batch.columns, **batch.fields())
     wider.prompts = pad(batch.prompts, (left, 0), value=0)
@@ -37,7 +38,7 @@ def shifted(batch, left, right):
 
 
 def test_logprobs_equal_the_networks_own_softmax(tiny_policy, prompts):
-    batch = answer(tiny_policy, prompts)
+    batch = respond(tiny_policy, prompts)
     row = batch.rows([1])  # the longest prompt: no padding in front
     length = row.response_lengths[0]
     ids = torch.cat([row.prompts, row.responses[:, :length]], 1)
@@ -48,15 +49,15 @@ def test_logprobs_equal_the_networks_own_softmax(tiny_policy, prompts):
 
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (5, 7)])
 def test_logprobs_do_not_depend_on_padding(tiny_policy, prompts, left, right):
-    batch = answer(tiny_policy, prompts)
+    batch = respond(tiny_policy, prompts)
     plain = tiny_policy.logprobs(batch)
     wide = tiny_policy.logprobs(shifted(batch, left, right))[:, : plain.shape[1]]
     mask = batch.response_mask
     torch.testing.assert_close(wide[mask], plain[mask], atol=1e-5, rtol=0)
 
 
-def test_logprobs_of_a_row_do_not_depend_on_its_company(tiny_policy, prompts):
-    batch = answer(tiny_policy, prompts)
+def test_logprobs_of_a_row_do_not_depend_on_other_rows(tiny_policy, prompts):
+    batch = respond(tiny_policy, prompts)
     together = tiny_policy.logprobs(batch)
     for row in range(4):
         alone = batch.rows([row]).trim_padding()
@@ -68,29 +69,29 @@ def test_logprobs_of_a_row_do_not_depend_on_its_company(tiny_policy, prompts):
 def test_sampling_logprobs_equal_scoring_logprobs(prompts):
     torch.manual_seed(0)
     policy = Policy(config=dict(TINY), temperature=0.7)
-    batch = answer(policy, prompts)
+    batch = respond(policy, prompts)
     mask = batch.response_mask
     scored = policy.logprobs(batch)
     torch.testing.assert_close(scored[mask], batch.sampling_logprobs[mask], atol=1e-4, rtol=0)
 
 
-def test_greedy_rows_are_identical_across_two_calls_and_take_the_likeliest(tiny_policy, prompts):
-    one = answer(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=1)
-    two = answer(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=2)
+def test_greedy_rows_take_the_most_likely_token_for_any_noise(tiny_policy, prompts):
+    one = respond(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=1)
+    two = respond(tiny_policy, prompts, greedy=(True,) * 4, temperature_noise=2)
     assert torch.equal(one.responses, two.responses)
-    hits = tiny_policy.top1_correct(one)
-    assert hits[one.response_mask].all()
+    is_top1 = tiny_policy.top1_correct(one)
+    assert is_top1[one.response_mask].all()
 
 
-def test_greedy_and_sampled_rows_share_a_call(tiny_policy, prompts):
-    mixed = answer(tiny_policy, prompts, greedy=(True, False, True, False))
-    greedy = answer(tiny_policy, prompts, greedy=(True,) * 4)
-    sampled = answer(tiny_policy, prompts)
+def test_greedy_and_sampled_rows_can_be_mixed_in_one_call(tiny_policy, prompts):
+    mixed = respond(tiny_policy, prompts, greedy=(True, False, True, False))
+    greedy = respond(tiny_policy, prompts, greedy=(True,) * 4)
+    sampled = respond(tiny_policy, prompts)
     assert torch.equal(mixed.responses[::2], greedy.responses[::2])
     assert torch.equal(mixed.responses[1::2], sampled.responses[1::2])
 
 
-def test_an_answer_is_padded_behind_its_stop_even_where_pad_is_a_stop(tiny_policy, prompts):
+def test_a_response_is_padded_after_its_stop_if_pad_is_a_stop_token(tiny_policy, prompts):
     noise = torch.rand(4, 12, generator=torch.Generator().manual_seed(3))
     stops = list(range(2, 18))  # half of the vocabulary: every row stops early
     tokens, logprobs = tiny_policy.eval().generate(
@@ -102,7 +103,7 @@ def test_an_answer_is_padded_behind_its_stop_even_where_pad_is_a_stop(tiny_polic
     assert (logprobs[~mask] == 0).all()
 
 
-def test_a_token_is_chosen_at_its_quantile():
+def test_noise_is_the_quantile_of_the_sampled_token():
     probs = torch.tensor([[0.2, 0.5, 0.3]]).expand(5, 3)
     noise = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71])
     greedy = torch.zeros(5, dtype=torch.bool)
@@ -110,7 +111,7 @@ def test_a_token_is_chosen_at_its_quantile():
     assert sample_tokens(probs.log(), noise, ~greedy, SamplingParams()).tolist() == [1] * 5
 
 
-def test_sampling_frequencies_are_the_policys():
+def test_sampling_frequencies_equal_the_probabilities():
     probs = torch.tensor([0.6, 0.35, 0.05]).expand(200_000, 3)
     noise = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     tokens = sample_tokens(
@@ -120,7 +121,7 @@ def test_sampling_frequencies_are_the_policys():
     assert (frequencies - probs[0]).abs().max() < 0.005  # over four standard errors
 
 
-def test_top_k_and_top_p_keep_the_likeliest():
+def test_top_k_and_top_p_keep_the_most_likely_tokens():
     logprobs = torch.tensor([[0.6, 0.35, 0.05]]).log()
     assert filter_top_k_top_p(logprobs, SamplingParams(top_k=1)).tolist()[0][1:] == [0.0, 0.0]
     kept = filter_top_k_top_p(logprobs, SamplingParams(top_p=0.9))
@@ -128,7 +129,7 @@ def test_top_k_and_top_p_keep_the_likeliest():
 
 
 def test_temperature_divides_the_logits(tiny_policy, prompts):
-    batch = answer(tiny_policy, prompts)
+    batch = respond(tiny_policy, prompts)
     hot = Policy(config=dict(TINY), temperature=2.0)
     hot.load_state_dict(tiny_policy.state_dict())
     logits = hot.network(input_ids=batch.rows([1]).tokens).logits[:, 4:-1] / 2
@@ -136,10 +137,10 @@ def test_temperature_divides_the_logits(tiny_policy, prompts):
     torch.testing.assert_close(hot.logprobs(batch.rows([1])), expected.squeeze(-1))
 
 
-def test_an_adapter_starts_as_its_base_and_can_be_switched_off(prompts):
+def test_a_disabled_adapter_gives_the_base(prompts):
     torch.manual_seed(0)
     policy = Policy(config=dict(TINY), lora=LoRA(r=2, lora_alpha=4))
-    batch = answer(policy, prompts)
+    batch = respond(policy, prompts)
     before = policy.logprobs(batch)
     with torch.no_grad():
         for name, weight in policy.named_parameters():
@@ -157,7 +158,7 @@ def test_dropout_is_off(prompts):
     policy = Policy(
         config={"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
     )
-    batch = answer(policy, prompts)
+    batch = respond(policy, prompts)
     policy.train()
     assert torch.equal(policy.logprobs(batch), policy.logprobs(batch))
 
@@ -170,22 +171,22 @@ def test_dropout_is_off(prompts):
         {"model_type": "granite", "logits_scaling": 8.0},
     ],
 )
-def test_capped_or_scaled_logits_are_refused_in_a_sentence(special):
+def test_capped_or_scaled_logits_are_refused(special):
     config = {**TINY, **special, "initializer_range": 0.2}
     with pytest.raises(ValueError, match="soft-capped or scaled logits are not supported"):
         Policy(config=config)
 
 
 def test_a_policy_needs_a_path_or_a_config():
-    with pytest.raises(ValueError, match="needs a path, or a config to start from"):
+    with pytest.raises(ValueError, match="has neither path nor config"):
         Policy()
-    with pytest.raises(FileNotFoundError, match=r"\./nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"\./nowhere: no such folder"):
         Policy("./nowhere")
     with pytest.raises(ValueError, match="temperature must be above 0"):
         Policy(config=dict(TINY), temperature=0.0)
 
 
-def test_a_saved_policy_loads_elsewhere(tiny_policy, tmp_path):
+def test_transformers_loads_a_saved_policy(tiny_policy, tmp_path):
     from transformers import AutoModelForCausalLM
 
     tiny_policy.save(tmp_path)
@@ -206,26 +207,41 @@ def test_an_adapters_folder_is_merged_into_its_base(tmp_path, tiny_policy, promp
                 weight.normal_()
     policy.save(tmp_path / "adapter")
     merged = Policy(str(tmp_path / "adapter"))
-    batch = answer(policy, prompts)
+    batch = respond(policy, prompts)
     torch.testing.assert_close(merged.logprobs(batch), policy.logprobs(batch))
     assert merged.adapted is None
     assert all(weight.requires_grad for weight in merged.parameters())
 
 
 def test_a_wrong_data_type_and_a_folder_without_a_model_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="dtype flaot32 is none of torch's"):
+    with pytest.raises(ValueError, match=r"Unknown dtype flaot32\. Use float32"):
         Policy(config=dict(TINY), dtype="flaot32")
     with pytest.raises(ValueError, match="could not be loaded: "):
         Policy(str(tmp_path))
 
 
-def test_several_stop_ids_come_from_the_generation_config(tiny_policy):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "lama"}, "lama from random weights could not be built: Unrecognized"),
+        ({"hidden_size": 33}, r"hidden size \(33\) is not a multiple of the number of attention"),
+        ({"vocab_size": "many"}, "Field 'vocab_size' expected int, got str"),
+    ],
+)
+def test_an_impossible_architecture_is_refused_in_one_short_line(fields, message):
+    with pytest.raises(UserError, match=message) as raised:
+        Policy(config={**TINY, **fields})
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) <= 300
+
+
+def test_stop_ids_are_those_of_the_generation_config(tiny_policy):
     assert tiny_policy.stop_ids == [2]
     tiny_policy.network.generation_config.eos_token_id = [2, 5]
     assert tiny_policy.stop_ids == [2, 5]
 
 
-def test_hits_are_the_share_of_likeliest_tokens(tiny_policy):
+def test_top1_correct_marks_the_most_likely_tokens(tiny_policy):
     ids = torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
     ones = torch.ones_like(ids, dtype=torch.bool)
     batch = TextBatch(tokens=ids, token_mask=ones, target_mask=ones, lengths=[6, 6])
@@ -234,7 +250,7 @@ def test_hits_are_the_share_of_likeliest_tokens(tiny_policy):
     assert math.isclose(float(batch.response_mask.sum()), 10)
 
 
-def test_code_beside_the_weights_is_not_run_unless_asked_for(tmp_path):
+def test_remote_code_is_not_run_by_default(tmp_path):
     auto = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto}))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")

@@ -1,4 +1,4 @@
-"""A number per token, read at the last real one."""
+"""A scalar head gives one value per token, and the score at the last real token."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from lit_align.rewards.reward_model import RewardNetwork
 
 
 def texts(left: int = 0, right: int = 0) -> TextBatch:
-    """Texts of 6, 3 and 4 tokens with padding on either side."""
+    """Return texts of 6, 3 and 4 tokens with padding on the left and right."""
     lengths = [6, 3, 4]
     ids = torch.randint(3, 32, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(6) < torch.tensor(lengths).unsqueeze(1)
@@ -36,7 +36,7 @@ def test_the_score_is_the_value_at_the_last_real_token():
     assert scores.tolist() == [values[0, 5].item(), values[1, 2].item(), values[2, 3].item()]
 
 
-def test_transformers_loads_what_was_saved_and_scores_the_same(tmp_path):
+def test_transformers_loads_a_saved_model_with_equal_scores(tmp_path):
     scalar = ScalarHead(config=dict(TINY))
     scalar.network.config.pad_token_id = 0
     scalar.save(tmp_path)
@@ -56,8 +56,8 @@ def test_a_language_model_gets_a_new_head(tmp_path, tiny_policy):
     )
 
 
-def test_an_adapters_trunk_gets_a_new_head_and_is_no_reward_model(tmp_path, tiny_policy, recwarn):
-    """What SFT with LoRA has written starts a critic; as a reward model it is refused."""
+def test_a_policy_adapter_starts_a_critic_but_not_a_reward_model(tmp_path, tiny_policy, recwarn):
+    """A critic gets a new head. A reward model needs a trained one."""
     tiny_policy.save(tmp_path / "base")
     policy = Policy(str(tmp_path / "base"), lora=LoRA(r=2))
     with torch.no_grad():
@@ -67,24 +67,24 @@ def test_an_adapters_trunk_gets_a_new_head_and_is_no_reward_model(tmp_path, tiny
     policy.save(tmp_path / "adapter")
     critic = ScalarHead(str(tmp_path / "adapter"))
     assert critic.missing_weights == ["score.weight"]
-    whole = Policy(str(tmp_path / "adapter"))
+    merged = Policy(str(tmp_path / "adapter"))
     for own, expected in zip(
-        critic.network.base_model.parameters(), whole.network.base_model.parameters(), strict=True
+        critic.network.base_model.parameters(), merged.network.base_model.parameters(), strict=True
     ):
         assert torch.equal(own, expected)
-    with pytest.raises(ValueError, match=r"lacks .*'score.weight': give a path that has them"):
+    with pytest.raises(ValueError, match=r"lacks .*'score.weight'. Use a path that has them"):
         RewardNetwork(str(tmp_path / "adapter"))
     assert not [warning for warning in recwarn if "adapter keys" in str(warning.message)]
 
 
-def test_a_critics_adapter_is_no_policy(tmp_path):
+def test_a_policy_cannot_load_a_critics_adapter(tmp_path):
     ScalarHead(config=dict(TINY)).save(tmp_path / "base")
     ScalarHead(str(tmp_path / "base"), lora=LoRA(r=2)).save(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"trained as a score head's \(SEQ_CLS\) and not"):
+    with pytest.raises(ValueError, match=r"trained with a score head \(SEQ_CLS\), not"):
         Policy(str(tmp_path / "adapter"))
 
 
-def test_the_head_trains_beside_an_adapter():
+def test_the_head_and_the_adapter_train():
     scalar = ScalarHead(config=dict(TINY), lora=LoRA(r=2))
     trained = [name for name, weight in scalar.named_parameters() if weight.requires_grad]
     assert any("score" in name for name in trained)

@@ -1,4 +1,4 @@
-"""Networks of low-rank plus sparse layers in training, in a folder, and after a stop."""
+"""Training, saving and resuming of networks with low-rank plus sparse layers."""
 
 import csv
 from copy import deepcopy
@@ -24,13 +24,13 @@ SMALL = SLTrain(rank=4, alpha=2, density=0.1)
 IDS = torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def slim(**settings):
-    """A tiny policy of low-rank plus sparse layers, the same each time."""
+def sltrain_policy(**settings):
+    """Return a tiny policy of low-rank plus sparse layers with equal weights each time."""
     return tiny(sltrain=SMALL, **settings)
 
 
-def learnt(network):
-    """Gives every B a value, as if the network had learnt."""
+def with_random_factors(network):
+    """Set every B to random values, as after training, and return the network."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -46,7 +46,9 @@ def adam(params):
 def test_recomputed_blocks_have_the_same_gradients():
     gradients = []
     for activation_checkpointing in (False, True):
-        policy = learnt(slim(activation_checkpointing=activation_checkpointing, dtype="float64"))
+        policy = with_random_factors(
+            sltrain_policy(activation_checkpointing=activation_checkpointing, dtype="float64")
+        )
         policy.logprobs(texts()).sum().backward()
         gradients.append([weight.grad for weight in policy.parameters()])
     assert all(map(torch.equal, *gradients))
@@ -57,11 +59,11 @@ def texts():
     return TextBatch(tokens=IDS, token_mask=ones, target_mask=ones, lengths=[9, 9])
 
 
-def test_the_reference_of_an_online_algorithm_is_the_policy_at_the_start(run):
-    algorithm = ReMax(policy=slim, optimizer=adam)
+def test_the_reference_is_the_initial_policy(run):
+    algorithm = ReMax(policy=sltrain_policy, optimizer=adam)
     metrics = run(algorithm, num_batches=1).callback_metrics
     assert float(metrics["kl/per_response_k1"]) == 0
-    start = slim()
+    start = sltrain_policy()
     assert all(
         map(torch.equal, algorithm.reference.state_dict().values(), start.state_dict().values())
     )
@@ -69,7 +71,7 @@ def test_the_reference_of_an_online_algorithm_is_the_policy_at_the_start(run):
 
 
 def test_transformers_loads_the_dense_weights_of_a_policy(tmp_path):
-    policy = learnt(slim())
+    policy = with_random_factors(sltrain_policy())
     policy.save(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
@@ -80,8 +82,8 @@ def test_transformers_loads_the_dense_weights_of_a_policy(tmp_path):
     assert loaded.state_dict().keys() == tiny().network.state_dict().keys()
 
 
-def test_what_was_saved_goes_on_as_a_plain_policy(tmp_path):
-    policy = learnt(slim())
+def test_a_saved_policy_loads_as_a_plain_policy(tmp_path):
+    policy = with_random_factors(sltrain_policy())
     policy.save(tmp_path)
     again = Policy(str(tmp_path), lora=LoRA(r=2))
     torch.testing.assert_close(again.logprobs(texts()), policy.logprobs(texts()), rtol=0, atol=1e-5)
@@ -89,7 +91,7 @@ def test_what_was_saved_goes_on_as_a_plain_policy(tmp_path):
 
 def test_biases_and_tied_embeddings_are_saved(tmp_path):
     config = {**TINY, "model_type": "qwen2", "tie_word_embeddings": True}
-    policy = learnt(Policy(config=config, sltrain=SMALL))
+    policy = with_random_factors(Policy(config=config, sltrain=SMALL))
     policy.save(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(IDS).logits, policy.network(IDS).logits, rtol=0, atol=1e-5)
@@ -97,7 +99,7 @@ def test_biases_and_tied_embeddings_are_saved(tmp_path):
 
 def test_transformers_loads_the_dense_weights_of_a_reward_model(tmp_path):
     torch.manual_seed(0)
-    scalar = learnt(ScalarHead(config=dict(TINY), sltrain=SMALL))
+    scalar = with_random_factors(ScalarHead(config=dict(TINY), sltrain=SMALL))
     assert type(scalar.network.score) is nn.Linear
     scalar.network.config.pad_token_id = 0
     scalar.save(tmp_path)
@@ -106,14 +108,14 @@ def test_transformers_loads_the_dense_weights_of_a_reward_model(tmp_path):
     torch.testing.assert_close(scores, scalar.scores(texts()), rtol=0, atol=1e-5)
 
 
-def test_half_precision_parts_are_put_together_in_full_precision(tmp_path):
-    policy = learnt(slim(dtype="bfloat16"))
+def test_half_precision_parts_are_merged_in_float32(tmp_path):
+    policy = with_random_factors(sltrain_policy(dtype="bfloat16"))
     policy.save(tmp_path)
     made = policy.network.model.layers[1].mlp.up_proj
     exact = deepcopy(made).float().dense().bfloat16()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(loaded.model.layers[1].mlp.up_proj.weight, exact)
-    assert not torch.equal(made.dense(), exact)  # rounded after the product and after the sum
+    assert not torch.equal(made.dense(), exact)  # because it rounds twice
 
 
 @pytest.mark.parametrize("config", ["sft", "reward_model"])
@@ -131,24 +133,24 @@ def test_the_overlay_trains_from_scratch_and_its_export_reloads(tmp_path, monkey
     assert loaded.model.layers[0].mlp.up_proj.weight.shape == (168, 64)
 
 
-def slim_of_seed(seed):
+def policy_of_seed(seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Policy(config=dict(TINY), sltrain=SMALL)
 
 
 def sft(folder, seed, epochs, **more):
-    """A policy after some epochs; the seed is that of its random weights and supports."""
+    """Train a policy whose random weights and supports have this seed."""
     torch.manual_seed(0)
-    algorithm = SFT(policy=partial(slim_of_seed, seed), microbatch_tokens=9, optimizer=adam)
+    algorithm = SFT(policy=partial(policy_of_seed, seed), microbatch_tokens=9, optimizer=adam)
     run = trainer(folder, max_epochs=epochs, limit_val_batches=0)
     run.callbacks.clear()
     run.fit(algorithm, RandomTexts(3), **more)
     return algorithm, run
 
 
-def test_a_resumed_run_is_the_one_that_was_not_stopped_on_the_saved_support(tmp_path):
-    whole, _ = sft(tmp_path, seed=0, epochs=2)
+def test_a_resumed_run_equals_an_uninterrupted_one_and_uses_the_saved_support(tmp_path):
+    expected_run, _ = sft(tmp_path, seed=0, epochs=2)
     _, stopped = sft(tmp_path, seed=0, epochs=1)
     stopped.save_checkpoint(tmp_path / "half.ckpt")
     other, _ = sft(tmp_path, seed=1, epochs=0)
@@ -157,7 +159,7 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped_on_the_saved_support(tmp_
     resumed, _ = sft(
         tmp_path, seed=1, epochs=2, ckpt_path=tmp_path / "half.ckpt", weights_only=True
     )
-    expected = whole.policy.state_dict()
+    expected = expected_run.policy.state_dict()
     assert not torch.equal(expected["network.model.layers.0.mlp.up_proj.sparse_index"], fresh)
     for name, value in resumed.policy.state_dict().items():
         assert torch.equal(value, expected[name]), name

@@ -40,7 +40,7 @@ from lit_align.models.sltrain import SLTrain
 from lit_align.optim.galore import GaLore
 from lit_align.plan.max_length_data import MaxLengthData
 from lit_align.plan.memory_tracker import MemoryLocation
-from lit_align.plan.patches import FakeCluster, fake_process_group
+from lit_align.plan.fake_cluster import FakeCluster, fake_process_group
 from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
 from lit_align.rewards.shared_backbone import SharedBackboneReward
 

@@ -35,7 +35,7 @@ def test_a_run_without_a_checkpoint_starts_afresh_and_says_so(tmp_path):
     said = succeed(
         fit_argv(tmp_path / "run", "sft", "--ckpt_path=last", epochs=1), tmp_path / "log"
     )
-    assert said.count("starts afresh") == 1
+    assert said.count("starts from the beginning") == 1
 
 
 def test_a_finished_run_says_how_to_extend_it_and_changes_nothing(copy, tmp_path):
@@ -63,7 +63,7 @@ def test_the_last_checkpoint_is_the_newest_that_can_be_read(copy, tmp_path):
     newer.write_bytes(newer.read_bytes()[:-100])
     said = succeed(fit_argv(copy, "sft", *checkpoint_argv(2), "--ckpt_path=last"), tmp_path / "log")
     assert f"{newer} cannot be read: it was cut short" in said
-    assert f"going on from {older}, iteration 2" in said
+    assert f"resuming from {older}, iteration 2" in said
     assert last(copy)["iteration"] == 8
 
 

@@ -141,7 +141,7 @@ def test_other_frozen_weights_are_refused(tmp_path, capsys):
     ("argv", "reason"),
     [
         (("--out", "x"), "export needs --ckpt_path"),
-        (("--ckpt_path", "nowhere", "--out", "x"), "nowhere: there is no such checkpoint"),
+        (("--ckpt_path", "nowhere", "--out", "x"), "nowhere: no such checkpoint"),
     ],
 )
 def test_what_is_missing_is_named(argv, reason, capsys):

@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_the_newest_folder_that_is_whole(half, tmp_path):
     assert set(run(fit_argv(folder, "sft", *FSDP2, f"--ckpt_path={newer}"), log, 2)) <= {2, -9}
     assert f"lit-align: {newer} cannot be read: " in log.read_text()
     said = succeed(fit_argv(folder, "sft", *FSDP2, "--ckpt_path=last"), log, 2)
-    assert f"going on from {older}, iteration 2" in said
+    assert f"resuming from {older}, iteration 2" in said
     assert last(folder)["iteration"] == 8
 
 

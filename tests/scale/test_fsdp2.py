@@ -272,7 +272,7 @@ def crowded(folder):
         rank = distributed.get_rank()
         free = [10**9, 10**5][rank]
         patch.setattr("lit_align.models.parallel.sharding.free_memory", lambda device: free)
-        said = pytest.warns(UserWarning, match="answers are generated from shards")
+        said = pytest.warns(UserWarning, match="responses are generated from shards")
         with nullcontext() if rank else said:  # the first rank speaks for all
             return answers(folder, None)[1]
 

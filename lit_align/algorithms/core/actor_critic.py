@@ -1,7 +1,4 @@
-"""What PPO's layouts share: all of PPO but where its networks live.
-
-Ouyang et al., 2022, arXiv:2203.02155; Schulman et al., 2017, arXiv:1707.06347 eq. 7.
-"""
+"""Base of PPO and Hydra-PPO: rewards, advantages and losses of an actor and a critic."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -9,41 +6,44 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_align.algorithms.core.argument_checks import check_above_zero, check_fraction
 from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm
 from lit_align.algorithms.core.running_statistics import KLController, RunningMeanStd
 from lit_align.batches import Experience
-from lit_align.errors import UserError
 from lit_align.functional.kl import k1, k3
 from lit_align.functional.losses import clip_fractions, clipped_surrogate, clipped_value
 from lit_align.functional.returns import gae, on_last_token
 
 
 class ActorCritic(OnlineAlgorithm):
-    """Clipped policy updates; a critic says what was to be expected at each token.
+    """Clipped policy updates with advantages from a critic, arXiv:1707.06347 eq. 7.
 
-    A token's reward is the price of its KL (k1); the last one gets the score as well. The score
-    is normalised, clipped and charged for a missing end in this order, each only if asked for;
-    what is logged as `reward` is the raw score.
+    The reward of a token is -kl_coef * k1, and the last token also gets the score
+    (arXiv:2203.02155 section 3.5). Advantages are GAE (arXiv:1506.02438 eq. 16). The score is
+    normalized, clipped and charged for a missing stop token, in this order. The log key `reward`
+    is the raw score.
 
     Args:
-        critic_lr: Learning rate of the critic; by default the policy's.
-        critic_warmup_iterations: First iterations, in which only the critic learns.
-        kl_coef: Reward lost per nat by which a token exceeds the reference.
-        kl_in_loss: Charge the KL in the loss (k3), where the gradient sees it, not in the reward.
-        kl_target: Nats per response towards which `kl_coef` is adapted (arXiv:1909.08593).
+        critic_lr: Learning rate of the critic. Default: that of the policy.
+        critic_warmup_iterations: Iterations at the start in which only the critic trains.
+        kl_coef: KL penalty: reward subtracted per nat of log-ratio to the reference.
+        kl_in_loss: Add the KL (k3) to the loss instead of subtracting it (k1) from the reward.
+        kl_target: KL in nats per response to which `kl_coef` is adapted (arXiv:1909.08593).
+            Default: `kl_coef` is constant.
         kl_horizon: Responses in which an adapted `kl_coef` can change by 20 %.
-        clip_low: How far below 1 the ratio of a token to the sampling policy may count.
-        clip_high: How far above 1 it may count.
-        value_clip_range: How far a value may move from that of the sampling time and still earn.
-        gamma: Discount per token.
-        gae_lambda: GAE's lambda, between one-step errors (0) and whole returns (1).
-        whiten_advantages: Give a rollout's advantages mean 0 and deviation 1, over all ranks.
-        normalize_scores: Take the scores' mean and standard deviation over the run out of them.
-        score_clip: Largest score either way.
-        missing_eos_penalty: Score lost by a response that was cut before its end.
-        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
-            response's tokens and then over responses, sequence_sum sums each response's tokens
-            and averages over responses.
+        clip_low: Lower clip range of the importance ratio: it is clipped at 1 - clip_low.
+        clip_high: Upper clip range of the importance ratio: it is clipped at 1 + clip_high.
+        value_clip_range: Clip range of the value loss around the rollout's value.
+        gamma: Discount per token, from 0 to 1.
+        gae_lambda: Lambda of GAE, from 0 (one-step errors) to 1 (full returns).
+        whiten_advantages: Scale the advantages of a rollout, over all ranks, to mean 0 and
+            standard deviation 1.
+        normalize_scores: Normalize scores by their running mean and standard deviation.
+        score_clip: Clip scores to [-score_clip, score_clip]. Default: no clipping.
+        missing_eos_penalty: Score subtracted from a response without a stop token.
+        loss_aggregation: token_mean averages over all response tokens. sequence_mean averages
+            over each response's tokens and then over responses. sequence_sum sums over each
+            response's tokens and averages over responses.
     """
 
     has_multiple_losses = True
@@ -69,17 +69,9 @@ class ActorCritic(OnlineAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if score_clip is not None and not score_clip > 0:
-            raise UserError(f"score_clip is a bound above 0, found {score_clip}: leave it out.")
-        if critic_lr is not None and not critic_lr > 0:
-            raise UserError(f"critic_lr must be above 0, found {critic_lr}.")
-        if not (0 <= gamma <= 1 and 0 <= gae_lambda <= 1):
-            raise UserError(f"gamma, gae_lambda must be in [0, 1], found {gamma}, {gae_lambda}.")
-        if min(clip_low, clip_high, value_clip_range) <= 0:
-            raise UserError(
-                f"clip_low, clip_high and value_clip_range must be above 0, found {clip_low}, "
-                f"{clip_high} and {value_clip_range}."
-            )
+        check_above_zero(score_clip=score_clip, critic_lr=critic_lr)
+        check_above_zero(clip_low=clip_low, clip_high=clip_high, value_clip_range=value_clip_range)
+        check_fraction(gamma=gamma, gae_lambda=gae_lambda)
         self.critic_warmup_iterations = critic_warmup_iterations
         self.role_lr = {} if critic_lr is None else {"critic": critic_lr}
         self.kl = KLController(kl_coef, kl_target, kl_horizon)
@@ -91,15 +83,15 @@ class ActorCritic(OnlineAlgorithm):
 
     @abstractmethod
     def state_values(self, batch: Experience) -> Tensor:
-        """[n, R] the critic's number before each token is chosen; 0 off the mask."""
+        """Return V(s_t) for each response token, [n, r]; 0 where masked."""
 
     def training_step(self, batch: Experience, batch_idx: int) -> None:
-        """One iteration, after which the KL's coefficient follows the KL that was seen."""
+        """Run one iteration, then adapt the KL coefficient to the rollout's KL."""
         super().training_step(batch, batch_idx)
         self.kl.update(*self.observed_kl)
 
     def prepare(self, batch: Experience) -> Experience:
-        """Adds `values`, and `advantages` and `returns` by generalised advantage estimation."""
+        """Add `values`, `advantages` and `returns`, each [N, R], by GAE."""
         batch = super().prepare(batch)
         mask = batch.response_mask
         (batch.values,) = self.map_microbatches(
@@ -117,16 +109,16 @@ class ActorCritic(OnlineAlgorithm):
         return batch
 
     def token_rewards(self, batch: Experience) -> Tensor:
-        """[N, R]: the score on the last token, less the price of each token's KL."""
+        """Return token rewards [N, R]: the score on the last token, minus the KL penalty."""
         rewards = on_last_token(self.shape_scores(batch), batch.response_mask)
         return rewards if self.kl_in_loss else rewards - self.kl_penalty(batch)
 
     def kl_penalty(self, batch: Experience) -> Tensor:
-        """[N, R]: what each token's KL costs."""
+        """Return the KL penalty of each token, [N, R]: kl_coef * k1."""
         return self.kl.coef * k1(batch.logprobs, batch.ref_logprobs)
 
     def shape_scores(self, batch: Experience) -> Tensor:
-        """[N]: the raw scores, normalised, clipped and charged for a missing end."""
+        """Return the scores [N], normalized, clipped and charged for a missing stop token."""
         scores = batch.scores
         if self.scale is not None:
             self.scale.update_from_moments(
@@ -138,13 +130,19 @@ class ActorCritic(OnlineAlgorithm):
         return scores - self.missing_eos_penalty * self.as_device_tensor(batch.truncated)
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
-        """[n, R] of the policy, once the critic is warm, then [n, R] of the critic."""
+        """Yield the policy's losses [n, r] after the critic's warmup, then the critic's [n, r]."""
         if self.iteration >= self.critic_warmup_iterations:
             yield self.policy_loss(batch, *self.policy.logprobs_and_entropy(batch))
         yield self.value_loss(batch, self.state_values(batch))
 
     def policy_loss(self, batch: Experience, logprobs: Tensor, entropy: Tensor) -> Tensor:
-        """[n, R]: the clipped surrogate, with the KL where it belongs in the loss."""
+        """Return the clipped surrogate [n, r], plus the KL (k3) if it is in the loss.
+
+        Args:
+            batch: n rows with `logprobs` of the sampling policy and `advantages`.
+            logprobs: [n, r] nats, under the policy that trains.
+            entropy: [n, r] nats, of the policy that trains.
+        """
         mask, log_ratio = batch.response_mask, (logprobs - batch.logprobs).detach()
         clipping = (batch.logprobs, batch.advantages, self.clip_low, self.clip_high)
         loss = clipped_surrogate(logprobs, *clipping)
@@ -159,7 +157,12 @@ class ActorCritic(OnlineAlgorithm):
         return self.aggregate(loss, batch)
 
     def value_loss(self, batch: Experience, values: Tensor) -> Tensor:
-        """[n, R]: half the larger of the plain and the clipped squared error."""
+        """Return the value loss [n, r]: half the larger of the plain and clipped squared error.
+
+        Args:
+            batch: n rows with the rollout's `values` and `returns`.
+            values: [n, r], of the critic that trains.
+        """
         loss = clipped_value(values, batch.values, batch.returns, self.value_clip_range)
         unclipped = 0.5 * (values - batch.returns).square()
         moved = (values.detach() - batch.values).abs() > self.value_clip_range  # beyond rounding
@@ -168,7 +171,12 @@ class ActorCritic(OnlineAlgorithm):
         return self.aggregate(loss, batch)
 
     def log_rewards(self, batch: Experience, rewards: Tensor) -> None:
-        """Logs scores, prices and how well the critic knew, under PPO's old names."""
+        """Log scores, KL penalty and the critic's explained variance under TRL's PPO names.
+
+        Args:
+            batch: N rows with `values` and `returns`.
+            rewards: [N, R] token rewards.
+        """
         mask, has_response = batch.response_mask, batch.response_mask.any(-1)
         non_score_reward = -self.kl_penalty(batch).where(mask, 0.0).sum(-1) * float(
             not self.kl_in_loss
@@ -178,8 +186,6 @@ class ActorCritic(OnlineAlgorithm):
         self.metrics.add("objective/scores", batch.scores, has_response)
         self.metrics.add("objective/non_score_reward", non_score_reward, has_response)
         self.metrics.add("objective/rlhf_reward", rewards.where(mask, 0.0).sum(-1), has_response)
-        surprise = -batch.logprobs.where(mask, 0.0).sum(-1)
-        self.metrics.add("objective/entropy", surprise, has_response)
         _, _, residual_variance = self.moments_over_ranks(batch.returns - batch.values, mask)
         _, _, return_variance = self.moments_over_ranks(batch.returns, mask)
         self.log("critic/vf_explained_var", 1 - residual_variance / return_variance.clamp(min=1e-8))

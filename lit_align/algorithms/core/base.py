@@ -1,4 +1,4 @@
-"""What every algorithm shares: losses in, one optimizer step out."""
+"""Base of all algorithms: losses per token in, one optimizer step out."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lit_align.algorithms.core.checkpoints import check_algorithm, without_frozen
-from lit_align.algorithms.core.finite_rows import FiniteRows
+from lit_align.algorithms.core import checkpoints
 from lit_align.algorithms.core.metrics import Means, MetricAccumulator
 from lit_align.algorithms.core.microbatches import (
     Compute,
+    FiniteRows,
     join_microbatches,
     split_on_all_ranks,
     sync_gradients,
 )
-from lit_align.algorithms.core.optimizer_groups import clip_by_role, role_group
+from lit_align.algorithms.core.optimizer_groups import build_optimizer, clip_by_role, role_group
 from lit_align.algorithms.core.phases import PhaseListener, run_phase
 from lit_align.algorithms.core.reference_model import ReferenceModel
 from lit_align.algorithms.core.schedule import lr_fraction
-from lit_align.algorithms.core.trainer_checks import check_trainer, find_unused_parameters
+from lit_align.algorithms.core.trainer_settings import check_trainer, enable_unused_weights
 from lit_align.batches import AnyBatch, microbatch_indices
 from lit_align.models.backbone import Backbone
 from lit_align.models.parallel.fsdp2 import FSDP2
 from lit_align.models.parallel.sharding import ShardingConfig, reshard
 from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, single_head_role
-from lit_align.models.weights.state_dict_check import check_state_dict, weight_shapes
 
 Network = TypeVar("Network", bound=Backbone)
 
@@ -42,22 +41,21 @@ Network = TypeVar("Network", bound=Backbone)
 class Algorithm(LightningModule):
     """One or more trained networks and the losses that they are trained on.
 
-    One Lightning batch is one step of the learning rate schedule. An offline algorithm takes one
-    optimizer step on it, an `OnlineAlgorithm` a few. `update` owns the optimizer step, so results
-    depend neither on the micro-batches nor on the number of ranks.
+    One Lightning batch is one step of the learning rate schedule and, offline, one optimizer
+    step. The result depends neither on the micro-batches nor on the number of ranks.
 
     Args:
         optimizer: Optimizer class and settings.
-        warmup_ratio: Share of the run over which the learning rate rises from 0.
-        final_lr_ratio: Share of the learning rate left at the end of its cosine decay, 1 for none.
-        microbatch_tokens: Padded tokens per forward pass. Changes memory, never the result.
-        max_grad_norm: Longest gradient of a role that is not scaled down.
+        warmup_ratio: Fraction of the run over which the learning rate rises from 0.
+        final_lr_ratio: Fraction of the learning rate after the cosine decay. 1: no decay.
+        microbatch_tokens: Padded tokens per forward pass. Changes the memory, never the result.
+        max_grad_norm: Gradient norm of each role to which a larger gradient is scaled down.
     """
 
-    has_multiple_losses: bool = False  # DDP must look for unused weights
-    trained_roles: tuple[str, ...] = ("policy",)  # networks that train; each is an attribute
+    has_multiple_losses: bool = False  # DDP must look for weights without a gradient
+    trained_roles: tuple[str, ...] = ("policy",)  # each is the name of an attribute, a network
     build_policy: Callable[[], Policy]
-    reference_model: ReferenceModel | None = None  # of algorithms that stay near a reference
+    reference_model: ReferenceModel | None = None  # set by algorithms that measure a KL
 
     def __init__(
         self,
@@ -75,16 +73,15 @@ class Algorithm(LightningModule):
         self.build_optimizer = optimizer
         self.warmup_ratio, self.final_lr_ratio = warmup_ratio, final_lr_ratio
         self.microbatch_tokens, self.max_grad_norm = microbatch_tokens, max_grad_norm
-        self.to_verify: list[Backbone] = []  # networks whose weights came after they were built
+        self.to_verify: list[Backbone] = []  # networks whose weights were read after building
         self.role_lr: dict[str, float] = {}  # learning rates other than the optimizer's, by role
         self.metrics = MetricAccumulator()
         self.phase_listeners: list[PhaseListener] = []
         self.finite_rows: list[FiniteRows] = []  # one per micro-batch of the optimizer step
-        self.grad_norms: dict[str, Tensor] = {}  # gradient norms before clipping, by role
+        self.grad_norms: dict[str, Tensor] = {}  # [] before clipping, by role
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
-    # What an algorithm says ---------------------------------------------------------------------
-
+    # Methods that an algorithm overrides --------------------------------------------------------
     def build(self) -> dict[str, Backbone]:
         """Return the unsharded networks by role: the policy and, if there is one, the reference."""
         policy = self.build_policy()
@@ -93,59 +90,34 @@ class Algorithm(LightningModule):
 
     @property
     def roles(self) -> dict[str, Backbone]:
-        """The networks that train, by role. Each is an optimizer group and clipped by itself."""
+        """The networks that train, by role. Each has its own optimizer group and gradient norm."""
         return {role: getattr(self, role) for role in self.trained_roles}
 
     @abstractmethod
     def losses(self, batch: Any) -> Iterator[Tensor]:
-        """Losses [n, R] per token or [n] per row, one role at a time, never a mean.
+        """Yield losses [n, R] per token or [n] per row, one role at a time, never a mean.
 
-        `update` runs backward on each before it asks for the next.
+        `update` runs backward on each loss before it requests the next, which frees its memory.
         """
 
     def prepare(self, batch: Any) -> Any:
-        """Add what is constant during the update, such as a reference's log-probs."""
+        """Add constants of the update to the batch, such as the reference's log-probs."""
         return batch
 
     def loss_denominator(self, batch: AnyBatch) -> Tensor:
-        """Return what the summed loss is divided by, on this rank: response tokens by default."""
+        """Return the divisor [] of the summed loss on this rank. Default: response tokens."""
         return batch.loss_mask.sum()
 
     def trainable_weights(self, role: str) -> list[nn.Parameter]:
-        """What trains in a role; roles on one network share it out by name."""
+        """Return the weights that train in a role."""
         return [weight for weight in self.roles[role].parameters() if weight.requires_grad]
 
     def all_roles(self) -> list[Role]:
-        """Return all roles, frozen ones too, for the table at the start."""
+        """Return all roles with the frozen ones, for the table at the start of a run."""
         roles = [single_head_role(role, network) for role, network in self.roles.items()]
         return roles if self.reference_model is None else [*roles, self.reference_model.role()]
 
-    # What the base does -------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        """Build, shard and register the networks once: Lightning calls this before every run."""
-        if hasattr(self, self.trained_roles[0]):
-            return
-        with self.phase("load"):
-            networks = {
-                role: self.shard_for_strategy(network) for role, network in self.build().items()
-            }
-            for role, network in networks.items():
-                setattr(self, role, network)
-            if self.reference_model is not None:
-                self.reference_model.register(networks, trained=self.roles)
-
-    def shard_for_strategy(self, network: Network) -> Network:
-        """A role's network as the strategy has it: split over the ranks, or as it is."""
-        if self.device_mesh is None:
-            return network
-        strategy = self.trainer.strategy
-        if network.shard_state.weight_files is not None:
-            self.to_verify.append(network)
-        sharding = strategy.sharding if isinstance(strategy, FSDP2) else ShardingConfig()
-        network.shard(self.device_mesh, sharding)
-        return network
-
+    # The optimizer step -------------------------------------------------------------------------
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Prepare a batch and take one optimizer step on it."""
         with torch.no_grad(), self.phase("prepare"):
@@ -155,22 +127,18 @@ class Algorithm(LightningModule):
         self.end_iteration(metrics)
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
-        """Take one step on the summed loss over the count; return the loss and gradient norms."""
+        """Take one optimizer step on the summed losses; return the loss [] and grad norms []."""
         world_size = self.trainer.world_size
-        loss_scale = world_size / self.sum_over_ranks(self.loss_denominator(batch).float()).clamp(
-            min=1.0
-        )
+        denominator = self.sum_over_ranks(self.loss_denominator(batch).float()).clamp(min=1.0)
+        loss_scale = world_size / denominator  # DDP and FSDP2 average gradients over the ranks
         row_groups = self.split_microbatches(batch)
         total_loss, self.finite_rows = loss_scale.new_zeros(()), []
         for number, rows in enumerate(row_groups, start=1):
             microbatch = batch.rows(rows).trim_padding()
             self.set_gradient_sync(number == len(row_groups))
             for loss in self.losses(microbatch):
-                loss_mask = (
-                    microbatch.loss_mask
-                    if loss.ndim == microbatch.loss_mask.ndim
-                    else microbatch.loss_mask.any(-1)
-                )
+                mask = microbatch.loss_mask  # a row counts if any of its tokens does
+                loss_mask = mask if loss.ndim == mask.ndim else mask.any(-1)
                 token_losses = torch.where(loss_mask, loss, 0.0)
                 self.record_finite_rows(microbatch, rows, token_losses)
                 microbatch_loss = token_losses.sum() * loss_scale
@@ -178,12 +146,21 @@ class Algorithm(LightningModule):
                 total_loss += microbatch_loss.detach()
         return {"loss": self.sum_over_ranks(total_loss) / world_size, **self.step()}
 
+    def step(self) -> dict[str, Tensor]:
+        """Clip each role, take one optimizer step, and return the gradient norms [] before it."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
+        self.grad_norms = clip_by_role(optimizer.param_groups, self.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return self.grad_norms
+
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Return the sum of `value` over all ranks."""
+        """Return the sum of `value` over all ranks, in its shape."""
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Return a context in which listeners know that the phase `name` is running."""
+        """Return a context that reports the phase `name` to the listeners."""
         return run_phase(name, self.phase_listeners)
 
     def record_finite_rows(self, batch: AnyBatch, rows: list[int], losses: Tensor) -> None:
@@ -195,15 +172,6 @@ class Algorithm(LightningModule):
         """Average gradients over the ranks in the last backward of a step, not before."""
         sync_gradients(self.roles.values(), self.trainer.strategy.model, is_last)
 
-    def step(self) -> dict[str, Tensor]:
-        """Clip each role, take one optimizer step, and return the gradient norms before it."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
-        self.grad_norms = clip_by_role(optimizer.param_groups, self.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return self.grad_norms
-
     def split_microbatches(self, batch: AnyBatch) -> list[list[int]]:
         """Return the rows of each micro-batch. All ranks have the same number of micro-batches."""
         if self.trainer.world_size == 1:
@@ -211,7 +179,7 @@ class Algorithm(LightningModule):
         return split_on_all_ranks(batch.lengths, self.microbatch_tokens, self.trainer.strategy)
 
     def map_microbatches(self, batch: AnyBatch, compute: Compute) -> list[Tensor]:
-        """Return the results of `compute` for each micro-batch, in the batch's order and width.
+        """Return the results [N, R] or [N] of `compute`, run on each micro-batch.
 
         Args:
             batch: N rows.
@@ -224,7 +192,54 @@ class Algorithm(LightningModule):
             for results in zip(*results_by_microbatch, strict=True)
         ]
 
+    def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
+        """Log the last step's metrics and the means of the iteration, and count the iteration."""
+        self.log_dict(dict(metrics))
+        self.metrics.log_train(self)
+        self.iteration += 1
+
     # Lightning's hooks --------------------------------------------------------------------------
+    def setup(self, stage: str) -> None:
+        """Refuse unsupported trainer settings, and let DDP accept losses that skip weights."""
+        check_trainer(self.trainer)
+        if self.has_multiple_losses:
+            enable_unused_weights(self.trainer.strategy)
+
+    def configure_model(self) -> None:
+        """Build, shard and register the networks once. Lightning calls this before every run."""
+        if hasattr(self, self.trained_roles[0]):
+            return
+        with self.phase("load"):
+            built = self.build()
+            networks = {role: self.shard_for_strategy(built[role]) for role in built}
+            for role, network in networks.items():
+                setattr(self, role, network)
+            if self.reference_model is not None:
+                self.reference_model.register(networks, trained=self.roles)
+
+    def shard_for_strategy(self, network: Network) -> Network:
+        """Shard a network over the ranks if the strategy has a device mesh, and return it."""
+        if self.device_mesh is None:
+            return network
+        strategy = self.trainer.strategy
+        if network.shard_state.weight_files is not None:
+            self.to_verify.append(network)
+        sharding = strategy.sharding if isinstance(strategy, FSDP2) else ShardingConfig()
+        network.shard(self.device_mesh, sharding)
+        return network
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build one optimizer with a group per role."""
+        for network in self.roles.values():
+            reshard(network)  # a validation before this may have left weights unsharded
+        limit = self.max_grad_norm
+        groups = [
+            role_group(role, network, self.trainable_weights(role), limit, self.role_lr)
+            for role, network in self.roles.items()
+        ]
+        optimizer = build_optimizer(self.build_optimizer, groups)
+        self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+        return optimizer
 
     def on_fit_start(self) -> None:
         """Verify the networks that had no weights when they were built."""
@@ -237,32 +252,12 @@ class Algorithm(LightningModule):
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self) -> None:
-        """Offload the frozen networks: Lightning has moved all networks to the device."""
+        """Offload the frozen networks. Lightning has moved all networks to the device."""
         if self.reference_model is not None:
             self.reference_model.offload()
 
-    def setup(self, stage: str) -> None:
-        """Refuse unsupported trainer settings, and tell DDP of losses that skip some weights."""
-        check_trainer(self.trainer)
-        if self.has_multiple_losses:
-            find_unused_parameters(self.trainer.strategy)
-
-    def configure_optimizers(self) -> Optimizer:
-        """Build one optimizer with a group per role."""
-        for network in self.roles.values():
-            reshard(network)  # a validation before this may have left weights unsharded
-        groups = [
-            role_group(
-                role, network, self.trainable_weights(role), self.max_grad_norm, self.role_lr
-            )
-            for role, network in self.roles.items()
-        ]
-        optimizer = self.build_optimizer(groups)
-        self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
-        return optimizer
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the learning rates of this iteration (`schedule.py` says why it is no scheduler)."""
+        """Set the learning rates of this iteration (`schedule.py`)."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
         factor = self.lr_factor(self.iteration)
@@ -271,15 +266,9 @@ class Algorithm(LightningModule):
         self.log("lr", optimizer.param_groups[0]["lr"])
 
     def lr_factor(self, step: int) -> float:
-        """The learning rate at a Lightning batch, as a share of the configured one."""
+        """Return the learning rate at a Lightning batch as a fraction of the configured one."""
         steps = self.trainer.estimated_stepping_batches
         return lr_fraction(step, steps, self.warmup_ratio, self.final_lr_ratio)
-
-    def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
-        """Log the last step's metrics and the means of the iteration, and count the iteration."""
-        self.log_dict(dict(metrics))
-        self.metrics.log_train(self)
-        self.iteration += 1
 
     def derived_eval_metrics(self, means: Means) -> Means:
         """Return evaluation metrics that are computed from the means of the evaluated rows."""
@@ -295,21 +284,13 @@ class Algorithm(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the trained weights and the buffers."""
-        return without_frozen(self, super().state_dict(*args, **kwargs))
+        return checkpoints.drop_frozen_weights(self, super().state_dict(*args, **kwargs))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the iteration, from which sampling and shuffling draw their noise."""
-        checkpoint["iteration"] = self.iteration
-        checkpoint["algorithm"] = type(self).__name__
-        if self.reference_model is not None:  # identifies the frozen weights, which are not saved
-            checkpoint["frozen_fingerprint"] = self.reference_model.fingerprint
+        """Add the version, the algorithm's name and the iteration."""
+        checkpoint |= checkpoints.checkpoint_header(self, self.iteration, self.reference_model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint holds exactly what trains here."""
+        """Restore the iteration, and check that the checkpoint has exactly the trained weights."""
         self.iteration = checkpoint["iteration"]
-        if self.trainer.training:
-            check_algorithm(checkpoint, type(self).__name__)
-        if checkpoint.get("state_dict"):  # `FSDP2` looks at a sharded checkpoint's itself
-            check_state_dict(self, weight_shapes(checkpoint["state_dict"]))
-        if self.trainer.training and self.reference_model is not None:
-            self.reference_model.check_fingerprint(checkpoint)
+        checkpoints.check_checkpoint(checkpoint, self, self.reference_model, self.trainer.training)

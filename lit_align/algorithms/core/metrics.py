@@ -17,11 +17,11 @@ Means = dict[str, Tensor]
 class MetricAccumulator:
     """Means that an algorithm logs: once per iteration in training, once per epoch in evaluation.
 
-    Training keeps its own sums. All means of an iteration then take one reduction over the ranks,
+    Training keeps its own sums. All means of an iteration then need one reduction over the ranks,
     and no value is read from the device. torchmetrics would gather each mean separately and read
-    each batch to look for NaN. Evaluation can afford both and uses torchmetrics.
+    each batch to look for NaN. Evaluation runs less often and uses torchmetrics.
 
-    The object holds no weights and no module, so a state dict does not contain it.
+    The object is not a module, so a state dict does not contain it.
 
     Example:
         >>> metrics = MetricAccumulator()
@@ -33,7 +33,7 @@ class MetricAccumulator:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # [2] sum and number of this iteration, by name
-        self.eval_means: dict[str, MeanMetric] = {}  # of the evaluation in progress, by name
+        self.eval_means: dict[str, MeanMetric] = {}  # means of this evaluation, by name
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add training values to the mean that is logged when the iteration ends.
@@ -48,7 +48,11 @@ class MetricAccumulator:
         self.sums[name] = self.sums.get(name, 0.0) + total
 
     def add_all(self, means: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add (values, mask) of several means."""
+        """Add several means.
+
+        Args:
+            means: (values, mask) by name, each [n, R] or [n].
+        """
         for name, (values, mask) in means.items():
             self.add(name, values, mask)
 
@@ -75,7 +79,7 @@ class MetricAccumulator:
             **means: (values, mask or weights) by name, each [n, R] or [n].
         """
         for name, (values, weights) in means.items():
-            if name not in self.eval_means:  # float32 also where the weights are bf16
+            if name not in self.eval_means:  # float32 also if the weights are bf16
                 metric = MeanMetric().to(values.device).set_dtype(torch.float32)
                 self.eval_means[name] = metric
             counted = torch.tensor(batch.is_new, device=values.device)

@@ -1,7 +1,9 @@
-"""Micro-batches of one optimizer step, on all ranks alike."""
+"""Micro-batches of one optimizer step: split on all ranks, joined, and checked for NaN."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -16,15 +18,32 @@ from lit_align.models.parallel.sharding import set_gradient_sync
 Compute = Callable[[Any], tuple[Tensor, ...]]  # from a micro-batch to tensors [n, r] or [n]
 
 
+class FiniteRows(NamedTuple):
+    """Rows of one micro-batch, with a flag for each whose losses are finite.
+
+    Args:
+        rows: [n] indices of the rows in the batch of the optimizer step.
+        columns: The data set's own columns, if the batch has them.
+        finite: [n] bool on the device. Read it once per step, since reading waits for the device.
+    """
+
+    rows: list[int]
+    columns: dict[str, list[Any]]
+    finite: Tensor
+
+
 def split_on_all_ranks(
     lengths: Sequence[int], max_tokens: int, strategy: Strategy
 ) -> list[list[int]]:
-    """Return the row indices of each micro-batch; all ranks have the same number of them.
+    """Return the row indices of each micro-batch. All ranks have the same number of them.
+
+    A rank with fewer micro-batches would skip the collectives of a sharded forward pass, and the
+    other ranks would wait for it.
 
     Args:
         lengths: [N] tokens of each row of this rank.
         max_tokens: Padded tokens of a micro-batch.
-        strategy: Lightning's, which knows the ranks.
+        strategy: Lightning's strategy, which connects the ranks.
     """
     rows = microbatch_indices(lengths, max_tokens)
     number = torch.tensor(len(rows), device=strategy.root_device)
@@ -48,8 +67,8 @@ def join_microbatches(parts: Iterable[Tensor], rows: list[list[int]], width: int
     padded = [pad(part, (0, width - part.shape[1])) if part.ndim > 1 else part for part in parts]
     order = [row for part in rows for row in part]
     joined = torch.cat(padded)
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-    return joined[back.to(joined.device)]
+    positions = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+    return joined[positions.to(joined.device)]
 
 
 def sync_gradients(networks: Iterable[Backbone], replica: nn.Module | None, last: bool) -> None:
@@ -58,9 +77,11 @@ def sync_gradients(networks: Iterable[Backbone], replica: nn.Module | None, last
     Args:
         networks: Networks that train, sharded or not.
         replica: The strategy's model, which DDP wraps.
-        last: No micro-batch of the step follows.
+        last: True if no micro-batch of the step follows.
     """
     for network in networks:
         set_gradient_sync(network, network.shard_state, last)
     if isinstance(replica, DistributedDataParallel):
+        # The flag behind DDP's `no_sync`, which would need a context around forward and backward.
+        # Checked with torch 2.13.
         replica.require_backward_grad_sync = last

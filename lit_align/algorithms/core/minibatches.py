@@ -1,4 +1,4 @@
-"""Which rows of a rollout an optimizer step takes: the same ones for any number of ranks."""
+"""Minibatches of a rollout: the rows of each optimizer step, equal for any number of ranks."""
 
 import math
 import random
@@ -7,19 +7,24 @@ import random
 def shuffle_rows(
     num_rows: int, rows_per_prompt: int, rank: int, world_size: int, seed: str
 ) -> list[int]:
-    """This rank's rows, shuffled so that its k-th of them belong to the k-th of every rank.
+    """Return the shuffled rows of this rank. Minibatch k has equal rows for any world size.
 
     Rank r holds each `world_size`-th prompt from r on. The order is that of one process, which
-    takes the first sample of every prompt, then another: each time the prompts i of all n as
-    (a i + b) mod n, with a random b and a random a that has no factor in common with n. Of any
-    `world_size` neighbours in it, each rank has exactly one.
+    takes one sample of every prompt, then another sample of every prompt. A pass visits the n
+    prompts as (a i + b) mod n, with a random b and a random a that has no factor in common with
+    n. Each rank then has exactly one of any `world_size` neighbors in the order.
 
     Args:
-        num_rows: Rows of this rank, a prompt's side by side.
+        num_rows: Rows of this rank. Those of a prompt are adjacent.
         rows_per_prompt: Rows of a prompt.
-        rank: This one.
+        rank: Index of this rank.
         world_size: Number of ranks.
-        seed: Of the order, the same on all ranks.
+        seed: Seed of the order, equal on all ranks.
+
+    Example:
+        >>> ranks = [shuffle_rows(6, 1, rank, 2, "seed") for rank in range(2)]
+        >>> [sorted(rows) for rows in ranks]
+        [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
     """
     rng, prompts = random.Random(seed), num_rows // rows_per_prompt * world_size
     rows = []

@@ -1,4 +1,4 @@
-"""The phases of a run (load, rollout, score, prepare, update) and those who listen to them."""
+"""Phases of a run (load, rollout, score, prepare, update) and the listeners that observe them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Protocol
 
 import torch
 
-LESS_MEMORY = "or train adapters (--config lora), or shard over more GPUs (--config fsdp)."
-OUT_OF_MEMORY_ADVICE = {  # what to change when memory runs out, by phase
-    "load": f"Out of memory in phase load: set --model.policy.dtype bfloat16, {LESS_MEMORY}",
-    "rollout": "Out of memory in phase rollout: lower --data.batch_size, --model.num_samples or "
-    "--rollout.max_new_tokens.",
-    "score": "Out of memory in phase score: lower --reward.functions.tokens_per_pass, "
-    "take a smaller "
-    "reward model, or --data.batch_size.",
-    "prepare": f"Out of memory in phase prepare: lower --model.microbatch_tokens, {LESS_MEMORY}",
-    "update": "Out of memory in phase update: lower --model.microbatch_tokens, set "
-    "--model.policy.activation_checkpointing true, or train adapters (--config lora).",
+LESS_MEMORY = "train adapters (--config lora), or shard over more GPUs (--config fsdp)."
+OUT_OF_MEMORY_ADVICE = {  # settings that lower the memory, by phase
+    "load": f"Set --model.policy.dtype bfloat16, {LESS_MEMORY}",
+    "rollout": "Lower --data.batch_size, --model.num_samples or --rollout.max_new_tokens.",
+    "score": "Lower --reward.functions.tokens_per_pass or --data.batch_size, or use a smaller "
+    "reward model.",
+    "prepare": f"Lower --model.microbatch_tokens, {LESS_MEMORY}",
+    "update": "Lower --model.microbatch_tokens, set --model.policy.activation_checkpointing true, "
+    "or train adapters (--config lora).",
 }
 
 
@@ -39,12 +37,22 @@ def run_phase(name: str, listeners: Iterable[PhaseListener]) -> Iterator[None]:
     Args:
         name: load, rollout, score, prepare or update.
         listeners: Called in their order.
+
+    Example:
+        >>> class Recorder:
+        ...     begin = end = print
+        >>> with run_phase("update", [Recorder]):
+        ...     print("step")
+        update
+        step
+        update
     """
     for listener in listeners:
         listener.begin(name)
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY_ADVICE[name]} {error}") from error
+        message = f"Out of memory in phase {name}: {OUT_OF_MEMORY_ADVICE[name]} {error}"
+        raise torch.OutOfMemoryError(message) from error
     for listener in listeners:
         listener.end(name)

@@ -19,11 +19,11 @@ from lit_align.models.roles import Role, single_head_role
 
 
 class ReferenceModel:
-    """A frozen reference: a network of its own, or the policy's base with its adapters disabled.
+    """A frozen reference: a separate network, or the policy's base with its adapters disabled.
 
-    An algorithm holds this object as `self.reference_model`. A reference network of its own is
-    registered as the algorithm's module `reference`, so that Lightning moves it to the device.
-    The object itself is not a module: it refers to the network and adds nothing to a state dict.
+    An algorithm holds this object as `self.reference_model`. A separate network is registered as
+    the algorithm's module `reference`, so that Lightning moves it to the device. The object
+    itself is not a module and adds nothing to a state dict.
 
     Args:
         build_network: Builds a reference network. Default: the policy's base if the policy has
@@ -52,12 +52,12 @@ class ReferenceModel:
             return {}
         reference = self.build_network() if self.build_network else copy_policy(policy)
         check_same_vocabulary("reference", reference, policy)
-        reference.set_temperature(policy.temperature)  # both distributions of the KL have the same
+        reference.set_temperature(policy.temperature)  # the KL compares equal temperatures
         self.network = reference.requires_grad_(False).eval()
         return {"reference": self.network}
 
     def register(self, networks: Mapping[str, Backbone], trained: Iterable[str]) -> None:
-        """Take the fingerprint of all networks, and offload the frozen ones between uses.
+        """Compute the fingerprint of all networks, and offload the frozen ones between uses.
 
         Args:
             networks: All networks of the algorithm by role, sharded.
@@ -77,25 +77,40 @@ class ReferenceModel:
             return self.network.logprobs(batch)
 
     def role(self, name: str = "reference") -> Role:
-        """Return the network without adapters as a role."""
+        """Return the network without adapters as a role.
+
+        Args:
+            name: Name of the role in the table of roles.
+        """
         return single_head_role(name, self.network, "off")
 
     def check_fingerprint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with other frozen weights, such as random ones of another seed."""
+        """Refuse to resume with other frozen weights, such as random weights of another seed.
+
+        Args:
+            checkpoint: The loaded checkpoint.
+        """
         expected = checkpoint.get("frozen_fingerprint", self.fingerprint)
         if not math.isclose(expected, self.fingerprint, abs_tol=1e-6):
             raise UserError(
-                "The reference or another frozen base has other weights than when this run began: "
-                "resume with the same path, or for random weights with the same seed_everything."
+                "The reference or another frozen base has other weights than at the start of this "
+                "run. Use the same path, or for random weights the same --seed_everything."
             )
 
 
 def check_same_vocabulary(role: str, network: Backbone, policy: Backbone) -> None:
-    """Refuse a network whose vocabulary size differs from the policy's."""
+    """Refuse a network whose vocabulary size differs from the policy's.
+
+    Args:
+        role: Role of the network, which is also its setting.
+        network: The network to check.
+        policy: The policy.
+    """
     if network.vocab_size != policy.vocab_size:
         raise UserError(
-            f"The {role} {network.name} knows {network.vocab_size} tokens and the policy "
-            f"{policy.name} {policy.vocab_size}: they must share one vocabulary."
+            f"The {role} {network.name} has {network.vocab_size} tokens in its vocabulary and the "
+            f"policy {policy.name} has {policy.vocab_size}. Set --model.{role} to a model with the "
+            f"policy's vocabulary."
         )
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters, through peft."""
+"""LoRA: low-rank adapters of peft on a frozen base (arXiv:2106.09685)."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -6,15 +6,20 @@ from transformers import PreTrainedModel
 
 
 class LoRA:
-    """Trains a low-rank update of the linear layers and leaves the base as it is.
+    """Settings of a low-rank adapter: W = W0 + lora_alpha / r B A, with W0 frozen.
 
-    Dropout is always 0: sampling and scoring must see the same network.
+    Dropout is always 0, because sampling and scoring must compute the same network.
 
     Args:
         r: Columns of each low-rank factor.
-        lora_alpha: The update is scaled by lora_alpha / r.
-        target_modules: Names of adapted layers, or `all-linear` for all but the output head.
-        modules_to_save: Names of layers that are trained whole and saved beside the adapter.
+        lora_alpha: Numerator of the update's scale, lora_alpha / r.
+        target_modules: Names of adapted layers. `all-linear` is all but the output head.
+        modules_to_save: Names of layers that train fully and are saved with the adapter. Default:
+            none.
+
+    Example:
+        >>> LoRA(r=8).peft_config("CAUSAL_LM", modules_to_save=None).lora_dropout
+        0.0
     """
 
     def __init__(
@@ -28,11 +33,11 @@ class LoRA:
         self.target_modules, self.modules_to_save = target_modules, modules_to_save
 
     def apply_to(self, network: PreTrainedModel, task_type: str) -> PeftModel:
-        """Puts the adapter into `network` itself and returns peft's view of it, which saves it.
+        """Add the adapter to a network in place, and return peft's wrapper of it.
 
         Args:
-            network: The base; frozen from now on.
-            task_type: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
+            network: Base, which is frozen.
+            task_type: peft's name of the task: CAUSAL_LM or SEQ_CLS.
         """
         return upcast_modules_to_save(
             get_peft_model(network, self.peft_config(task_type, self.modules_to_save))
@@ -44,12 +49,12 @@ class LoRA:
         modules_to_save: list[str] | None,
         exclude_modules: list[str] | None = None,
     ) -> LoraConfig:
-        """What peft is told.
+        """Return peft's configuration of the adapter.
 
         Args:
-            task_type: peft's name of what the network does.
-            modules_to_save: Names of layers that are trained whole.
-            exclude_modules: Names of layers that get no adapter.
+            task_type: peft's name of the task.
+            modules_to_save: Names of layers that train fully.
+            exclude_modules: Names of layers without an adapter. Default: none.
         """
         return LoraConfig(
             r=self.r,
@@ -63,7 +68,13 @@ class LoRA:
 
 
 def upcast_modules_to_save(adapted: PeftModel) -> PeftModel:
-    """Layers that train whole in float32, as peft keeps adapters: bf16 loses small steps."""
+    """Cast `modules_to_save` to float32, because bf16 rounds away small updates.
+
+    peft keeps the low-rank factors in float32 by itself (peft 0.21).
+
+    Args:
+        adapted: Network with adapters, changed in place.
+    """
     for name, weight in adapted.named_parameters():
         if ".modules_to_save." in name and weight.dtype in (torch.bfloat16, torch.float16):
             weight.data = weight.data.float()

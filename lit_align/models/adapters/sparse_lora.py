@@ -1,4 +1,4 @@
-"""A frozen base with a low-rank and a sparse update: ours, not the method of SLTrain's paper."""
+"""LoRA with an added sparse update. It is not a published method; see `sltrain.py` for that."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from lit_align.models.sltrain import rank_zero_seed
 class SparseLowRankAdapter(LoRA):
     """LoRA plus a sparse update on a fixed random support, for pretrained weights.
 
-    W = W0 + scale B A + S, where W0 is frozen and B and S start at zero: without the update the
-    network is its own reference. This is not the method of arXiv:2406.02214, which trains from
-    random weights (`SLTrain`). Saved is the whole model with the update in its weights, since
-    plain peft would load an adapter's folder without the sparse part.
+    W = W0 + scale B A + S, where W0 is frozen and B and S start at zero. With the update disabled
+    the network is its own reference model. `SLTrain` (arXiv:2406.02214) trains from random weights
+    instead. The full model is saved, with the update merged, because peft would load an adapter's
+    folder without the sparse part.
 
     Args:
-        density: Share of a weight's entries that the sparse part holds.
+        density: Fraction of a weight's entries in the sparse part.
     """
 
     def __init__(self, density: float = 0.01, **kwargs: Any):
         super().__init__(**kwargs)
         if not 0 <= density <= 1:
-            raise UserError(f"density must be from 0 to 1, found {density}.")
+            raise UserError(f"density must be between 0 and 1, found {density}. Set lora.density.")
         self.density = density
 
     def apply_to(self, network: PreTrainedModel, task_type: str) -> PeftModel:
-        """Puts the adapter into `network` itself; every rank must call it.
+        """Add the adapter to a network in place. Every rank must call it.
 
         Args:
-            network: The base; frozen from now on.
-            task_type: peft's name of what the network does: CAUSAL_LM or SEQ_CLS.
+            network: Base, which is frozen.
+            task_type: peft's name of the task: CAUSAL_LM or SEQ_CLS.
         """
         adapted = super().apply_to(network, task_type)
         for name, layer in network.named_modules():
             if isinstance(layer, LoraLayer) and not isinstance(layer, SparseLoraLinear):
                 raise UserError(
-                    f"SparseLowRankAdapter adapts plain linear layers, and {name} is none: name "
-                    f"others as target_modules, or take LoRA."
+                    f"SparseLowRankAdapter adapts plain linear layers only, and {name} is "
+                    f"another layer. Set lora.target_modules, or use LoRA."
                 )
         return adapted
 
@@ -64,31 +64,34 @@ class SparseLowRankAdapter(LoRA):
         modules_to_save: list[str] | None,
         exclude_modules: list[str] | None = None,
     ) -> LoraConfig:
-        """What peft is told.
+        """Return peft's configuration of the adapter, with `SparseLoraLinear` as its layer.
 
         Args:
-            task_type: peft's name of what the network does.
-            modules_to_save: Names of layers that are trained whole.
-            exclude_modules: Names of layers that get no adapter.
+            task_type: peft's name of the task.
+            modules_to_save: Names of layers that train fully.
+            exclude_modules: Not supported.
         """
         if exclude_modules:
-            raise UserError(
-                "SparseLowRankAdapter is for one role on its base: take LoRA for several."
-            )
+            raise UserError("SparseLowRankAdapter supports one role on its base. Use LoRA.")
         settings = super().peft_config(task_type, modules_to_save)
         layer = partial(SparseLoraLinear, density=self.density, seed=rank_zero_seed())
-        # peft documents this method in its guide on custom models, as subject to change (peft 0.21)
+        # private, but documented in peft's guide on custom models (peft 0.21)
         settings._register_custom_module({nn.Linear: layer})
         return settings
 
 
 class SparseUpdate(nn.Module):
-    """S of a layer's update.
+    """The sparse part S of a layer's update, zero at the start.
 
     Args:
-        layer: Gives the weight's size.
-        density: Share of the weight's entries.
-        seed: Of the support.
+        layer: Layer whose weight has the size of S.
+        density: Fraction of the weight's entries in S.
+        seed: Seed of the support.
+
+    Example:
+        >>> update = SparseUpdate(nn.Linear(4, 6), density=0.5, seed=0)
+        >>> update.value.shape, len(set(update.index.tolist()))
+        (torch.Size([12]), 12)
     """
 
     index: Tensor  # [nnz] row * in + column, ascending
@@ -101,20 +104,23 @@ class SparseUpdate(nn.Module):
 
 
 class SparseLoraLinear(Linear):
-    """peft's LoRA layer with a part more, which peft switches and freezes along with the others."""
+    """peft's LoRA layer with a sparse part, which peft activates and freezes with the others."""
 
+    # peft sets requires_grad of the modules that are listed here (peft 0.21)
     adapter_layer_names = (*Linear.adapter_layer_names, "lora_sparse")
 
     def update_layer(
         self, adapter_name: str, *args: Any, density: float = 0.0, seed: int = 0, **kwargs: Any
     ) -> None:
-        """Adds an adapter; peft's constructor passes on what it does not know itself.
+        """Add an adapter. peft's constructor passes unknown arguments on to this method.
 
         Args:
-            adapter_name: peft's.
-            density: Share of the weight's entries that the sparse part holds; a plain LoRA that
-                joins later has none.
-            seed: Of all supports; each layer's follows from it and its name.
+            adapter_name: peft's name of the adapter.
+            *args: Arguments of peft's method.
+            density: Fraction of the weight's entries in the sparse part. Default: 0, as for a
+                plain LoRA adapter that is loaded later.
+            seed: Seed of all supports. A layer's own seed is drawn from it and the layer's name.
+            **kwargs: Arguments of peft's method, `target_name` among them.
         """
         if not hasattr(self, "lora_sparse"):
             self.lora_sparse = nn.ModuleDict()
@@ -123,7 +129,13 @@ class SparseLoraLinear(Linear):
         super().update_layer(adapter_name, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[.., in] -> [.., out]; keeps nothing dense of the update."""
+        """Return the outputs [.., out]. The dense update is not kept for backward.
+
+        Args:
+            x: [.., in].
+            *args: Arguments of peft's method.
+            **kwargs: Arguments of peft's method.
+        """
         if self.disable_adapters or self.merged:
             outputs: Tensor = super().forward(x, *args, **kwargs)
             return outputs
@@ -133,11 +145,19 @@ class SparseLoraLinear(Linear):
         return outputs
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """[out, in] the update that peft merges."""
+        """Return the dense update [out, in], which peft merges.
+
+        Args:
+            adapter: Name of the adapter.
+        """
         return dense_weight(*self.factors(adapter))
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """A, B, the values of S, their positions, and the scale."""
+        """Return A [r, in], B [out, r], S's values [nnz] and positions [nnz], and the scale.
+
+        Args:
+            adapter: Name of the adapter.
+        """
         sparse = self.lora_sparse[adapter]
         assert isinstance(sparse, SparseUpdate)
         low_rank = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -145,16 +165,24 @@ class SparseLoraLinear(Linear):
 
 
 def has_sparse_adapter(network: nn.Module) -> bool:
-    """Whether a network's adapter is one that plain peft cannot load."""
+    """Return True if a network has an adapter with a sparse part, which peft cannot load.
+
+    Args:
+        network: Network with or without adapters.
+
+    Example:
+        >>> has_sparse_adapter(nn.Linear(2, 2))
+        False
+    """
     return any(isinstance(layer, SparseLoraLinear) for layer in network.modules())
 
 
 def merge_sparse_update(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the plain network that one with such an adapter stands for.
+    """Return the state dict of the base with the low-rank and sparse update merged.
 
     Args:
-        network: Has the layers.
-        state: Its whole weights, by name.
+        network: Network, with or without a `SparseLowRankAdapter`.
+        state: Its unsharded weights by name.
     """
     if not has_sparse_adapter(network):
         return dict(state)
@@ -162,6 +190,7 @@ def merge_sparse_update(network: nn.Module, state: Mapping[str, Tensor]) -> dict
     for name, layer in network.named_modules():
         if isinstance(layer, SparseLoraLinear):
             lora_a = plain.pop(f"{name}.lora_A.default.weight")
+            # half precision would round the product, the sum and the merged weight
             exact = torch.promote_types(lora_a.dtype, torch.float32)
             weight = dense_weight(
                 lora_a.to(exact),

@@ -15,26 +15,26 @@ from lit_align.models.weights.sharded_loading import cpu_placeholders
 
 
 class AdapterOwner(Protocol):
-    """The attributes of `Backbone` that switching reads."""
+    """Attributes of `Backbone` that adapter switching uses."""
 
     network: PreTrainedModel
-    adapted: PeftModel | None  # peft's view of the network, a child module of the owner
+    adapted: PeftModel | None  # peft's wrapper of the network, a child module of the owner
     trained_adapters: list[str]
     name: str  # path of the base
-    task_type: str  # peft's name of the task_type
+    task_type: str  # peft's name of the task
 
     def register_module(self, name: str, module: nn.Module | None) -> None:
         """Set a child module, as in `nn.Module`."""
 
 
 class AdapterSwitching:
-    """Activates, disables and loads the adapters of a network; `Backbone.adapters` returns it.
+    """Switch that activates, disables and loads the adapters of a network.
 
-    It is not an `nn.Module` and keeps no state: the network owns peft's view and the names, so that
-    nothing is registered twice and a copy of the network switches its own adapters.
+    `Backbone.adapters` returns it. It is not an `nn.Module` and has no state of its own. So nothing
+    is registered twice, and a copy of the network switches its own adapters.
 
     Args:
-        owner: Network with adapters, or without any.
+        owner: Network with or without adapters.
     """
 
     def __init__(self, owner: AdapterOwner):
@@ -42,18 +42,17 @@ class AdapterSwitching:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Compute with the base alone while the context is open.
-
-        The first trained adapter is set before, so that `set_adapter` with its name does nothing
-        inside: it would switch an adapter on.
-        """
+        """Compute with the base alone while the context is open."""
         if self.owner.adapted is None:
             yield
             return
         if self.owner.trained_adapters:
+            # Hydra's methods call `set_adapter`, which would enable the adapters again. It returns
+            # at once if its adapter is the active one.
             self.set_adapter(self.owner.trained_adapters[0])
         with self.owner.adapted.disable_adapter():
-            self.restore_requires_grad()  # weights that FSDP2 gathers now would stay frozen
+            # otherwise weights that FSDP2 gathers within the context would stay frozen
+            self.restore_requires_grad()
             yield
         self.restore_requires_grad()
 
@@ -71,7 +70,7 @@ class AdapterSwitching:
         self.set_adapter(before)
 
     def set_adapter(self, name: str) -> None:
-        """Activate one adapter until another one is set. The backward pass needs it, too.
+        """Activate one adapter until another one is set. The backward pass needs it as well.
 
         Args:
             name: Name of the adapter in peft.
@@ -85,8 +84,8 @@ class AdapterSwitching:
         """Load an adapter that was trained on this base, without activating it.
 
         Args:
-            folder: Folder as peft saved it.
-            name: Name of the adapter from now on.
+            folder: Folder that peft saved.
+            name: Name to give the adapter.
         """
         check_adapter_base(folder, self.owner.name)
         check_adapter_task(folder, self.owner.task_type)
@@ -100,7 +99,7 @@ class AdapterSwitching:
         self.restore_requires_grad()
 
     def restore_requires_grad(self) -> None:
-        """Let the trained adapters train: peft freezes all but the active one on each switch."""
+        """Restore requires_grad: peft freezes all but the active adapter on each switch."""
         assert self.owner.adapted is not None
         for name in self.owner.adapted.peft_config:
             self.owner.adapted.set_requires_grad(name, name in self.owner.trained_adapters)

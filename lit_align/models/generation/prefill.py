@@ -1,4 +1,4 @@
-"""What prompts leave behind, keys and values, without reading more at once than fills a device."""
+"""Prefill: run prompts through the model in chunks and return the KV cache."""
 
 from __future__ import annotations
 
@@ -12,64 +12,96 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_align.models.kernels.compile import run_trunk_eager
 
-PREFILL_CHUNK_TOKENS = 2**14  # tokens: what more would take is memory alone
+# Tokens of a chunk. This many keep a GPU busy, and more would only take more memory.
+PREFILL_CHUNK_TOKENS = 2**14
 
 
 class PromptTensors(NamedTuple):
-    """G prompts of T tokens at most."""
+    """B prompts of P tokens, left-padded."""
 
-    tokens: Tensor  # [G, T] token ids, left-padded
-    mask: Tensor  # [G, T] 1 at real tokens
-    positions: Tensor  # [G, T]
+    tokens: Tensor  # [B, P] token ids
+    mask: Tensor  # [B, P] 1 for real tokens, 0 for padding
+    positions: Tensor  # [B, P] position ids
 
     def rows(self, rows: Tensor) -> PromptTensors:
-        """Those at [n] places."""
+        """Return the prompts at the indices `rows` [n].
+
+        Example:
+            >>> column = torch.tensor([[5], [6], [7]])
+            >>> PromptTensors(column, column, column).rows(torch.tensor([2, 0])).tokens.tolist()
+            [[7], [5]]
+        """
         return PromptTensors(*(each[rows] for each in self))
 
 
 class PrefillOutput(NamedTuple):
-    """What a network keeps of prompts that it has read."""
+    """KV cache and last hidden states of B prompts."""
 
     cache: Cache
-    hidden: Tensor  # [G, H] of the last token
+    hidden: Tensor  # [B, H] of the last token
 
 
 def prefill(
     network: PreTrainedModel, prompts: PromptTensors, max_over_ranks: Callable[[int], int] = int
 ) -> PrefillOutput:
-    """Reads prompts in as many passes as PREFILL_CHUNK_TOKENS asks for.
+    """Run prompts through a network in chunks of at most PREFILL_CHUNK_TOKENS tokens.
 
     Args:
-        network: A causal language model with whole weights, or with shards that each pass gathers.
-        prompts: G rows.
-        max_over_ranks: The largest of a number on all ranks, which make equally many passes.
+        network: Causal language model with unsharded weights, or with shards that each pass
+            gathers.
+        prompts: B prompts of P tokens.
+        max_over_ranks: Function that returns the maximum of a number over all ranks. Default: one
+            rank, or ranks with unsharded weights.
+
+    Returns:
+        KV cache and last hidden states of all prompts.
     """
     rows = torch.arange(len(prompts.tokens), device=prompts.tokens.device)
+    # A layer with other state than keys and values cannot be concatenated: one chunk.
     chunk_rows = (
         max(1, PREFILL_CHUNK_TOKENS // prompts.tokens.shape[1])
         if has_plain_kv_cache(network)
         else len(rows)
     )
+    # Ranks that share weights gather them together, so all need the same number of passes: the
+    # largest number of chunks, but at most the smallest number of rows.
     number = max_over_ranks(-(-len(rows) // chunk_rows))
-    number = -max_over_ranks(-min(number, len(rows)))  # a pass of each rank has a row at least
+    number = -max_over_ranks(-min(number, len(rows)))
     chunks = prefill_chunks(network, [prompts.rows(chunk) for chunk in rows.tensor_split(number)])
     hidden = torch.cat([chunk.hidden for chunk in chunks])
     return PrefillOutput(concat_caches([chunk.cache for chunk in chunks]), hidden)
 
 
 def has_plain_kv_cache(network: PreTrainedModel) -> bool:
-    """Whether all that its layers keep are keys and values."""
+    """Return True if the cache of every layer holds keys and values only.
+
+    Args:
+        network: Causal language model.
+    """
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return all(type(layer) in kinds for layer in DynamicCache(config=network.config).layers)
 
 
 def prefill_chunks(network: PreTrainedModel, chunks: list[PromptTensors]) -> list[PrefillOutput]:
-    """One pass for each chunk of the prompts."""
+    """Run each chunk of the prompts through a network.
+
+    Args:
+        network: Causal language model.
+        chunks: Prompts, B rows together.
+    """
     return [prefill_chunk(network, chunk) for chunk in chunks]
 
 
 def prefill_chunk(network: PreTrainedModel, chunk: PromptTensors) -> PrefillOutput:
-    """A pass over some prompts."""
+    """Run one chunk of the prompts through a network.
+
+    Args:
+        network: Causal language model.
+        chunk: B prompts of P tokens.
+
+    Returns:
+        KV cache, and hidden states [B, H] of the last tokens.
+    """
     cache = DynamicCache(config=network.config)
     hidden = run_trunk_eager(
         network,
@@ -79,17 +111,24 @@ def prefill_chunk(network: PreTrainedModel, chunk: PromptTensors) -> PrefillOutp
         past_key_values=cache,
         use_cache=True,
     )
-    return PrefillOutput(cache, hidden[:, -1].clone())  # the other tokens' need not stay
+    # A clone, because a slice would keep the hidden states of all P tokens in memory.
+    return PrefillOutput(cache, hidden[:, -1].clone())
 
 
 def concat_caches(caches: list[Cache]) -> Cache:
-    """The rows of all caches, whose own layers are given away one by one."""
+    """Concatenate the rows of several caches into the first one.
+
+    Args:
+        caches: Caches of equal width. All but the first are emptied.
+    """
     first, *others = caches
     for number, layer in enumerate(first.layers):
         rest = [other.layers[number] for other in others]
-        if rest and layer.keys is not None:  # layers may read those of another
+        # A layer has no keys if it shares those of another layer.
+        if rest and layer.keys is not None:
             layer.keys = torch.cat([layer.keys, *(each.keys for each in rest)])
             layer.values = torch.cat([layer.values, *(each.values for each in rest)])
+        # Freed layer by layer, so that only one layer is in memory twice.
         for each in rest:
             each.keys = each.values = None
     return first

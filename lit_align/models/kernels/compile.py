@@ -1,4 +1,4 @@
-"""Blocks and decode steps as fewer, larger kernels: torch.compile where it pays."""
+"""Compilation of transformer blocks and of the decode step with torch.compile."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-MIN_RECOMPILE_LIMIT = 64  # networks x gradients x adapters
+# A block is compiled again for each network, gradient mode and adapter state. torch's default
+# limit of 8 would silently fall back to eager mode.
+MIN_RECOMPILE_LIMIT = 64
 
 
 def compile_blocks(blocks: Iterable[nn.Module], uses_checkpointing: bool) -> None:
-    """Lets each block compile itself where it is first called, for texts of any length.
+    """Compile each block on its first call, for sequences of any length.
 
-    What is compiled for one block serves all that are alike. Keys of a state dict stay.
+    Blocks of equal structure share one graph. The keys of the state dict do not change.
 
     Args:
-        blocks: The transformer blocks of a network.
-        uses_checkpointing: Whether they keep only their inputs and recompute the rest.
+        blocks: Transformer blocks of a network.
+        uses_checkpointing: Use True if training keeps only the inputs of the blocks and recomputes
+            the rest in backward.
     """
     limits = torch.compiler.config
     limits.recompile_limit = max(limits.recompile_limit, MIN_RECOMPILE_LIMIT)
@@ -40,71 +43,79 @@ def compile_blocks(blocks: Iterable[nn.Module], uses_checkpointing: bool) -> Non
 
 
 def call_by_mode(block: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A block that trains as it is, since it compiles itself inside of its checkpoint.
+    """Call a block in eager mode while it trains, and its compiled version otherwise.
+
+    A training block is compiled inside its checkpoint (`compiled_checkpoint`), not around it.
 
     Args:
-        block: Any.
-        compiled: The same, compiled from outside.
-        *args: Of the block.
-        **kwargs: Of the block.
+        block: Transformer block.
+        compiled: Compiled call of the same block.
+        *args: Arguments of the block.
+        **kwargs: Keyword arguments of the block.
     """
+    # `_call_impl` is private to torch (checked with 2.13): the call of a module, hooks included.
     return (block._call_impl if block.training else compiled)(*args, **kwargs)
 
 
-def call_function(function: Callable[..., Any], *args: Any) -> Any:
-    """`function` of its arguments."""
-    return function(*args)
+def call_block(block: Callable[..., Any], *args: Any) -> Any:
+    """Return the output of a block, so that one compiled function serves all blocks."""
+    return block(*args)
 
 
-compiled_call = torch.compile(call_function, dynamic=True)
+compiled_call = torch.compile(call_block, dynamic=True)
 
 
 def compiled_checkpoint(block: Callable[..., Any], *args: Any) -> Any:
-    """A block that keeps its inputs alone, and is compiled inside of that.
+    """Call a block under activation checkpointing, compiled inside the checkpoint.
 
-    Outside it would not be compiled at all, and would not say so: attention breaks the graph, and
-    a checkpoint in a graph must not be broken. torch forbids to compile inside of its
-    `checkpoint`, but not inside of what that wraps (checked with torch 2.13).
+    Compilation around the checkpoint would have no effect and no message. Attention breaks the
+    graph, and torch runs a checkpoint with a broken graph in eager mode.
 
     Args:
-        block: With its other arguments.
-        *args: Of the block.
+        block: Transformer block, with its keyword arguments bound.
+        *args: Positional arguments of the block.
     """
+    # torch disables the compiler inside `checkpoint`, but not inside the function that its
+    # decorator wraps (checked with torch 2.13).
     return unwrap(checkpoint)(compiled_call, block, *args, use_reentrant=False)
 
 
 def run_trunk(network: PreTrainedModel, **inputs: Any) -> Tensor:
-    """[N, t, H]: the last hidden state.
+    """Return the last hidden states [N, T, H] of token ids [N, T].
 
     Args:
-        network: A causal language model.
-        **inputs: Of its base model.
+        network: Causal language model.
+        **inputs: Inputs of its base model, such as `input_ids` [N, T].
     """
     hidden: Tensor = network.base_model(**inputs).last_hidden_state
     return hidden
 
 
-run_trunk_compiled = torch.compile(run_trunk, fullgraph=True)  # when it is first called
+# Compiled on the first call. With `fullgraph` a graph break is an error instead of a slow step.
+run_trunk_compiled = torch.compile(run_trunk, fullgraph=True)
 
 
 def run_trunk_eager(network: PreTrainedModel, **inputs: Any) -> Tensor:
-    """The same without what blocks have compiled: keys and values that grow are each layer's own.
+    """Return the last hidden states [N, T, H] of token ids [N, T] without compiled blocks.
 
     Args:
-        network: A causal language model.
-        **inputs: Of its base model.
+        network: Causal language model.
+        **inputs: Inputs of its base model, such as `input_ids` [N, T].
     """
+    # A growing KV cache is different Python state in each layer, so that torch.compile would
+    # compile every layer for itself.
     with torch.compiler.set_stance("force_eager"):
         return run_trunk(network, **inputs)
 
 
 def mark_dynamic(tensor: Tensor, *dims: int) -> Tensor:
-    """The tensor, whose dimensions need not be what they are when it is next compiled for.
+    """Mark dimensions as dynamic for the next compilation and return the same tensor.
 
     Args:
-        tensor: Any.
-        dims: Which.
+        tensor: Tensor of any shape.
+        dims: Dimensions whose size may differ in a later call.
     """
-    # torch 2.13; `mark_dynamic` would raise if a dimension turned out to be static
+    # Private to torch (checked with 2.13). The public `mark_dynamic` raises an error if a dimension
+    # turns out to be static.
     torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
     return tensor

@@ -1,4 +1,8 @@
-"""Attention among texts that stand one behind the other in one row, each seeing itself alone."""
+"""Attention over packed sequences: each sequence of a row attends to itself only.
+
+Shapes: T tokens of a row, D head size. `key heads` are as many as heads, or fewer (grouped-query
+attention).
+"""
 
 from __future__ import annotations
 
@@ -13,32 +17,47 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION_NAME = "sdpa_or_packed"  # as transformers knows it
+ATTENTION_NAME = "sdpa_or_packed"  # registered with transformers under this name
 
 
 class SequenceLengths:
-    """Where the texts of a row end.
+    """Lengths of the sequences in a packed row, on the host and as `cu_seqlens` on the device.
 
     Args:
-        lengths: [n] tokens of each text.
-        device: Where the row is.
+        lengths: Tokens of each of the n sequences.
+        device: Device of the row.
+
+    Example:
+        >>> SequenceLengths([3, 5, 1], torch.device("cpu")).cu_seqlens.tolist()
+        [0, 3, 8, 9]
     """
 
     def __init__(self, lengths: list[int], device: torch.device):
+        # The host keeps the list: `max` of a GPU tensor would make it wait for the device.
         self.lengths = lengths
         starts = torch.tensor([0, *lengths], dtype=torch.int32).to(device, non_blocking=True)
         self.cu_seqlens = starts.cumsum(0, dtype=torch.int32)  # [n + 1]
 
     @property
     def as_attention_mask(self) -> Tensor:
-        """[1, 1, 1, n + 1]: of four dimensions, a mask that transformers hands on unread."""
+        """Return `cu_seqlens` as a mask [1, 1, 1, n + 1].
+
+        transformers passes a mask of four dimensions to the attention function unchanged.
+        """
         return self.cu_seqlens.view(1, 1, 1, -1)
 
 
 def enable_packing(network: PreTrainedModel) -> bool:
-    """Puts `sdpa_or_varlen_attention` into a network that is served by it; whether it is.
+    """Set `sdpa_or_varlen_attention` as the attention of a network that supports packing.
 
-    That is one whose tokens meet in attention alone, and there see all that stand before them.
+    A network supports packing if its tokens meet in attention only, and if each layer attends to
+    all earlier tokens by sdpa.
+
+    Args:
+        network: Network, whose configuration is changed in place.
+
+    Returns:
+        True if the network supports packing.
     """
     # The underscored attributes are private to transformers; checked with 5.23.
     settings = network.config.to_dict()
@@ -46,7 +65,7 @@ def enable_packing(network: PreTrainedModel) -> bool:
     can_pack = (
         network.config._attn_implementation == "sdpa"
         and network._supports_attention_backend
-        and not network._is_stateful
+        and not network._is_stateful  # Mamba and others carry a state from token to token
         and plain
         and not settings.get("sliding_window")
     )
@@ -65,20 +84,20 @@ def sdpa_or_varlen_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' scaled dot product, or each text of a packed row by itself, without a mask.
+    """Attention function for transformers: sdpa, or variable-length attention of a packed row.
 
     Args:
-        module: The layer.
-        query: [N, heads, T, D], N = 1 where texts are packed.
-        key: [N, fewer heads or as many, T, D].
-        value: Of the key's shape.
-        mask: Not read where texts are packed.
-        sequence_lengths: The texts in the row.
-        scaling: Of the products; by default one over the root of D.
-        **kwargs: For transformers.
+        module: Attention layer.
+        query: [N, heads, T, D]; N is 1 in a packed row.
+        key: [N, key heads, T, D].
+        value: [N, key heads, T, D].
+        mask: Attention mask; not read in a packed row.
+        sequence_lengths: Sequences of a packed row. None means that the rows are not packed.
+        scaling: Factor of the products. None means 1 / sqrt(D).
+        **kwargs: Other arguments of the attention function in transformers.
 
     Returns:
-        [N, T, heads, D].
+        Output [N, T, heads, D], and None in the place of attention weights.
     """
     if sequence_lengths is None and query.shape[2] == 1:
         return next_token_attention(query, key, value, mask, scaling), None
@@ -93,17 +112,25 @@ def sdpa_or_varlen_attention(
 def next_token_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """[N, 1, heads, D] of the last token; heads that share keys are read as if they were tokens.
-
-    So no key is copied for each of them, which is most of what a decode step reads.
+    """Attend from the last token, without copying the keys that several heads share.
 
     Args:
         query: [N, heads, 1, D].
-        key: [N, fewer heads or as many, T, D].
-        value: Of the key's shape.
-        mask: [N, 1, 1, T], of the scores' dtype or bool.
-        scaling: Of the products.
+        key: [N, key heads, T, D].
+        value: [N, key heads, T, D].
+        mask: [N, 1, 1, T], bool, or in the dtype of the query and added to the products.
+        scaling: Factor of the products. None means 1 / sqrt(D).
+
+    Returns:
+        Output [N, 1, heads, D].
+
+    Example:
+        >>> key, value = torch.zeros(1, 1, 2, 4), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+        >>> next_token_attention(torch.ones(1, 2, 1, 4), key, value, None, None).flatten().tolist()
+        [2.0, 2.0]
     """
+    # Heads that share a key become query tokens of one head. Repeated keys would be most of the
+    # memory traffic of a decode step.
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
     attended = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
     return attended.flatten(1, 2).unsqueeze(1)
@@ -117,17 +144,27 @@ def varlen_attention(
     sequence_lengths: SequenceLengths,
     scaling: float | None,
 ) -> Tensor:
-    """[1, T, heads, D] with each text by itself.
+    """Attend within each sequence of a packed row, by the fastest way on this device.
 
     Args:
-        module: The layer.
+        module: Attention layer.
         query: [1, heads, T, D].
-        key: [1, fewer heads or as many, T, D].
-        value: Of the key's shape.
-        sequence_lengths: The texts in the row.
-        scaling: Of the products.
+        key: [1, key heads, T, D].
+        value: [1, key heads, T, D].
+        sequence_lengths: Sequences of the row, T tokens together.
+        scaling: Factor of the products. None means 1 / sqrt(D).
+
+    Returns:
+        Output [1, T, heads, D].
+
+    Example:
+        >>> row = torch.ones(1, 2, 5, 4)
+        >>> lengths = SequenceLengths([3, 2], row.device)
+        >>> varlen_attention(nn.Identity(), row, row, row, lengths, None).shape
+        torch.Size([1, 5, 2, 4])
     """
     device_type = query.device.type
+    # Autocast casts inside sdpa, but does not know torch's variable-length operator.
     dtype = (
         torch.get_autocast_dtype(device_type)
         if torch.is_autocast_enabled(device_type)
@@ -141,11 +178,15 @@ def varlen_attention(
 
 
 def has_varlen_kernel(device_type: str) -> bool:
-    """Whether a kind of device reads packed halves in one launch."""
+    """Return True if torch has a half-precision kernel for packed sequences on this device.
+
+    Args:
+        device_type: Device type of torch, such as cuda or cpu.
+    """
     return device_type == "cuda"
 
 
-# Compiled, it would be so anew for each list of lengths.
+# Not compiled: the lengths are Python numbers, so each list of lengths would be compiled again.
 varlen_attention_eager: Callable[..., Tensor] = torch.compiler.disable(varlen_attention)
 
 
@@ -157,21 +198,31 @@ def attention_by_equal_length(
     sequence_lengths: SequenceLengths,
     scaling: float | None,
 ) -> Tensor:
-    """[1, T, heads, D] by a call for each run of texts that are equally long, on any device.
+    """Attend by one sdpa call per run of neighboring sequences of equal length, on any device.
 
     Args:
-        module: The layer.
+        module: Attention layer.
         query: [1, heads, T, D].
-        key: [1, fewer heads or as many, T, D].
-        value: Of the key's shape.
-        sequence_lengths: The texts in the row.
-        scaling: Of the products.
+        key: [1, key heads, T, D].
+        value: [1, key heads, T, D].
+        sequence_lengths: Sequences of the row, T tokens together.
+        scaling: Factor of the products. None means 1 / sqrt(D).
+
+    Returns:
+        Output [1, T, heads, D].
+
+    Example:
+        >>> value = torch.tensor([5.0, 7.0]).view(1, 1, 2, 1)
+        >>> lengths = SequenceLengths([1, 1], value.device)
+        >>> attention_by_equal_length(nn.Identity(), value, value, value, lengths, 1.0).flatten()
+        tensor([5., 7.])
     """
+    # Micro-batches are sorted by length, so that equal lengths are neighbors.
     runs = [(length, len(list(texts))) for length, texts in groupby(sequence_lengths.lengths)]
-    if len(runs) == 1:
+    if len(runs) == 1:  # no split and no concatenation, which would copy the row
         each = (stack_sequences(tensor, *runs[0]) for tensor in (query, key, value))
-        alike: Tensor = sdpa_attention_forward(module, *each, None, scaling=scaling)[0]
-        return alike.flatten(0, 1).unsqueeze(0)
+        attended: Tensor = sdpa_attention_forward(module, *each, None, scaling=scaling)[0]
+        return attended.flatten(0, 1).unsqueeze(0)
     sizes = [length * number for length, number in runs]
     split = [each.split(sizes, 2) for each in (query, key, value)]
     parts = []
@@ -188,14 +239,17 @@ def flash_varlen(
     sequence_lengths: SequenceLengths,
     scaling: float | None,
 ) -> Tensor:
-    """[1, T, heads, D] in one launch, half precision on a GPU.
+    """Attend within each sequence of a packed row by one flash-attention launch on a GPU.
 
     Args:
-        query: [1, heads, T, D].
-        key: [1, fewer heads or as many, T, D].
-        value: Of the key's shape.
-        sequence_lengths: The texts in the row.
-        scaling: Of the products.
+        query: [1, heads, T, D], bfloat16 or float16.
+        key: [1, key heads, T, D].
+        value: [1, key heads, T, D].
+        sequence_lengths: Sequences of the row, T tokens together.
+        scaling: Factor of the products. None means 1 / sqrt(D).
+
+    Returns:
+        Output [1, T, heads, D].
     """
     longest = max(sequence_lengths.lengths)
     output = varlen_attn(
@@ -207,15 +261,25 @@ def flash_varlen(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1, 0),  # causal
+        window_size=(-1, 0),  # causal: all earlier tokens, no later one
         enable_gqa=True,
     )
-    assert isinstance(output, Tensor)  # nothing else was asked for
+    assert isinstance(output, Tensor)  # a tuple only with `return_aux`
     return output.unsqueeze(0)
 
 
 def stack_sequences(part: Tensor, length: int, number: int) -> Tensor:
-    """[1, heads, number * length, D] -> [number, heads, length, D]."""
+    """Reshape [1, heads, number * length, D] to [number, heads, length, D], without a copy.
+
+    Args:
+        part: Packed sequences of equal length.
+        length: Tokens of each sequence.
+        number: Number of sequences.
+
+    Example:
+        >>> stack_sequences(torch.zeros(1, 2, 6, 4), length=3, number=2).shape
+        torch.Size([2, 2, 3, 4])
+    """
     texts: Tensor = part.squeeze(0).unflatten(1, (number, length))
     return texts.transpose(0, 1)
 

@@ -1,9 +1,8 @@
-"""Networks that sleep on the CPU between uses, so that one at a time is on the device.
+"""Offloading of networks and optimizer state to page-locked CPU memory between uses.
 
-What moves are the data of plain tensors; the tensors stay the objects that optimizers and hooks
-know. On a CPU nothing moves. Three kinds stay where they are: shards (FSDP2 has split them
-already), buffers (small, and DDP broadcasts them), and weights that train under DDP, whose hooks
-torch would drop with the move.
+An offload replaces the data of a plain tensor. The tensor stays the same object, so that optimizers
+and hooks keep it. Three kinds of tensors are never offloaded: shards, which FSDP2 has split
+already; buffers, which are small and which DDP broadcasts; and weights that train under DDP.
 """
 
 from __future__ import annotations
@@ -18,28 +17,36 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class OffloadedTensors:
-    """Tensors that are on the device while they are used.
-
-    Each keeps its page-locked place on the CPU once it has one.
+    """Tensors that are moved to the CPU and back. On a CPU nothing moves.
 
     Args:
-        tensors: Says which, anew each time: an optimizer's state comes with its first step.
-        is_frozen: Whether their values never change, so that they are copied to the host once.
+        tensors: Function that returns the tensors. It is called for each offload, because the
+            state of an optimizer exists only after its first step.
+        is_frozen: True if the values never change. They are then copied to the host only once.
+
+    Example:
+        >>> offloaded = OffloadedTensors(nn.Linear(2, 2).parameters)
+        >>> offloaded.offload()
+        >>> len(offloaded.devices)  # nothing to move on a CPU
+        0
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], is_frozen: bool = False):
         self.tensors, self.is_frozen = tensors, is_frozen
-        self.host_copies = WeakTensorKeyDictionary()  # on the CPU, by tensor
-        self.devices = WeakTensorKeyDictionary()  # the device of each tensor that is asleep
+        # Weak keys, so that the host copy of a deleted weight is freed with it.
+        self.host_copies = WeakTensorKeyDictionary()  # CPU tensor by tensor
+        self.devices = WeakTensorKeyDictionary()  # original device by offloaded tensor
 
     def offload(self) -> None:
-        """Moves them to the CPU; returns when they are there."""
+        """Move the tensors to the CPU and wait until all copies are complete."""
         moving = [tensor for tensor in self.tensors() if can_offload(tensor)]
         for tensor in moving:
             if tensor not in self.host_copies:
+                # Kept for the whole run: allocating page-locked memory is slow.
                 self.host_copies[tensor] = pinned_like(tensor).copy_(tensor.data, non_blocking=True)
             elif not self.is_frozen:
                 self.host_copies[tensor].copy_(tensor.data, non_blocking=True)
+        # The copies are asynchronous. Device memory must not be freed before they are complete.
         if moving and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         for tensor in moving:
@@ -47,17 +54,17 @@ class OffloadedTensors:
             tensor.data = self.host_copies[tensor]
 
     def reload(self) -> None:
-        """Moves back those that were parked."""
+        """Move the offloaded tensors back to their devices."""
         for tensor, device in self.devices.items():
             tensor.data = tensor.data.to(device, non_blocking=True)
         self.devices.clear()
 
 
 class ExclusiveOffload:
-    """Networks that take turns on the device: the one that is called comes, the others leave.
+    """Networks of which one is on the device: a forward call loads it and offloads the others.
 
     Args:
-        networks: All that use their weights in `forward` alone.
+        networks: Networks that use their weights only in `forward`.
     """
 
     def __init__(self, networks: Iterable[nn.Module]):
@@ -73,7 +80,12 @@ class ExclusiveOffload:
         self.activate(None)
 
     def activate(self, network: nn.Module | None) -> None:
-        """Wakes a network and parks the others; all of them if it is None."""
+        """Load one network and offload the others.
+
+        Args:
+            network: Network to load. None offloads all networks.
+        """
+        # Offload first, so that two networks are never on the device at once.
         for other, tensors in self.offloaded.items():
             if other is not network:
                 tensors.offload()
@@ -82,26 +94,56 @@ class ExclusiveOffload:
 
 
 def requires_grad_flags(network: nn.Module) -> Iterator[bool]:
-    """Of each weight, whether it trains."""
+    """Yield `requires_grad` of each weight of a network."""
     return (weight.requires_grad for weight in network.parameters())
 
 
 def optimizer_state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """The tensors that an optimizer has beside the weights."""
+    """Yield the state tensors of an optimizer, such as AdamW's moments and step counters.
+
+    Args:
+        optimizer: Optimizer; before its first step it has no state.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(3))
+        >>> weight.grad = torch.ones(3)
+        >>> optimizer = torch.optim.SGD([weight], momentum=0.5)
+        >>> optimizer.step()
+        >>> [tensor.tolist() for tensor in optimizer_state_tensors(optimizer)]
+        [[1.0, 1.0, 1.0]]
+    """
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def can_offload(tensor: Tensor) -> bool:
-    """Whether a tensor is on a device that it can leave."""
+    """Return True if a tensor is on an accelerator and may be moved.
+
+    Args:
+        tensor: Tensor of any shape.
+    """
     return tensor.device.type != "cpu" and not is_pinned_to_device(tensor)
 
 
 def is_pinned_to_device(tensor: Tensor) -> bool:
-    """Whether a tensor may not leave its device: a shard, or a weight that trains under DDP."""
+    """Return True if a tensor must stay on its device: a shard, or a trained weight under DDP.
+
+    Args:
+        tensor: Tensor of any shape.
+    """
+    # DDP hooks the gradient accumulator of each trained weight. torch makes a new accumulator when
+    # the data of a weight are replaced, and the hook would be lost.
     return isinstance(tensor, DTensor) or (tensor.requires_grad and distributed.is_initialized())
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """An empty tensor of the same kind in page-locked memory of the CPU."""
+    """Return an empty CPU tensor of the same shape and dtype, page-locked if there is a GPU.
+
+    Args:
+        tensor: Tensor of any shape.
+
+    Example:
+        >>> pinned_like(torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
     return torch.empty_like(tensor, device="cpu", pin_memory=torch.accelerator.is_available())

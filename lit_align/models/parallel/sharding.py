@@ -1,4 +1,4 @@
-"""FSDP2 in three verbs: shard a model once, synchronise its gradients, gather it to generate."""
+"""FSDP2: shard a network, reduce its gradients, and gather its weights for a rollout."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ from lit_align.models.weights.sharded_loading import WeightFiles
 
 
 class ShardingConfig(NamedTuple):
-    """How networks are split over ranks.
+    """Settings of the split of networks over the ranks.
 
     Args:
-        param_dtype: Type that a block's weights are gathered in, if not their own. Embedding,
-            last norm and heads always are gathered as they are: under autocast the unsharded
-            residual stream and logits are fp32, too.
-        reduce_dtype: Type in which gradients are summed over ranks, where it is not their own.
-        cpu_offload: Shards sleep in host memory.
-        activation_checkpointing: Blocks keep their inputs alone.
-        gather_for_generation: Whether to gather all weights; None asks an estimate.
+        param_dtype: Dtype in which the weights of blocks are gathered. None means their own.
+        reduce_dtype: Dtype in which gradients are summed over the ranks. None means their own.
+        cpu_offload: Keep the shards in host memory.
+        activation_checkpointing: Keep only the inputs of blocks and recompute the rest.
+        gather_for_generation: Gather all weights before a rollout. None means to estimate if they
+            fit.
         sync_every_microbatch: Average gradients over the ranks after each micro-batch.
     """
 
@@ -48,16 +47,14 @@ class ShardingConfig(NamedTuple):
 
 @dataclass
 class ShardState:
-    """The facts about a network that sharding needs after the split.
-
-    The defaults are those of a network that is not sharded.
+    """State of a network's sharding. The defaults describe a network that is not sharded.
 
     Args:
-        weight_files: Files of weights that have no values yet.
-        gather_for_generation: Whether the unsharded weights are gathered to generate. None means
-            that `decide_gather` has to estimate it.
-        sync_every_microbatch: Whether gradients are averaged over the ranks after each micro-batch,
-            and not only after the last.
+        weight_files: Files of weights that have no values yet. None if all weights are loaded.
+        gather_for_generation: True gathers the unsharded weights for a rollout. None means that
+            `decide_gather` has to estimate if they fit.
+        sync_every_microbatch: True averages gradients over the ranks after each micro-batch, False
+            only after the last.
         unsharded_size: Bytes of the gathered weights.
     """
 
@@ -67,21 +64,21 @@ class ShardState:
     unsharded_size: int = 0
 
     def decide_gather(self, model: nn.Module, name: str) -> bool:
-        """Return whether to gather the unsharded weights; an estimate is made once and kept.
+        """Return True if a rollout gathers the unsharded weights. An estimate is made once.
 
         Args:
             model: Network that this state belongs to.
-            name: Name of the network in the warning.
+            name: Name of the network, for the warning.
         """
         if self.gather_for_generation is None:
             self.gather_for_generation = unsharded_weights_fit(model, self.unsharded_size)
             if not self.gather_for_generation:
                 rank_zero_warn(
-                    f"Whole weights of {name} ({self.unsharded_size / 2**30:.1f} GiB) would take "
-                    f"more than half of the free memory: answers are generated from shards. Each "
-                    f"token then gathers every block, and all ranks go on until the longest answer "
-                    f"of any has ended: several times slower. `gather_for_generation: true` of FSDP2 gathers all "
-                    f"the same."
+                    f"The gathered weights of {name} ({self.unsharded_size / 2**30:.1f} GiB) would "
+                    f"take more than half of the free memory, so responses are generated from "
+                    f"shards. This is several times slower: each token gathers every block, and "
+                    f"all ranks wait for the longest response. Set "
+                    f"--trainer.strategy.gather_for_generation true to gather the weights."
                 )
         return self.gather_for_generation
 
@@ -96,6 +93,9 @@ def shard(
         blocks: Its transformer blocks.
         mesh: Lightning's mesh with a tensor-parallel size of 1, or a mesh of replicas x shards.
         config: Settings of the split.
+
+    Returns:
+        State of the sharding.
     """
     state = ShardState(
         gather_for_generation=config.gather_for_generation,
@@ -109,42 +109,54 @@ def shard(
         if config.cpu_offload
         else OffloadPolicy()
     )
-    param_dtype = MixedPrecisionPolicy(
+    # Inputs are not cast: autocast does it per operator, and keeps the residual stream in fp32.
+    block_policy = MixedPrecisionPolicy(
         config.param_dtype, config.reduce_dtype, cast_forward_inputs=False
     )
-    root = MixedPrecisionPolicy(None, config.reduce_dtype, cast_forward_inputs=False)
+    # Embedding, last norm and heads are gathered in their own dtype: autocast has fp32 logits, too.
+    root_policy = MixedPrecisionPolicy(None, config.reduce_dtype, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=data_mesh, mp_policy=param_dtype, offload_policy=offload)
-    # what trains keeps its embedding and heads for the backward pass, which ends in resharding
+        fully_shard(block, mesh=data_mesh, mp_policy=block_policy, offload_policy=offload)
+    # A trained network keeps its embedding and heads gathered until the end of the backward pass,
+    # which needs them at once. Without a backward pass nothing would reshard them.
     keeps_unsharded = any(weight.requires_grad for weight in model.parameters())
     fully_shard(
         model,
         mesh=data_mesh,
         reshard_after_forward=not keeps_unsharded,
-        mp_policy=root,
+        mp_policy=root_policy,
         offload_policy=offload,
     )
     return state
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """The parts of `model` that are gathered one at a time; none if it is whole."""
+    """Return the modules that are gathered one at a time. The list is empty without sharding.
+
+    Args:
+        model: Network, sharded or not.
+    """
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
-    """Leaves shards alone registered: after a pass without backward the root still is whole."""
+    """Free the gathered weights, so that only the shards are registered as parameters.
+
+    Args:
+        model: Network, sharded or not.
+    """
+    # FSDP2 reshards the root at the end of backward, so a forward pass alone leaves it gathered.
     for module in fsdp_modules(model):
         module.reshard()
 
 
 def set_gradient_sync(model: nn.Module, state: ShardState, last: bool) -> None:
-    """Set whether the next backward averages gradients over the ranks, or only adds them up here.
+    """Choose if the next backward pass averages gradients over the ranks or only accumulates them.
 
     Args:
         model: Network; nothing is set if it is not sharded.
-        state: Shard state of the network.
-        last: Whether no micro-batch follows.
+        state: State of the network's sharding.
+        last: True for the last micro-batch of an optimizer step.
     """
     for module in fsdp_modules(model):
         module.set_requires_gradient_sync(last or state.sync_every_microbatch, recurse=False)
@@ -159,6 +171,11 @@ def unsharded_size(
         model: Network, not yet sharded.
         blocks: Its transformer blocks.
         param_dtype: Dtype of the gathered blocks. None means their own.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False))
+        >>> unsharded_size(layers, [layers[0]], torch.bfloat16)  # 8 numbers of 2 bytes, 6 of 4
+        40
     """
     in_blocks = {weight for block in blocks for weight in block.parameters()}
     return sum(
@@ -169,8 +186,15 @@ def unsharded_size(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take; on a CPU, its part of what the machine has free."""
+    """Return the bytes that this rank can still allocate.
+
+    On a CPU this is an equal part of the machine's free memory.
+
+    Args:
+        device: Device of this rank.
+    """
     if device.type == "cuda":
+        # The driver counts torch's cached blocks as used, but torch reuses them.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return (
@@ -179,9 +203,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def unsharded_weights_fit(model: nn.Module, unsharded_size: int) -> bool:
-    """Return whether gathered weights take at most half of the memory that training leaves.
+    """Return True if the gathered weights fit in half of the memory that training leaves.
 
-    This holds on every rank or on none.
+    All ranks return the same, and all must call it.
 
     Args:
         model: Sharded network.
@@ -190,6 +214,7 @@ def unsharded_weights_fit(model: nn.Module, unsharded_size: int) -> bool:
     weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
     device = torch.device(weights[0].device_mesh.device_type)
     left = memory_headroom(model, unsharded_size, free_memory(device))
+    # Ranks that disagreed would wait for each other: gathering is a collective.
     headroom = torch.tensor(left, dtype=torch.float64, device=device)
     distributed.all_reduce(headroom, op=distributed.ReduceOp.MIN)
     return bool(headroom >= 0)
@@ -198,26 +223,38 @@ def unsharded_weights_fit(model: nn.Module, unsharded_size: int) -> bool:
 def memory_headroom(model: nn.Module, unsharded_size: int, free: int) -> float:
     """Return half of the memory that training leaves, minus the gathered weights, in bytes.
 
-    Gradients and AdamW's moments may not exist yet: they take three times the trained shards. The
-    other half is for keys, values and activations.
+    The other half is for the KV cache and activations.
 
     Args:
         model: Sharded network.
         unsharded_size: Bytes of the gathered weights.
         free: Bytes that this rank may still allocate.
+
+    Example:
+        >>> memory_headroom(nn.Linear(2, 2), unsharded_size=24, free=100)  # no shards: 100 / 2 - 24
+        26.0
     """
     weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
     local = [weight.to_local() for weight in weights if weight.requires_grad]
+    # Gradients and AdamW's two moments may not exist yet: three times the trained shards.
     return (free - 3 * sum(weight.nbytes for weight in local)) / 2 - unsharded_size
 
 
 def all_reduce_and(condition: bool) -> bool:
-    """Whether something is so on every rank; each of them has to ask."""
+    """Return True if the condition is true on every rank. All ranks must call it.
+
+    Args:
+        condition: Condition on this rank.
+    """
     return not all_reduce_max(not condition)
 
 
 def all_reduce_max(number: int) -> int:
-    """A number where it is largest of all ranks; each of them has to ask."""
+    """Return the largest number of all ranks. All ranks must call it.
+
+    Args:
+        number: Number on this rank.
+    """
     accelerator = torch.accelerator.current_accelerator()
     numbers = torch.tensor(int(number), device=accelerator or "cpu")
     distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
@@ -226,24 +263,31 @@ def all_reduce_max(number: int) -> int:
 
 @contextmanager
 def gather_weights(model: nn.Module, is_gathered: bool) -> Iterator[None]:
-    """Keep a network in eval mode and, if asked, its unsharded weights in memory.
+    """Keep a network in eval mode and, if `is_gathered`, its unsharded weights in memory.
 
-    A generated token then costs no collective.
+    With gathered weights, a generated token needs no collective.
 
     Args:
         model: Network, sharded or not.
-        is_gathered: Whether to gather the weights.
+        is_gathered: Gather the weights.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with gather_weights(layer, is_gathered=False):
+        ...     layer.training
+        False
     """
     modes = [module.training for module in model.modules()]
     unsharded = fsdp_modules(model) if is_gathered else []
     keeps_unsharded = any(weight.requires_grad for weight in model.parameters())
-    model.eval()
+    model.eval()  # no dropout in sampled responses
     for module in unsharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
+        # The root's setting is that of `shard`, the blocks reshard after each pass.
         for module in unsharded:
             module.set_reshard_after_forward(
                 not keeps_unsharded or id(module) != id(model), recurse=False

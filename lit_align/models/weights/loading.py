@@ -1,13 +1,15 @@
-"""Where a network's weights come from: the hub, a folder, an adapter's folder."""
+"""Build networks and load their weights, from the hub, a folder or an adapter's folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
@@ -27,40 +29,81 @@ def load_network(
     options: dict[str, Any],
     defer_loading: bool = False,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
-    """The network with all of its weights, or one sentence about what is missing.
-
-    Returns:
-        The network, those of `new_weights` that the path lacks: they are random; and the files
-        that are still to be read, if there are any.
+    """Load a network, or raise a `UserError` if that is not possible.
 
     Args:
-        auto_class: transformers' class with the wanted head.
+        auto_class: transformers' class with the head.
         path: Hub id, folder of weights, or folder of an adapter, which is merged into its base.
-        configure: Changes the configuration before the network is built.
-        new_weights: What the weights may lack.
-        options: For `from_pretrained`.
-        defer_loading: Leave the weights in their files, to be read when the network is sharded. The
-            base of an adapter is always read at once.
+        configure: Function that changes the configuration before the network is built.
+        new_weights: Names of weights that the path may lack.
+        options: Arguments of `from_pretrained`.
+        defer_loading: Keep weights on the meta device until the network is sharded. The base of
+            an adapter is always read at once.
+
+    Returns:
+        The network, the names of those `new_weights` that were initialized randomly, and the files
+        that are still to be read, None if there are none.
     """
     folder = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not folder.is_dir():
-        raise UserError(f"{path}: no such folder; give a hub id or a folder of weights.")
+        raise UserError(f"{path}: no such folder. Use a hub id or a folder of weights.")
     source = str(folder) if folder.is_dir() else path
     if (folder / "adapter_config.json").is_file():
         check_adapter_format(source)
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
-        network, missing, _ = load_network(auto_class, base, configure, ("score.weight",), options)
-        return *load_merged(network, missing, source, new_weights), None
-    try:
-        with silence_transformers():
-            loaded = load_pretrained(
-                auto_class, source, configure, new_weights, options, defer_loading
+        with convert_errors(f"{path} could not be loaded"):
+            base = PeftConfig.from_pretrained(source).base_model_name_or_path
+            # the base of a reward model's adapter may lack the head, which the adapter brings
+            network, missing, _ = load_network(
+                auto_class, base, configure, ("score.weight",), options
             )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} could not be loaded: {reason}") from error
+            return *load_merged(network, missing, source, new_weights), None
+    with convert_errors(f"{path} could not be loaded"), silence_transformers():
+        loaded = load_pretrained(auto_class, source, configure, new_weights, options, defer_loading)
     check_missing_weights(path, loaded[1], new_weights)
     return loaded
+
+
+def build_network(
+    auto_class: type[_BaseAutoModelClass],
+    name: str,
+    config: Mapping[str, Any],
+    configure: Configure,
+    options: Mapping[str, Any],
+) -> PreTrainedModel:
+    """Build a network with random weights, or raise a `UserError` if `config` is not possible.
+
+    Args:
+        auto_class: transformers' class with the head.
+        name: Name of the network in an error message.
+        config: Architecture: `model_type` and its fields.
+        configure: Function that changes the configuration before the network is built.
+        options: Arguments of `from_config`.
+    """
+    with convert_errors(f"{name} could not be built"):
+        return auto_class.from_config(configure(AutoConfig.for_model(**config)), **options)
+
+
+@contextmanager
+def convert_errors(failure: str) -> Iterator[None]:
+    """Raise errors of transformers about a configuration or weights as a `UserError`.
+
+    The message is one line of at most 300 characters, as transformers may list all architectures.
+
+    Args:
+        failure: First words of the message.
+
+    Example:
+        >>> with convert_errors("x could not be loaded"):
+        ...     raise OSError("no file named config.json")
+        Traceback (most recent call last):
+        lit_align.errors.UserError: x could not be loaded: no file named config.json
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(shorten(f"{failure}: {error}", 300, placeholder=" ...")) from error
 
 
 def load_pretrained(
@@ -71,33 +114,35 @@ def load_pretrained(
     options: dict[str, Any],
     defer_loading: bool,
 ) -> tuple[PreTrainedModel, list[str], WeightFiles | None]:
-    """What transformers makes of a source, with or without its weights; see `load_network`."""
+    """Load a folder or hub id that is not an adapter; arguments and result as in `load_network`."""
     hub_options = {key: options[key] for key in ("revision", "trust_remote_code")}
     settings = configure(AutoConfig.from_pretrained(source, **hub_options))
     if defer_loading:
         empty = build_on_meta(auto_class, source, settings, new_weights, options)
         if empty is not None:
             return empty
+    # pickles can run code when they are read, so only safetensors are allowed
     network, report = auto_class.from_pretrained(
         source, config=settings, output_loading_info=True, use_safetensors=True, **options
-    )  # files of pickles are never read
+    )
     return network, sorted(report["missing_keys"]), None
 
 
 def load_merged(
     network: PreTrainedModel, missing: list[str], source: str, new_weights: tuple[str, ...]
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base with a saved adapter in its weights, and what neither of the two has.
+    """Merge a saved adapter into its base, and return the names of weights that both lack.
 
     Args:
-        network: The base.
-        missing: Weights that the base lacks.
-        source: The adapter's folder.
-        new_weights: What may be lacking.
+        network: Base of the adapter.
+        missing: Names of weights that the base lacks.
+        source: Folder of the adapter.
+        new_weights: Names of weights that may be missing.
     """
     settings = PeftConfig.from_pretrained(source)
     heads = [name for name, _ in network.named_children() if name == "score"]
-    if heads and settings.task_type == "CAUSAL_LM":  # its class in peft asks for a language head
+    if heads and settings.task_type == "CAUSAL_LM":
+        # the class that peft uses for this task requires a language head (peft 0.21)
         settings.task_type, settings.exclude_modules = None, heads
     adapted = PeftModel.from_pretrained(network, source, config=settings)
     saved = settings.modules_to_save or []
@@ -107,61 +152,69 @@ def load_merged(
 
 
 def check_adapter_base(folder: str, name: str) -> None:
-    """Refuses an adapter that is none, or of another base.
+    """Raise a `UserError` if a folder has no adapter, or one that was trained on another base.
 
     Args:
-        folder: Of the adapter.
-        name: Path of the base that is to wear it.
+        folder: Folder of the adapter.
+        name: Path of the base to which it is added.
     """
     if not (Path(folder).expanduser() / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter_config.json, so no adapter is saved there.")
+        raise UserError(f"{folder}: no adapter_config.json. Use the folder of a saved adapter.")
     check_adapter_format(folder)
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path or "random weights"
     if base != name and Path(base).resolve() != Path(name).resolve():
         raise UserError(
-            f"The adapter {folder} was trained on {base}, and the base here is {name}: its "
-            f"log-ratios would mean nothing. Take the same base, or give the whole model."
+            f"The adapter {folder} was trained on {base}, and the base here is {name}. "
+            f"Use the same base, or the full model instead of the adapter."
         )
 
 
 def check_adapter_format(folder: str) -> None:
-    """Refuses an adapter whose weights are no safetensors: files of pickles are never read.
+    """Raise a `UserError` if an adapter's weights are not safetensors. Pickles are never read.
 
     Args:
-        folder: Of the adapter.
+        folder: Folder of the adapter.
     """
     if not (Path(folder).expanduser() / "adapter_model.safetensors").is_file():
         raise UserError(
-            f"{folder}: no adapter_model.safetensors; peft writes one from an older .bin by "
+            f"{folder}: no adapter_model.safetensors. Convert an older .bin file with peft's "
             f"save_pretrained(folder, safe_serialization=True)."
         )
 
 
 def check_adapter_task(folder: str, task_type: str) -> None:
-    """Refuses an adapter that was trained to score where one is asked to speak.
+    """Raise a `UserError` if a language model is to be loaded from a reward model's adapter.
 
     Args:
-        folder: Of the adapter, or of anything else.
-        task_type: peft's name of what is asked for.
+        folder: Folder of an adapter. Any other path is accepted.
+        task_type: peft's name of the task of the network.
     """
     if not (Path(folder).expanduser() / "adapter_config.json").is_file():
         return
     found = PeftConfig.from_pretrained(folder).task_type
     if (found, task_type) == ("SEQ_CLS", "CAUSAL_LM"):
         raise UserError(
-            f"The adapter {folder} was trained as a score head's ({found}) and not as a language "
-            f"model's ({task_type}): give one that SFT, DPO or an online algorithm has written."
+            f"The adapter {folder} was trained with a score head ({found}), not as a language "
+            f"model ({task_type}). Use an adapter of SFT, DPO or an online algorithm."
         )
 
 
 def check_missing_weights(path: str, missing: list[str], new_weights: tuple[str, ...]) -> None:
-    """Refuses a path that lacks more than it may."""
+    """Raise a `UserError` if a path lacks weights that cannot be initialized randomly.
+
+    Args:
+        path: Hub id or folder, for the message.
+        missing: Names of weights that it lacks.
+        new_weights: Names of weights that may be missing.
+    """
     absent = [name for name in missing if name not in new_weights]
     if absent:
-        wanted = "RewardModel or HydraSFT" if absent[0].startswith("score") else "SFT or HydraSFT"
+        algorithms = (
+            "RewardModel or HydraSFT" if absent[0].startswith("score") else "SFT or HydraSFT"
+        )
         raise UserError(
-            f"{path} lacks {len(absent)} weights, the first is '{absent[0]}': give a path that has "
-            f"them, such as the hf folder of a {wanted} run."
+            f"{path} lacks {len(absent)} weights, the first is '{absent[0]}'. Use a path that has "
+            f"them, such as the hf folder of a {algorithms} run."
         )
 
 
@@ -169,8 +222,14 @@ def without_dropout(config: PretrainedConfig, overrides: Mapping[str, Any]) -> P
     """Set all dropout rates of a configuration to 0, and the values that a head needs.
 
     Args:
-        config: Configuration, changed in source.
+        config: Configuration, changed in place.
         overrides: Values by name.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> config = without_dropout(GPT2Config(attn_pdrop=0.25), {"num_labels": 1})
+        >>> config.attn_pdrop, config.num_labels
+        (0.0, 1)
     """
     for name, value in config.to_dict().items():
         if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
@@ -181,16 +240,27 @@ def without_dropout(config: PretrainedConfig, overrides: Mapping[str, Any]) -> P
 
 
 def resolve_dtype(name: str | None) -> torch.dtype:
-    """torch's data type of that name; without one the default, which the trainer sets."""
+    """Return torch's data type of a name.
+
+    Args:
+        name: Name such as bfloat16. None: the default dtype, which Lightning's precision sets.
+
+    Example:
+        >>> resolve_dtype("bfloat16"), resolve_dtype(None)
+        (torch.bfloat16, torch.float32)
+    """
     kind = getattr(torch, name, None) if name else torch.get_default_dtype()
     if not isinstance(kind, torch.dtype):
-        raise UserError(f"dtype {name} is none of torch's; take float32, bfloat16 or float16.")
+        raise UserError(f"Unknown dtype {name}. Use float32, bfloat16 or float16.")
     return kind
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """No bars and tables while loading and saving; missing weights are an error of ours."""
+    """Disable transformers' progress bars and warnings while the context is open.
+
+    Missing weights are not only warned about: `check_missing_weights` raises an error.
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

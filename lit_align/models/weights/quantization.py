@@ -1,4 +1,4 @@
-"""Frozen weights of 8 or 4 bits, beneath adapters that train."""
+"""Quantization: frozen base weights in 8 or 4 bits, for training with adapters."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ Dequantize = Callable[[QuantizedParts, torch.dtype], Tensor]
 
 
 class Quantization(ABC):
-    """How the linear layers of the blocks are coded; embeddings, norms and heads stay as they are.
+    """Base class of quantization schemes for the linear layers of the blocks.
 
-    A layer decodes its weight for one product at a time and keeps nothing dense between them.
-    Everything that shares the base - reference, reward, critic - is of the coded weights, too.
+    Embeddings, norms and heads are not quantized. A layer dequantizes its weight for one product at
+    a time and does not keep it. All roles that share the base (reference, reward, critic) use the
+    quantized weights.
     """
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> QuantizedParts:
-        """What stands for a weight: codes of 8 bits, then scales, codes too or float32.
+        """Return the parts of a quantized weight: 8-bit codes, then scales.
 
-        None is 0-dimensional.
+        Scales are 8-bit codes or float32. All parts have at least one dimension, because FSDP2
+        shards along the first one.
 
         Args:
             weight: [out, in].
@@ -33,18 +35,18 @@ class Quantization(ABC):
 
     @abstractmethod
     def dequantize(self, parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
-        """The numbers of a weight, row by row, in any shape.
+        """Return the out * in numbers of a weight in row-major order, in any shape.
 
         Args:
-            parts: As `quantize` made them.
-            dtype: Of the result.
+            parts: Result of `quantize`.
+            dtype: Data type of the result.
         """
 
     def replace_linears(self, blocks: Sequence[nn.Module]) -> None:
-        """Codes the linear layers of the blocks, in place.
+        """Quantize the linear layers of the blocks in place.
 
         Args:
-            blocks: Transformer blocks; their other weights are frozen by the adapter to come.
+            blocks: Transformer blocks. Adding an adapter freezes their other weights later.
         """
         for block in blocks:
             for name, layer in list(block.named_modules()):
@@ -53,14 +55,14 @@ class Quantization(ABC):
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer; `weight` holds the codes, `scales` what they are relative to.
+    """A frozen linear layer with quantized codes in `weight` and the other parts in `scales`.
 
-    Floats among the scales are kept as their bytes: where a network is cast to half precision, or
-    its shards are gathered in it, they would be rounded, and the base would be another.
+    Float scales are stored as bytes. A cast of the network to half precision, or gathering in half
+    precision, would round them and change the base.
 
     Args:
-        layer: Gives weight and bias.
-        scheme: Codes and decodes.
+        layer: Layer with the weight [out, in] and bias to use.
+        scheme: Scheme that quantizes and dequantizes.
     """
 
     def __init__(self, layer: nn.Linear, scheme: Quantization):
@@ -73,7 +75,11 @@ class QuantizedLinear(nn.Linear):
         self.scales = nn.ParameterList(nn.Parameter(scale, requires_grad=False) for scale in stored)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[.., in] -> [.., out], in the inputs' dtype or autocast's."""
+        """Return the outputs [.., out], in the inputs' dtype or autocast's.
+
+        Args:
+            inputs: [.., in].
+        """
         kind = inputs.device.type
         if torch.is_autocast_enabled(kind):
             inputs = inputs.to(torch.get_autocast_dtype(kind))
@@ -83,7 +89,12 @@ class QuantizedLinear(nn.Linear):
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def dequantize(self, parts: QuantizedParts, dtype: torch.dtype) -> Tensor:
-        """[out, in] the weight that the kept parts stand for."""
+        """Return the dense weight [out, in] of the stored parts.
+
+        Args:
+            parts: Codes and scales, with float scales as bytes.
+            dtype: Data type of the result.
+        """
         parts = tuple(
             part.view(torch.float32).squeeze(-1) if part_is_float else part
             for part, part_is_float in zip(parts, self.is_float, strict=True)
@@ -91,23 +102,31 @@ class QuantizedLinear(nn.Linear):
         return self.scheme.dequantize(parts, dtype).view(self.out_features, self.in_features)
 
     def dense(self) -> Tensor:
-        """[out, in] float32: what the layer multiplies by."""
+        """Return the dense weight [out, in] in float32."""
         return self.dequantize((self.weight, *self.scales), torch.float32)
 
     def to_linear(self) -> nn.Linear:
-        """A float32 layer that multiplies by the same."""
+        """Return a plain float32 layer with the dequantized weight."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         layer.weight, layer.bias = nn.Parameter(self.dense()), self.bias
         return layer
 
 
 def view_as_bytes(numbers: Tensor) -> Tensor:
-    """[.., 4] uint8: float32 numbers [..], sharing their memory."""
+    """Return float32 numbers [..] as bytes [.., 4] uint8, without copying contiguous ones.
+
+    Args:
+        numbers: [..] float32.
+
+    Example:
+        >>> view_as_bytes(torch.tensor([0.0, 1.0])).tolist()
+        [[0, 0, 0, 0], [0, 0, 128, 63]]
+    """
     return numbers.contiguous().unsqueeze(-1).view(torch.uint8)
 
 
 class _AutogradContext(Protocol):
-    """The thread from the forward to the backward pass."""
+    """Context that autograd passes from forward to backward."""
 
     dequantize: Dequantize
     saved_tensors: QuantizedParts
@@ -116,7 +135,7 @@ class _AutogradContext(Protocol):
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """x W^T; keeps the parts of W alone, and decodes them once more in backward."""
+    """x W^T that saves only the quantized parts of W and dequantizes them again in backward."""
 
     @staticmethod
     def forward(

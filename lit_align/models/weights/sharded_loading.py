@@ -1,4 +1,4 @@
-"""Weights that stay in their files until a rank knows its share of them."""
+"""Sharded loading: each rank reads only its own rows of the weights from the files."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass  # transformers 5.23
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-READ_CHUNK_SIZE = 4 * 2**20  # numbers that are read at once
+READ_CHUNK_SIZE = 4 * 2**20  # numbers per read
 # Private argument of `cached_file`: return None for a missing file (transformers 5.23).
 MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False}
+# parts of names that peft inserts (peft 0.21)
 PEFT_NAME_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
 
 
 class WeightFiles:
-    """The safetensors of a folder or of the hub: one file, or several with an index.
+    """Index of the tensors in safetensors files: the file and the shape of each name.
 
     Args:
-        files: Their paths.
+        files: Paths of the files.
     """
 
     def __init__(self, files: list[str]):
-        self.file_of: dict[str, str] = {}  # file, by tensor
+        self.file_of: dict[str, str] = {}  # path of the file by tensor name
         self.shapes: dict[str, list[int]] = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
@@ -41,11 +42,11 @@ class WeightFiles:
 
     @classmethod
     def find(cls, source: str, revision: str | None) -> WeightFiles | None:
-        """Those of a folder or a hub id; None if it has no safetensors.
+        """Return the files of a folder or hub id; None if it has no safetensors.
 
         Args:
             source: Folder or hub id.
-            revision: On the hub.
+            revision: Branch, tag or commit on the hub. None: the main branch.
         """
         options = {"revision": revision, **MAY_BE_MISSING}
         single = cached_file(source, SAFE_WEIGHTS_NAME, **options)
@@ -60,39 +61,37 @@ class WeightFiles:
         return cls([path for path in found if path is not None])
 
     def file_key(self, name: str, prefix: str) -> str | None:
-        """What the files call a weight of a network; None if they lack it.
+        """Return the name in the files of a network's weight; None if they lack it.
 
         Args:
-            name: In the network, perhaps under an adapter.
-            prefix: Of the trunk's weights, which some files leave out.
+            name: Name in the network, which may have adapters.
+            prefix: Prefix of the backbone's weights. Some files have names without it.
         """
         plain = PEFT_NAME_PARTS.sub("", name)
         names = (plain, plain.removeprefix(f"{prefix}."), f"{prefix}.{plain}")
         return next((name for name in names if name in self.file_of), None)
 
     def read_rows(self, key: str, start: int, into: Tensor) -> None:
-        """Copy rows from `start` on into a tensor.
+        """Copy rows of a tensor in the files into another tensor.
 
-        safetensors copies the rows that are read at once, so a few are read at a time. The file is
-        closed afterwards, which frees its pages. safetensors creates tensors on torch's default
-        device, which may be meta here (checked with safetensors 0.8).
+        A slice of safetensors is a copy in memory, so a few rows are read at a time. Closing the
+        file frees its pages.
 
         Args:
             key: Name of a tensor [out, ..] in the files.
-            start: First row.
+            start: First row to read.
             into: [rows, ..] of any dtype, on any device.
         """
+        # safetensors creates tensors on torch's default device, which may be meta (safetensors 0.8)
         with torch.device("cpu"), safe_open(self.file_of[key], framework="pt") as file:
             if not into.ndim:
                 into.copy_(file.get_tensor(key))
                 return
-            part, size = (
-                file.get_slice(key),
-                max(READ_CHUNK_SIZE * len(into) // max(into.numel(), 1), 1),
-            )
-            for row in range(0, len(into), size):
-                stop = min(row + size, len(into))
-                into[row:stop].copy_(part[start + row : start + stop])
+            stored = file.get_slice(key)
+            num_rows = max(READ_CHUNK_SIZE * len(into) // max(into.numel(), 1), 1)
+            for row in range(0, len(into), num_rows):
+                stop = min(row + num_rows, len(into))
+                into[row:stop].copy_(stored[start + row : start + stop])
 
 
 def build_on_meta(
@@ -102,25 +101,26 @@ def build_on_meta(
     new_weights: tuple[str, ...],
     options: dict[str, Any],
 ) -> tuple[PreTrainedModel, list[str], WeightFiles] | None:
-    """A network on the meta device, its real buffers and new weights, and the files of the rest.
+    """Build a network on the meta device, with values only in buffers and new weights.
 
     Args:
-        auto_class: transformers' class with the wanted head.
+        auto_class: transformers' class with the head.
         source: Folder or hub id.
-        settings: Its configuration.
-        new_weights: What the files may lack; initialised as transformers would.
-        options: For `from_config`, and the revision.
+        settings: Configuration of the network.
+        new_weights: Names of weights that the files may lack. They are initialized randomly.
+        options: Arguments of `from_config`, and the revision.
 
     Returns:
-        None where the files' names or shapes are not the network's own: transformers knows more.
+        The network, the names of its new weights and the files of the others. None if names or
+        shapes in the files differ from the network's, as transformers can convert some of them.
     """
     options = dict(options)
     revision = options.pop("revision")
     if (files := WeightFiles.find(source, revision)) is None:
         return None
-    with init_empty_weights(include_buffers=False):  # rotary frequencies are in no file
+    with init_empty_weights(include_buffers=False):  # rotary frequencies are not in the files
         network: PreTrainedModel = auto_class.from_config(settings, **options)
-    network.tie_weights()  # every weight was registered as one of its own
+    network.tie_weights()  # moving weights to meta one by one has untied them
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     keys = {name: files.file_key(name, network.base_model_prefix) for name in tensors}
     missing = sorted(name for name, _ in network.named_parameters() if keys[name] is None)
@@ -138,7 +138,12 @@ def build_on_meta(
 
 
 def initialize_weight(network: PreTrainedModel, name: str) -> None:
-    """Gives a weight memory, and the values with which transformers would start it."""
+    """Replace a meta weight by one on the CPU with transformers' initial values.
+
+    Args:
+        network: Network on the meta device.
+        name: Name of the weight.
+    """
     owner, _, leaf = name.rpartition(".")
     module, meta = network.get_submodule(owner), network.get_parameter(name)
     module.register_parameter(leaf, nn.Parameter(torch.empty_like(meta, device="cpu")))
@@ -148,7 +153,13 @@ def initialize_weight(network: PreTrainedModel, name: str) -> None:
 def load_generation_config(
     source: str, revision: str | None, network: PreTrainedModel
 ) -> GenerationConfig | None:
-    """How the weights' folder wants answers to end; by default what the configuration says."""
+    """Return the generation configuration of a folder, by default that of the configuration.
+
+    Args:
+        source: Folder or hub id.
+        revision: Branch, tag or commit on the hub. None: the main branch.
+        network: Network of the source. If it cannot generate, the result is None.
+    """
     if not network.can_generate():
         return None
     name = "generation_config.json"
@@ -164,6 +175,17 @@ def cpu_placeholders(network: nn.Module) -> Iterator[None]:
 
     peft creates an adapter on the device of its base, and an adapter on meta would have no values.
     New tensors are created on the CPU, also inside a `torch.device("meta")` context.
+
+    Args:
+        network: Network whose weights may be on the meta device.
+
+    Example:
+        >>> layer = nn.Linear(2, 3, device="meta")
+        >>> with cpu_placeholders(layer):
+        ...     layer.weight.device.type, layer.weight.stride()
+        ('cpu', (0, 0))
+        >>> layer.weight.device.type
+        'meta'
     """
     meta_weights = [
         (module, name, weight)
@@ -189,35 +211,35 @@ def cpu_placeholders(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def load_shards(network: PreTrainedModel, files: WeightFiles, device: torch.device) -> None:
-    """Reads this rank's shares from the files, one tensor after the other.
+    """Read this rank's rows of all weights from the files, one tensor after the other.
 
     Args:
-        network: Sharded; what is on the meta device gets memory.
-        files: Where it comes from.
-        device: Where the shards are to be.
+        network: Sharded network. Its meta weights are replaced.
+        files: Files of the weights.
+        device: Device of the new shards.
     """
     prefix = network.base_model_prefix
-    loaded: dict[Tensor, nn.Parameter] = {}  # tied weights stay one
+    loaded: dict[Tensor, nn.Parameter] = {}  # a tied weight has two names and is read once
     for path, module in network.named_modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             key = files.file_key(f"{path}.{name}".lstrip("."), prefix)
             if isinstance(weight, DTensor) and key is not None and weight not in loaded:
                 if weight.to_local().is_meta:
                     loaded[weight] = load_shard(weight, key, files, device)
-                else:  # an adapter's copy of a layer
+                else:  # peft's trainable copy of a layer, which has placeholder values
                     files.read_rows(key, first_local_row(weight), weight.to_local())
             if weight in loaded:
                 module.register_parameter(name, loaded[weight])
 
 
 def load_shard(weight: DTensor, key: str, files: WeightFiles, device: torch.device) -> nn.Parameter:
-    """A weight without memory, with this rank's rows.
+    """Return a sharded weight with this rank's rows from the files.
 
     Args:
-        weight: [out, ..] split by rows.
-        key: In the files.
-        files: Where it comes from.
-        device: Of the memory.
+        weight: [out, ..] on the meta device, sharded by rows.
+        key: Name in the files.
+        files: Files of the weights.
+        device: Device of the result.
     """
     local = torch.empty_like(weight.to_local(), device=device)
     files.read_rows(key, first_local_row(weight), local)
@@ -233,7 +255,13 @@ def load_shard(weight: DTensor, key: str, files: WeightFiles, device: torch.devi
 
 
 def first_local_row(weight: DTensor) -> int:
-    """Where this rank's rows of a weight begin: FSDP2 splits evenly, the last may get less."""
+    """Return the index of this rank's first row of a sharded weight.
+
+    FSDP2 gives every rank ceil(rows / ranks) rows, and the last ranks what remains.
+
+    Args:
+        weight: [out, ..] sharded by rows, or replicated.
+    """
     for number, placement in enumerate(weight.placements):
         if placement.is_shard():
             size = -(-len(weight) // weight.device_mesh.size(number))

@@ -1,4 +1,4 @@
-"""Whether saved weights are exactly those that a module expects, before any is loaded."""
+"""Check that saved weights match a module, before any of them is loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,19 +10,27 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lit_align.errors import UserError
 
-WeightShapes = Mapping[str, torch.Size]  # by the weights' names
+WeightShapes = Mapping[str, torch.Size]  # by name
 
 
 def weight_shapes(weights: Mapping[str, Tensor]) -> WeightShapes:
-    """Those of weights at hand; of sharded ones, the whole's."""
+    """Return the shapes of weights by name. Those of sharded weights are the unsharded shapes.
+
+    Args:
+        weights: Weights by name.
+
+    Example:
+        >>> weight_shapes(nn.Linear(3, 2).state_dict())
+        {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])}
+    """
     return {name: weight.shape for name, weight in weights.items()}
 
 
 def checkpoint_shapes(folder: Path) -> WeightShapes:
-    """Those of a sharded checkpoint, by its index.
+    """Return the shapes of a sharded checkpoint's weights by name, from its index.
 
     Args:
-        folder: Of the checkpoint.
+        folder: Folder of the checkpoint.
     """
     start, index = "state_dict.", FileSystemReader(folder).read_metadata().state_dict_metadata
     return {
@@ -33,11 +41,15 @@ def checkpoint_shapes(folder: Path) -> WeightShapes:
 
 
 def check_state_dict(module: nn.Module, found: WeightShapes) -> None:
-    """Refuses weights that are not exactly those of `module.state_dict()`.
+    """Raise a `UserError` if names or shapes differ from those of `module.state_dict()`.
 
     Args:
-        module: Is to get them.
-        found: What there is.
+        module: Module that is to load the weights.
+        found: Shapes of the saved weights by name.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> check_state_dict(layer, weight_shapes(layer.state_dict()))  # equal: no error
     """
     expected = weight_shapes(module.state_dict())
     names = {*expected, *found}
@@ -45,5 +57,6 @@ def check_state_dict(module: nn.Module, found: WeightShapes) -> None:
     if mismatched:
         raise UserError(
             f"The checkpoint does not fit this model: {len(mismatched)} weights are unknown, "
-            f"missing or of another shape, such as '{mismatched[0]}'."
+            f"missing or of another shape, such as '{mismatched[0]}'. "
+            f"Use the config of the run that saved it."
         )

@@ -1,4 +1,4 @@
-"""A frozen base with a low-rank and a sparse update."""
+"""LoRA with a sparse part: outputs, gradients, sizes, saving and refusals."""
 
 from functools import partial
 
@@ -23,8 +23,8 @@ ONES = torch.ones_like(IDS, dtype=torch.bool)
 TEXTS = TextBatch(tokens=IDS, token_mask=ONES, target_mask=ONES, lengths=[9, 9])
 
 
-def learnt(network):
-    """Gives B and S values, as if the network had learnt."""
+def with_random_update(network):
+    """Set B and S to random values, as after training, and return the network."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -33,18 +33,18 @@ def learnt(network):
     return network
 
 
-def layers(network):
+def sparse_layers(network):
     return [module for module in network.modules() if isinstance(module, SparseLoraLinear)]
 
 
-def test_it_starts_as_its_base():
+def test_outputs_start_as_those_of_the_base():
     policy = tiny(lora=SMALL)
     assert torch.equal(policy.logprobs(TEXTS), tiny().logprobs(TEXTS))
-    assert len(layers(policy)) == 14
+    assert len(sparse_layers(policy)) == 14
 
 
-def test_the_update_is_low_rank_plus_sparse_and_switched_off_as_one():
-    policy, base = learnt(tiny(lora=SMALL)), tiny()
+def test_the_update_is_low_rank_plus_sparse_and_can_be_disabled():
+    policy, base = with_random_update(tiny(lora=SMALL)), tiny()
     layer = policy.network.model.layers[0].mlp.down_proj
     inputs, weight = torch.randn(3, 64), base.network.model.layers[0].mlp.down_proj.weight
     lora_a, lora_b, value, index, scale = layer.factors("default")
@@ -57,7 +57,7 @@ def test_the_update_is_low_rank_plus_sparse_and_switched_off_as_one():
         assert torch.equal(policy.logprobs(TEXTS), base.logprobs(TEXTS))
 
 
-def test_only_the_update_trains_and_a_pass_of_the_reference_does_not_change_that():
+def test_only_the_update_trains_also_after_a_pass_of_the_reference():
     policy = tiny(lora=SMALL)
     with policy.adapters.disabled():
         policy.logprobs(TEXTS)
@@ -65,29 +65,30 @@ def test_only_the_update_trains_and_a_pass_of_the_reference_does_not_change_that
     trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
     assert len(trained) == 14 * 3
     assert all("lora_" in name for name in trained)
-    for layer in layers(policy):
+    for layer in sparse_layers(policy):
         assert layer.lora_B["default"].weight.grad.any()
         assert layer.lora_sparse["default"].value.grad.any()
 
 
-def test_numbers_and_bytes_are_the_formulas():
+def test_number_of_parameters_and_bytes_of_positions():
     policy = tiny(lora=SMALL)
     trainable = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     shapes = 2 * ([(32, 32)] * 2 + [(16, 32)] * 2 + [(64, 32)] * 2 + [(32, 64)])
     sparse = sum(int(0.1 * out * inner) for out, inner in shapes)
     assert trainable == sum(2 * (out + inner) for out, inner in shapes) + sparse
-    assert sum(layer.lora_sparse["default"].index.nbytes for layer in layers(policy)) == 4 * sparse
+    positions = [layer.lora_sparse["default"].index for layer in sparse_layers(policy)]
+    assert sum(index.nbytes for index in positions) == 4 * sparse
 
 
-def test_every_layer_has_a_support_of_its_own_and_the_same_one_again():
-    first, again = layers(tiny(lora=SMALL)), layers(tiny(lora=SMALL))
+def test_supports_differ_between_layers_and_are_reproducible():
+    first, again = sparse_layers(tiny(lora=SMALL)), sparse_layers(tiny(lora=SMALL))
     supports = [tuple(layer.lora_sparse["default"].index.tolist()) for layer in first]
     assert len(set(supports)) == 14
     assert supports == [tuple(layer.lora_sparse["default"].index.tolist()) for layer in again]
 
 
-def test_a_policy_is_saved_whole_with_the_update_in_its_weights(tmp_path):
-    policy = learnt(tiny(lora=SMALL))
+def test_a_policy_is_saved_as_a_full_model_with_the_update_merged(tmp_path):
+    policy = with_random_update(tiny(lora=SMALL))
     assert policy.saves_full_model
     policy.save(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -97,9 +98,9 @@ def test_a_policy_is_saved_whole_with_the_update_in_its_weights(tmp_path):
     assert not list(tmp_path.glob("adapter_*"))
 
 
-def test_a_reward_model_is_saved_whole_with_the_head_that_trained(tmp_path):
+def test_a_reward_model_is_saved_as_a_full_model_with_the_trained_head(tmp_path):
     torch.manual_seed(0)
-    scalar = learnt(ScalarHead(config=dict(TINY), lora=SMALL))
+    scalar = with_random_update(ScalarHead(config=dict(TINY), lora=SMALL))
     scalar.network.config.pad_token_id = 0
     (head,) = (w for n, w in scalar.named_parameters() if "score" in n and w.requires_grad)
     head.data.normal_()
@@ -111,7 +112,7 @@ def test_a_reward_model_is_saved_whole_with_the_head_that_trained(tmp_path):
 
 def test_biases_are_saved(tmp_path):
     torch.manual_seed(0)
-    policy = learnt(Policy(config={**TINY, "model_type": "qwen2"}, lora=SMALL))
+    policy = with_random_update(Policy(config={**TINY, "model_type": "qwen2"}, lora=SMALL))
     policy.network.model.layers[0].self_attn.q_proj.base_layer.bias.data.normal_()
     policy.save(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -119,7 +120,7 @@ def test_biases_are_saved(tmp_path):
 
 
 def test_peft_merges_both_parts():
-    policy = learnt(tiny(lora=SMALL))
+    policy = with_random_update(tiny(lora=SMALL))
     expected = policy.network(IDS).logits
     assert isinstance(policy.adapted, PeftModel)
     merged = policy.adapted.merge_and_unload()
@@ -127,7 +128,7 @@ def test_peft_merges_both_parts():
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_other_adapters_are_saved_as_before(tmp_path):
+def test_a_plain_adapter_is_saved_as_an_adapter(tmp_path):
     policy = tiny(lora=LoRA(r=2))
     assert not policy.saves_full_model
     policy.save(tmp_path)
@@ -135,14 +136,14 @@ def test_other_adapters_are_saved_as_before(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_plain_adapter_can_be_lent_to_it(tmp_path):
+def test_a_plain_frozen_adapter_can_be_loaded_as_well(tmp_path):
     tiny().save(tmp_path / "base")
     other = Policy(str(tmp_path / "base"), lora=LoRA(r=2))
     for name, weight in other.named_parameters():
         if "lora_B" in name:
             weight.data.normal_()
     other.save(tmp_path / "adapter")
-    policy = learnt(Policy(str(tmp_path / "base"), lora=SMALL))
+    policy = with_random_update(Policy(str(tmp_path / "base"), lora=SMALL))
     before = policy.logprobs(TEXTS)
     policy.adapters.load_frozen_adapter(str(tmp_path / "adapter"), "dpo")
     with torch.no_grad(), policy.adapters.use_adapter("dpo"):
@@ -153,19 +154,19 @@ def test_a_plain_adapter_can_be_lent_to_it(tmp_path):
     torch.testing.assert_close(loaded.logprobs(TEXTS), before, rtol=0, atol=1e-5)
 
 
-def test_the_reference_is_the_base_and_costs_nothing(run):
+def test_the_reference_is_the_base_without_another_network(run):
     policy = partial(tiny, lora=SMALL)
     algorithm = ReMax(policy=policy, optimizer=partial(AdamW, lr=1e-2))
     metrics = run(algorithm, num_batches=1).callback_metrics
     assert float(metrics["kl/per_response_k1"]) == 0
     assert "reference" not in dict(algorithm.named_children())
-    for layer in layers(algorithm.policy):
+    for layer in sparse_layers(algorithm.policy):
         assert layer.lora_B["default"].weight.any()
         assert layer.lora_sparse["default"].value.any()
 
 
-def test_autocast_multiplies_in_half_and_keeps_gradients_whole():
-    policy = learnt(tiny(lora=SMALL))
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
+    policy = with_random_update(tiny(lora=SMALL))
     exact = policy.logprobs(TEXTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = policy.logprobs(TEXTS)
@@ -175,18 +176,18 @@ def test_autocast_multiplies_in_half_and_keeps_gradients_whole():
     assert {weight.grad.dtype for weight in trained} == {torch.float32}
 
 
-def test_bfloat16_throughout():
-    policy = learnt(tiny(lora=SMALL, dtype="bfloat16"))
+def test_gradients_are_finite_in_bfloat16():
+    policy = with_random_update(tiny(lora=SMALL, dtype="bfloat16"))
     policy.logprobs(TEXTS).sum().backward()
     gradients = [weight.grad for weight in policy.parameters() if weight.requires_grad]
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match=r"density must be from 0 to 1, found 1.5"):
+def test_unsupported_settings_are_refused():
+    with pytest.raises(ValueError, match=r"density must be between 0 and 1, found 1.5"):
         SparseLowRankAdapter(density=1.5)
-    with pytest.raises(ValueError, match="for one role on its base: take LoRA for several"):
+    with pytest.raises(ValueError, match=r"supports one role on its base\. Use LoRA"):
         SMALL.peft_config("CAUSAL_LM", None, exclude_modules=["score"])
     gpt2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    with pytest.raises(ValueError, match=r"plain linear layers, and transformer.h.0\S* is none"):
+    with pytest.raises(ValueError, match=r"plain linear layers only, and transformer.h.0\S* is"):
         Policy(config=gpt2, lora=SMALL)

@@ -1,4 +1,4 @@
-"""Adapters are switched by an object that registers nothing: names in state dicts stay peft's."""
+"""Adapter switching registers no module and adds no name to a state dict."""
 
 from copy import deepcopy
 
@@ -18,14 +18,14 @@ KINDS = [Policy, ScalarHead, PolicyWithRewardHead, Hydra, JointHydra]
 
 
 def expected_names(model: Backbone) -> list[str]:
-    """The network's names, and then the same in peft's view of it."""
+    """Return the network's names, then the same names in peft's wrapper."""
     own = list(model.network.state_dict())
     prefixes = ["network", *(["adapted.base_model.model"] if model.adapted is not None else [])]
     return [f"{prefix}.{name}" for prefix in prefixes for name in own]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_has_the_networks_names_and_pefts(kind):
+def test_a_state_dict_has_the_names_of_network_and_peft(kind):
     model = adapted(kind)
     assert list(model.state_dict()) == expected_names(model)
     assert len(model.state_dict()) == 2 * len(model.network.state_dict())
@@ -34,7 +34,7 @@ def test_a_state_dict_has_the_networks_names_and_pefts(kind):
     ]
 
 
-def test_a_frozen_adapter_gets_pefts_names_too(tmp_path):
+def test_a_frozen_adapter_has_the_names_of_peft(tmp_path):
     base = str(tmp_path / "base")
     tiny().save(tmp_path / "base")
     Policy(base, lora=LoRA(r=2)).save(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""Sharded networks read their weights from files, each rank its own share."""
+"""Sharded loading: each rank reads its own rows of the weights from the files."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -47,14 +47,14 @@ def adam(params):
 
 
 def saved(folder, kind, name="plain", files=1):
-    """The path of a model with random weights, in one file or with an index."""
+    """Return the path of a model with random weights, in one file or with an index."""
     place = folder / f"{kind.__name__} {name} {files}"
     if not place.is_dir():
         torch.manual_seed(0)
         kind(config=dict(MODELS[name])).save(place)
         if files > 1:
-            whole = AutoModelForCausalLM.from_pretrained(place)
-            whole.save_pretrained(place, max_shard_size="20KB")
+            unsharded = AutoModelForCausalLM.from_pretrained(place)
+            unsharded.save_pretrained(place, max_shard_size="20KB")
             (place / "model.safetensors").unlink(missing_ok=True)
             assert len(list(place.glob("model-*.safetensors"))) >= files
     return str(place)
@@ -66,7 +66,7 @@ def dpo(folder, name="plain", files=1, **settings):
 
 
 def without_prefix(folder):
-    """Files that hold the trunk's weights under the trunk's own names."""
+    """Return DPO on files in which names lack the prefix of the backbone."""
     path = saved(folder, Policy, "gpt2")
     weights = load_file(f"{path}/model.safetensors")
     short = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
@@ -84,8 +84,8 @@ def ppo(folder):
     return PPO(policy=lambda: Policy(path), optimizer=adam, microbatch_tokens=40)
 
 
-def lent(folder):
-    """A DPO adapter on the policy's own base, which trains whole: the reference wears it."""
+def dpo_adapter(folder):
+    """Return RTO with a frozen DPO adapter on the reference, which is the policy's base."""
     path, place = saved(folder, Policy), folder / "adapter"
     if not place.is_dir():
         torch.manual_seed(1)
@@ -98,9 +98,9 @@ def lent(folder):
     return RTO(policy=lambda: Policy(path), optimizer=adam, **settings)
 
 
-def on_an_adapter(folder):
-    """A path that holds an adapter: its base is read whole and merged."""
-    lent(folder)
+def merged_adapter(folder):
+    """Return DPO on the folder of an adapter, which is merged into its base."""
+    dpo_adapter(folder)
     return DPO(policy=lambda: Policy(str(folder / "adapter")), optimizer=adam)
 
 
@@ -115,24 +115,24 @@ CASES = {
     "an index of files": (partial(dpo, files=3), RandomPairs),
     "tied embeddings": (partial(dpo, name="tied"), RandomPairs),
     "scaled rotary frequencies": (partial(dpo, name="long rope"), RandomPairs),
-    "sizes that ranks cannot share evenly": (partial(dpo, name="odd sizes"), RandomPairs),
-    "names without the trunk's prefix": (without_prefix, RandomPairs),
+    "sizes that the number of ranks does not divide": (partial(dpo, name="odd sizes"), RandomPairs),
+    "names without the backbone's prefix": (without_prefix, RandomPairs),
     "LoRA": (partial(dpo, lora=LoRA(r=2, lora_alpha=4)), RandomPairs),
-    "layers that train beside LoRA": (
+    "modules_to_save with LoRA": (
         partial(dpo, lora=LoRA(r=2, lora_alpha=4, modules_to_save=["lm_head"])),
         RandomPairs,
     ),
     "a new head": (new_head, RandomPairs),
-    "a new head beside LoRA": (partial(new_head, lora=LoRA(r=2, lora_alpha=4)), RandomPairs),
-    "a critic on the policy's trunk": (ppo, RandomPrompts),
-    "an adapter lent to the reference": (lent, RandomPrompts),
-    "a base with an adapter in it": (on_an_adapter, RandomPairs),
+    "a new head with LoRA": (partial(new_head, lora=LoRA(r=2, lora_alpha=4)), RandomPairs),
+    "a critic on the policy's backbone": (ppo, RandomPrompts),
+    "a frozen adapter on the reference": (dpo_adapter, RandomPrompts),
+    "a base with a merged adapter": (merged_adapter, RandomPairs),
     "Hydra": (hydra, RandomPrompts),
 }
 
 
 def run(folder, case, ranks):
-    """Weights after three batches, and what tells the frozen weights from others."""
+    """Return the weights after three batches, and the fingerprint of the reference."""
     build, data = CASES[case]
     algorithm = build(folder)
     more = {"devices": ranks, "strategy": "fsdp2"} if ranks > 1 else {}
@@ -143,7 +143,7 @@ def run(folder, case, ranks):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shares_of_files_train_as_a_whole_load_does(two_ranks, tmp_path, case):
+def test_a_sharded_load_trains_as_a_plain_load(two_ranks, tmp_path, case):
     one, fingerprint = run(tmp_path, case, 1)
     for trained, same in two_ranks(run, tmp_path, case, 2):
         assert distance(trained, one) < 1e-5
@@ -151,12 +151,12 @@ def test_shares_of_files_train_as_a_whole_load_does(two_ranks, tmp_path, case):
 
 
 def quantized(folder):
-    """An adapter on int8 codes, which are made of the unsharded weights on each rank."""
+    """Return DPO on an int8 base, which each rank quantizes from unsharded weights."""
     return dpo(folder, lora=LoRA(r=2, lora_alpha=4), quantization=Int8Weights())
 
 
 def new_reward_head(folder):
-    """A language model that gets a reward head with random weights."""
+    """Return HydraSFT on a language model, which gets a random reward head."""
     path = saved(folder, Policy)
     return HydraSFT(policy=lambda: PolicyWithRewardHead(path), optimizer=adam)
 
@@ -169,7 +169,7 @@ LOAD_CASES = {
 
 
 def loaded(folder, case, ranks):
-    """Name -> value of each parameter and buffer before the first step, unsharded."""
+    """Return the value and requires_grad of each tensor before the first step, unsharded."""
     build, data = LOAD_CASES[case]
     algorithm, found = build(folder), {}
 
@@ -203,7 +203,7 @@ def test_a_sharded_load_equals_a_plain_load(two_ranks, tmp_path, case):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_has_memory_before_it_is_sharded(tmp_path, name):
+def test_only_new_weights_and_buffers_have_memory_before_sharding(tmp_path, name):
     path = saved(tmp_path, Policy, name)
     with torch.device("meta"):
         policy = Policy(path, lora=LoRA(r=2))
@@ -216,8 +216,8 @@ def test_nothing_has_memory_before_it_is_sharded(tmp_path, name):
     assert not any(buffer.is_meta for buffer in policy.network.buffers())
 
 
-def logits(folder, name):
-    """What a sharded network says of a text, and what a whole one says."""
+def logprobs_of_both_loads(folder, name):
+    """Return the log-probs of a text by a sharded and by an unsharded network."""
     path = saved(folder, Policy, name)
     algorithm = SFT(policy=lambda: Policy(path))
     seen = []
@@ -234,12 +234,12 @@ def logits(folder, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_an_unsharded_load(two_ranks, tmp_path, name):
     saved(tmp_path, Policy, name)
-    for sharded, whole in two_ranks(logits, tmp_path, name):
-        torch.testing.assert_close(sharded, whole, rtol=0, atol=1e-6)
+    for sharded, unsharded in two_ranks(logprobs_of_both_loads, tmp_path, name):
+        torch.testing.assert_close(sharded, unsharded, rtol=0, atol=1e-6)
 
 
-def evaluated_first(folder):
-    """Weights of a run that was validated before it was fitted."""
+def weights_after_validation_and_fit(folder):
+    """Return the weights of a fit that follows a validation of the same algorithm."""
     algorithm = dpo(folder)
     torch.manual_seed(0)
     done = trainer(folder, devices=2, strategy="fsdp2")
@@ -251,13 +251,13 @@ def evaluated_first(folder):
     return weights(algorithm.policy)
 
 
-def test_a_validation_before_leaves_shards_to_the_optimizer(two_ranks, tmp_path):
+def test_a_fit_after_a_validation_trains_the_shards(two_ranks, tmp_path):
     one, _ = run(tmp_path, "one file", 1)
-    for trained in two_ranks(evaluated_first, tmp_path):
+    for trained in two_ranks(weights_after_validation_and_fit, tmp_path):
         assert distance(trained, one) < 1e-5
 
 
-def test_files_with_names_of_their_own_are_left_to_transformers(tmp_path):
+def test_a_missing_weight_is_refused_before_sharding(tmp_path):
     path = saved(tmp_path, Policy)
     weights = load_file(f"{path}/model.safetensors")
     weights["model.strange.weight"] = weights.pop("model.norm.weight")
@@ -266,18 +266,18 @@ def test_files_with_names_of_their_own_are_left_to_transformers(tmp_path):
         Policy(path)
 
 
-def test_a_slice_of_a_file_is_read_alone(tmp_path):
+def test_read_rows_reads_a_slice_of_a_file(tmp_path):
     path = saved(tmp_path, Policy, files=3)
     files = WeightFiles.find(path, None)
-    whole = Policy(path).network.lm_head.weight
+    unsharded = Policy(path).network.lm_head.weight
     rows = torch.empty(4, 32)
     files.read_rows("lm_head.weight", 3, rows)
-    assert torch.equal(rows, whole[3:7])
+    assert torch.equal(rows, unsharded[3:7])
     assert files.file_key("base.lm_head.base_layer.weight", "base") == "lm_head.weight"
     assert files.file_key("lm_head.lora_A.default.weight", "model") is None
 
 
-def test_networks_are_whole_outside_of_sharded_training(tmp_path):
+def test_a_plain_load_reads_all_weights_at_once(tmp_path):
     policy: Backbone = Policy(saved(tmp_path, Policy))
     assert policy.shard_state.weight_files is None
     assert not any(weight.is_meta for weight in policy.parameters())
