@@ -1,7 +1,9 @@
 """Names of version 0.1 and what they are called now. This table is kept for one version.
 
-An old config key, flag, class, config or log key is answered by one sentence with the new name.
+A command line, config or callback that uses an old name gets one sentence with the new name.
 """
+
+from collections.abc import Container
 
 KEYS = {  # last part of a setting's flag: the new one
     "warmup": "warmup_ratio",
@@ -39,29 +41,32 @@ KEYS = {  # last part of a setting's flag: the new one
     "held_out": "num_eval_samples",
     "lines": "lines_per_fit",
 }
-CHOICES = {  # booleans that became one of several values: what to set instead
-    "scale": "advantage_scale group_std (true) or none (false)",
-    "per_response": "loss_aggregation sequence_mean (true) or token_mean (false)",
-    "per_token": "loss_aggregation token_mean (true) or sequence_sum (false)",
-    "higher_is_better": "mode max (true) or min (false)",
-    "sum_once": "sync_every_microbatch false (true) or true (false)",
+CHOICES = {  # booleans that were replaced: the new key, its value for true and for false
+    "scale": ("advantage_scale", "group_std", "none"),
+    "per_response": ("loss_aggregation", "sequence_mean", "token_mean"),
+    "per_token": ("loss_aggregation", "token_mean", "sequence_sum"),
+    "higher_is_better": ("mode", "max", "min"),
+    "sum_once": ("sync_every_microbatch", "false", "true"),
 }
-LOCAL_KEYS = {  # keys that other classes still have: the last two parts of the flag
+LOCAL_KEYS = {  # last two parts of the flag, for keys that other classes still have: the new one
     "lora.rank": "r",
     "lora.alpha": "lora_alpha",
     "lora.targets": "target_modules",
     "model.weights": "response_weights",
+    "rollout.num_samples": "predict_samples",  # of the class Asking
 }
-FLAGS = {  # (command, flag): what to do now
-    ("fit", "--plan"): "`fit --plan` was removed. Run `lit-align plan` with the same arguments.",
-    ("plan", "--gpu"): "--gpu was renamed to --gpu_memory. Use --gpu_memory.",
-    ("plan", "--sweep"): "`plan --sweep` was removed. Run scripts/plan_sweep.py of the repository.",
-    ("chat", "--with"): "--with was renamed to --compare_with. Use --compare_with.",
-    ("evaluate", "--lm_eval"): "--lm_eval was renamed to --tasks. Use --tasks.",
-    ("evaluate", "--lm_eval_limit"): "--lm_eval_limit was renamed to --tasks_limit. Use it.",
-    ("evaluate", "--lm_eval_folder"): "--lm_eval_folder was renamed to --tasks_folder. Use it.",
+FLAGS = {  # (command, flag): the new flag
+    ("plan", "--gpu"): "--gpu_memory",
+    ("chat", "--with"): "--compare_with",
+    ("evaluate", "--lm_eval"): "--tasks",
+    ("evaluate", "--lm_eval_limit"): "--tasks_limit",
+    ("evaluate", "--lm_eval_folder"): "--tasks_folder",
 }
-CLASSES = {
+REMOVED_FLAGS = {  # (command, flag): what to run now
+    ("fit", "--plan"): "Run `lit-align plan` with the same arguments.",
+    ("plan", "--sweep"): "Run scripts/plan_sweep.py of the repository.",
+}
+CLASSES = {  # short class name: the new one
     "AnsweredPrompts": "OfflineResponseData",
     "TextData": "TextDataModule",
     "Samples": "ResponseLog",
@@ -69,6 +74,8 @@ CLASSES = {
     "Finite": "NonFiniteGuard",
     "BatchPlan": "RunSummary",
     "RunLog": "ResumableCSVLogger",
+    "RunConfig": "ConfigWriter",
+    "CheckpointIO": "AtomicCheckpointIO",
     "Unwanted": "RowFilter",
     "Panel": "WeightedSum",
     "Caller": "RewardExecutor",
@@ -80,6 +87,7 @@ CLASSES = {
     "TwoHeaded": "PolicyWithRewardHead",
     "Quantisation": "Quantization",
     "Asking": "Rollout",
+    "Sampling": "SamplingParams",
     "RunningScale": "RunningMeanStd",
     "Sleeper": "OffloadedTensors",
     "Turns": "ExclusiveOffload",
@@ -94,7 +102,7 @@ CLASSES = {
     "Speaker": "ChatModel",
     "Benchmarks": "LMEvalTasks",
 }
-MODULES = {
+MODULES = {  # module of a class path: the new one
     "lit_align.algorithms.base": "lit_align.algorithms.core.base",
     "lit_align.algorithms.online": "lit_align.algorithms.core.online",
     "lit_align.algorithms.minibatches": "lit_align.algorithms.core.minibatches",
@@ -105,6 +113,7 @@ MODULES = {
     "lit_align.algorithms.precomputed": "lit_align.algorithms.core.precomputed_logprobs",
     "lit_align.algorithms.offline": "lit_align.algorithms.core.base",
     "lit_align.callbacks.allocations": "lit_align.runs.allocations",
+    "lit_align.callbacks.asking": "lit_align.callbacks.rollout",
     "lit_align.callbacks.card": "lit_align.runs.model_card",
     "lit_align.callbacks.checkpoint_files": "lit_align.runs.checkpoint_files",
     "lit_align.callbacks.checkpoint_io": "lit_align.runs.checkpoint_io",
@@ -117,6 +126,8 @@ MODULES = {
     "lit_align.callbacks.finite": "lit_align.callbacks.nan_guard",
     "lit_align.callbacks.samples": "lit_align.callbacks.response_log",
     "lit_align.callbacks.stored": "lit_align.callbacks.rollout",
+    "lit_align.cli.batch_plan": "lit_align.callbacks.run_summary",
+    "lit_align.cli.resuming": "lit_align.callbacks.config_writer",
     "lit_align.data.answers": "lit_align.data.offline_responses",
     "lit_align.data.forms": "lit_align.data.formats",
     "lit_align.data.loading": "lit_align.data.base",
@@ -162,8 +173,8 @@ MODULES = {
     "lit_align.tools.thinning": "lit_align.report.downsample",
     "lit_align.tools.plan": "lit_align.plan.simulate",
 }
-CONFIGS = {"dl_ppo": "dynamic_lora_ppo", "states8": "adamw_8bit"}
-LOG_KEYS: dict[str, str | None] = {
+CONFIGS = {"dl_ppo": "dynamic_lora_ppo", "states8": "adamw_8bit"}  # packaged config: the new one
+LOG_KEYS: dict[str, str | None] = {  # logged metric: the new one, None if it is logged no longer
     "objective/kl": "kl/per_response_k1",
     "objective/entropy": None,
     "policy/entropy_avg": "entropy/update",
@@ -179,40 +190,60 @@ LOG_KEYS: dict[str, str | None] = {
 }
 
 
-def renamed_key(key: str) -> str | None:
-    """Return a sentence if a setting has the name of version 0.1, else None.
+def renamed_key(key: str, known: Container[str]) -> str | None:
+    """Return a sentence if a setting has a name of version 0.1, else None.
 
     Args:
-        key: The whole flag, such as --model.warmup.
+        key: Flag of the setting, such as --model.warmup.
+        known: Names of the settings that exist in its place.
 
     Example:
-        >>> renamed_key("--model.warmup")
+        >>> renamed_key("--model.warmup", {"warmup_ratio"})
         'warmup was renamed to warmup_ratio. Use --model.warmup_ratio.'
-        >>> renamed_key("--model.kl_coef") is None
+        >>> renamed_key("--data.warmup", {"path"}) is None  # no new name there
         True
+        >>> renamed_key("--model.scale", {"advantage_scale"})
+        'scale was replaced. Use --model.advantage_scale group_std (was true) or none (was false).'
     """
     head, _, old = key.rpartition(".")
-    if old in CHOICES:
-        return f"{old} was replaced. Use {head}.{CHOICES[old]}."
-    new = LOCAL_KEYS.get(f"{head.rpartition('.')[2].lstrip('-')}.{old}") or KEYS.get(old)
-    return None if new is None else f"{old} was renamed to {new}. Use {head}.{new}."
+    parent = head.rpartition(".")[2].lstrip("-")
+    new, if_true, if_false = CHOICES.get(old, ("", "", ""))
+    new = new or LOCAL_KEYS.get(f"{parent}.{old}") or KEYS.get(old, "")
+    if new not in known:
+        return None
+    # an entry of a list has no flag of its own
+    use = f"{new} in {head}" if "[" in head else f"{head}.{new}"
+    if if_true:
+        return f"{old} was replaced. Use {use} {if_true} (was true) or {if_false} (was false)."
+    return f"{old} was renamed to {new}. Use {use}."
 
 
 def renamed_flag(command: str, flag: str) -> str | None:
-    """Return a sentence if a command's flag has the name of version 0.1, else None.
+    """Return a sentence if a command's flag has a name of version 0.1, else None.
 
     Args:
-        command: Such as plan.
-        flag: With its dashes.
+        command: Name of the command, such as plan.
+        flag: Flag with its dashes, such as --gpu.
+
+    Example:
+        >>> renamed_flag("plan", "--gpu")
+        '--gpu was renamed to --gpu_memory. Use --gpu_memory.'
     """
-    return FLAGS.get((command, flag))
+    if (command, flag) in REMOVED_FLAGS:
+        return f"`{command} {flag}` was removed. {REMOVED_FLAGS[command, flag]}"
+    new = FLAGS.get((command, flag))
+    return None if new is None else f"{flag} was renamed to {new}. Use {new}."
 
 
 def renamed_class(name: str) -> str | None:
-    """Return a sentence if a class has the name or the module of version 0.1, else None.
+    """Return a sentence if a class has a name or a module of version 0.1, else None.
 
     Args:
         name: Short name or import path.
+
+    Example:
+        >>> renamed_class("Panel")
+        'Panel was renamed to WeightedSum. Use WeightedSum.'
     """
     module, _, short = name.rpartition(".")
     new = CLASSES.get(short, short)
@@ -223,13 +254,23 @@ def renamed_class(name: str) -> str | None:
 
 
 def renamed_log_key(name: str) -> str | None:
-    """Return a sentence if a logged metric has the name of version 0.1, else None."""
-    split, _, rest = name.partition("val/") if name.startswith("val/") else ("", "", name)
-    prefix = "val/" if name.startswith("val/") and name not in LOG_KEYS else split
-    old = name if name in LOG_KEYS else rest
+    """Return a sentence if a logged metric has a name of version 0.1, else None.
+
+    Args:
+        name: Name of the metric. A metric of the validation has the prefix val/.
+
+    Example:
+        >>> renamed_log_key("val/objective/kl")
+        'val/objective/kl was renamed to val/kl/per_response_k1.'
+        >>> renamed_log_key("objective/entropy")
+        'objective/entropy is no longer logged.'
+    """
+    # two metrics of the training had the prefix too, so the full name is looked up first
+    has_prefix = name.startswith("val/") and name not in LOG_KEYS
+    prefix, old = ("val/", name.removeprefix("val/")) if has_prefix else ("", name)
     if old not in LOG_KEYS:
         return None
     new = LOG_KEYS[old]
-    return (
-        f"{name} is no longer logged." if new is None else f"{name} was renamed to {prefix}{new}."
-    )
+    if new is None:
+        return f"{name} is no longer logged."
+    return f"{name} was renamed to {prefix}{new}."

@@ -1,4 +1,4 @@
-"""Identical blocks are traced with few of them, and counted up to all."""
+"""Extrapolation: peaks of a network with many equal blocks, from traces with a few of them."""
 
 from __future__ import annotations
 
@@ -13,56 +13,82 @@ from lit_align.plan.memory_tracker import (
 
 
 class Extrapolation(NamedTuple):
-    """What a network of all blocks takes.
+    """Peaks of a network with all blocks.
 
     Args:
-        heights: Of each phase, on the device.
-        bent: How far a trace of one more number of blocks is from the line, as a share of the
-            largest phase: 0 where all grows evenly.
+        peaks: Peak of each phase on the device.
+        deviation: Distance of a further trace from the line through the others, as a fraction of
+            the largest phase. 0 means that all memory grows linearly with the number of blocks.
     """
 
-    heights: dict[str, EstimatedPeak]
-    bent: float
+    peaks: dict[str, EstimatedPeak]
+    deviation: float
 
 
-def extrapolated(traces: dict[int, MemoryTracker], number: int) -> Extrapolation:
-    """The heights of a network with `number` blocks, from the last two of three traces or more.
-
-    Each moment (an operator, forward or backward) grows evenly with the blocks, and the highest one
-    at the end counts: which one that is may be another than with few blocks.
+def extrapolate_peaks(traces: dict[int, MemoryTracker], num_blocks: int) -> Extrapolation:
+    """Extrapolate the peaks of a network from the last two of at least three traces.
 
     Args:
-        traces: By number of blocks, the fewest first.
-        number: Wanted.
+        traces: Trackers by number of blocks, the smallest number first.
+        num_blocks: Number of blocks to extrapolate to.
     """
     first, *_, start, end = traces
-    line = highest(traces[start], traces[end], (number - end) / (end - start))
-    back = highest(traces[start], traces[end], (first - end) / (end - start))
-    real = {
-        phase: places[MemoryLocation.DEVICE].total
-        for phase, places in traces[first].heights.items()
+    # Each operator grows linearly, but with more blocks another operator may have the peak. So all
+    # operators are extrapolated before the maximum is taken.
+    peaks = max_peaks(traces[start], traces[end], (num_blocks - end) / (end - start))
+    # The first trace is not on the line by construction, so it checks the assumption.
+    check = max_peaks(traces[start], traces[end], (first - end) / (end - start))
+    traced = {
+        phase: locations[MemoryLocation.DEVICE].total
+        for phase, locations in traces[first].peaks.items()
     }
-    apart = max(abs(back[phase].total - size) for phase, size in real.items())
-    return Extrapolation(line, apart / max(real.values()))
+    difference = max(abs(check[phase].total - size) for phase, size in traced.items())
+    return Extrapolation(peaks, difference / max(traced.values()))
 
 
-def highest(few: MemoryTracker, more: MemoryTracker, times: float) -> dict[str, EstimatedPeak]:
-    """Of each phase the highest moment, `times` further on than from `few` to `more`."""
+def max_peaks(few: MemoryTracker, more: MemoryTracker, factor: float) -> dict[str, EstimatedPeak]:
+    """Return the largest extrapolated peak of each phase.
+
+    Args:
+        few: Tracker with fewer blocks.
+        more: Tracker with more blocks.
+        factor: Multiple of the difference between the two that is added to `more`.
+    """
     return {
-        phase: max(moved(few.moments[phase], moments, times), key=lambda height: height.total)
-        for phase, moments in more.moments.items()
+        phase: max(
+            extrapolate_contexts(few.peaks_by_context[phase], contexts, factor),
+            key=lambda peak: peak.total,
+        )
+        for phase, contexts in more.peaks_by_context.items()
     }
 
 
-def moved(few: PeaksByContext, more: PeaksByContext, times: float) -> list[EstimatedPeak]:
-    """Each moment's height; one that only `more` has stays as it is."""
-    return [grown(few.get(moment, height), height, times) for moment, height in more.items()]
+def extrapolate_contexts(
+    few: PeaksByContext, more: PeaksByContext, factor: float
+) -> list[EstimatedPeak]:
+    """Extrapolate the peak at each operator. A peak that only `more` has does not change.
+
+    Args:
+        few: Peaks with fewer blocks.
+        more: Peaks with more blocks.
+        factor: Multiple of the difference between the two that is added to `more`.
+    """
+    return [
+        extrapolate_peak(few.get(context, peak), peak, factor) for context, peak in more.items()
+    ]
 
 
-def grown(few: EstimatedPeak, more: EstimatedPeak, times: float) -> EstimatedPeak:
-    """`more`, and `times` what it has more than `few`."""
+def extrapolate_peak(few: EstimatedPeak, more: EstimatedPeak, factor: float) -> EstimatedPeak:
+    """Return `more` plus `factor` times the difference to `few`, in total and by kind.
+
+    Args:
+        few: Peak with fewer blocks.
+        more: Peak with more blocks.
+        factor: Multiple of the difference.
+    """
     by_kind = {
-        kind: round(more.by_kind.get(kind, 0) * (1 + times) - times * few.by_kind.get(kind, 0))
+        kind: round(more.by_kind.get(kind, 0) * (1 + factor) - factor * few.by_kind.get(kind, 0))
         for kind in {**few.by_kind, **more.by_kind}
     }
-    return EstimatedPeak(round(more.total + times * (more.total - few.total)), by_kind, more.moment)
+    total = round(more.total + factor * (more.total - few.total))
+    return EstimatedPeak(total, by_kind, more.operation)

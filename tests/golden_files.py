@@ -28,9 +28,10 @@ class Cases(dict[str, Any]):
 class Golden:
     """One file: its inputs and cases, with every list of numbers as a tensor."""
 
-    def __init__(self, content: dict[str, Any]):
-        self.inputs = {name: torch.tensor(value) for name, value in content["inputs"].items()}
-        self.cases = Cases({name: tensors(value) for name, value in content["cases"].items()})
+    def __init__(self, name: str):
+        content = read_golden_json(name)
+        self.inputs = {key: torch.tensor(value) for key, value in content["inputs"].items()}
+        self.cases = Cases({case: tensors(value) for case, value in content["cases"].items()})
 
     def __getitem__(self, name: str) -> Tensor:
         return self.inputs[name]
@@ -48,7 +49,8 @@ def tensors(value: Any) -> Any:
     return torch.tensor(value)
 
 
-def read_golden(name: str) -> Golden:
-    """Return the full file of that name, or its picked cases."""
+def read_golden_json(name: str) -> dict[str, Any]:
+    """Return the inputs and cases of the full file of that name, or of the picked one."""
     folder = FULL if FULL.is_dir() else PICKED
-    return Golden(json.loads((folder / f"{name}.json").read_text()))
+    content = json.loads((folder / f"{name}.json").read_text())
+    return {"inputs": content["inputs"], "cases": Cases(content["cases"])}

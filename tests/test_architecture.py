@@ -1,9 +1,10 @@
-"""The house rules that a machine can check: floors, circles, sizes, names."""
+"""Rules of the package that a machine can check: levels, circles, sizes, inheritance, names."""
 
 import ast
 import importlib
 import inspect
 import pkgutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import lit_align
 
 ROOT = Path(lit_align.__file__).parent
-FLOORS = [
+REPOSITORY = ROOT.parent
+LEVELS = [
     "version errors renamed terminal",
     "batches functional optim configs",
     "models data",
@@ -21,19 +23,44 @@ FLOORS = [
     "tools plan report evaluation",
     "cli",
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+MODEL_LEVELS = [
+    "kernels weights sltrain",
+    "adapters parallel generation",
+    "hidden_states",
+    "backbone",
+]  # other modules of `models` are above these
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.name != "__init__.py"]
-MODELS = ["sltrain kernels weights", "adapters parallel generation"]  # other modules above
-FORBIDDEN = {"utils", "common", "helpers", "misc"}
+FOLDERS = sorted({path.parent for path in FILES} - {ROOT})
+FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc"}
+MAX_MODULES = 17  # about 15: a longer list is more than one subject
+MAX_DEPTH = 6  # LightningModule -> Algorithm -> OnlineAlgorithm -> ActorCritic -> PPO -> RTO
+
+
+def numbered(levels: list[str]) -> dict[str, int]:
+    """Return the number of the level of each folder or module, from the bottom up."""
+    return {name: number for number, names in enumerate(levels) for name in names.split()}
+
+
+LEVEL, MODEL_LEVEL = numbered(LEVELS), numbered(MODEL_LEVELS)
+
+
+def num_lines(node: ast.AST, source: str) -> int:
+    """Return the lines of a module or function without its docstrings, so examples are free."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
+    total = source.count("\n") if isinstance(node, ast.Module) else node.end_lineno - node.lineno
+    for inner in ast.walk(node):
+        if isinstance(inner, kinds) and ast.get_docstring(inner) is not None:
+            total -= inner.body[0].end_lineno - inner.body[0].lineno + 1
+    return total
 
 
 def module_of(path: Path) -> str:
-    """lit_align.models.policy, from its file."""
+    """Return the module's name, such as lit_align.models.policy, of a file."""
     return ".".join(["lit_align", *path.relative_to(ROOT).with_suffix("").parts])
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules of this package that a file imports, plain or relative, at the top or late."""
+    """Yield the modules of this package that a file imports, at its top or inside functions."""
     package = module_of(path).split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -44,45 +71,41 @@ def imports(path: Path) -> Iterator[str]:
             if module.startswith("lit_align"):
                 found = importlib.util.find_spec(module)
                 parts = [f"{module}.{alias.name}" for alias in node.names]
-                is_room = found is not None and found.submodule_search_locations is not None
-                yield from (parts if is_room and node.module is None else [module])
+                is_folder = found is not None and found.submodule_search_locations is not None
+                yield from (parts if is_folder and node.module is None else [module])
 
 
-def room(module: str) -> str:
+def folder_of(module: str) -> str:
+    """Return the folder, or the top-level module, that a module belongs to."""
     return [*module.split("."), ""][1]
 
 
-def named(path: Path) -> str:
+def short_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_a_room_imports_itself_and_lower_floors(path):
-    here = room(module_of(path))
+@pytest.mark.parametrize("path", FILES, ids=short_name)
+def test_a_folder_imports_itself_and_lower_levels(path):
+    here = folder_of(module_of(path))
     for module in imports(path):
-        there = room(module)
-        assert there == here or FLOOR[there] < FLOOR[here], f"{here} may not import {there}"
+        there = folder_of(module)
+        assert there == here or LEVEL[there] < LEVEL[here], f"{here} may not import {there}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_files_fit_a_reader(path):
-    source = path.read_text()
-    assert source.count("\n") < 300
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno
-            assert length < 40, f"{node.name} is longer than a screen"
+@pytest.mark.parametrize("path", sorted((ROOT / "models").rglob("*.py")), ids=short_name)
+def test_folders_of_models_import_themselves_and_lower_levels(path):
+    top = len(MODEL_LEVELS)
+    here = module_of(path).split(".")[2]
+    for module in imports(path):
+        parts = module.split(".")
+        if here in MODEL_LEVEL and parts[1] == "models" and parts[2] != here:
+            level = MODEL_LEVEL.get(parts[2], top)
+            assert level < MODEL_LEVEL[here], f"{here} may not import {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_every_file_says_why_it_exists_and_has_a_name_of_its_own(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
-    assert not FORBIDDEN & set(path.relative_to(ROOT).with_suffix("").parts)
-
-
-def test_packages_hold_no_code():
-    for path in ROOT.rglob("__init__.py"):
-        assert path.read_text() == "", path
+def test_every_folder_has_a_level():
+    names = {short_name(folder).split("/")[0] for folder in FOLDERS}
+    assert names | {path.stem for path in ROOT.glob("[!_]*.py")} | {"configs"} == set(LEVEL)
 
 
 def test_no_module_imports_itself_in_a_circle():
@@ -100,14 +123,44 @@ def test_no_module_imports_itself_in_a_circle():
         visit(module, ())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "models").rglob("*.py")), ids=named)
-def test_folders_of_models_import_themselves_and_lower_ones(path):
-    floor = {name: number for number, names in enumerate(MODELS) for name in names.split()}
-    here = module_of(path).split(".")[2]
-    for module in imports(path):
-        parts = module.split(".")
-        if here in floor and parts[1] == "models" and parts[2] != here:
-            assert floor.get(parts[2], len(MODELS)) < floor[here], f"{here} may not import {module}"
+@pytest.mark.parametrize("path", FILES, ids=short_name)
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    tree = ast.parse(source)
+    assert num_lines(tree, source) < 300
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert num_lines(node, source) < 40, f"{node.name} is longer than a screen"
+
+
+@pytest.mark.parametrize("path", FILES, ids=short_name)
+def test_every_file_has_a_docstring_and_a_name_of_its_own(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert not FORBIDDEN_NAMES & set(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=short_name)
+def test_folders_list_few_modules(folder):
+    # algorithms has one file per paper, so it grows
+    if folder.name != "algorithms":
+        assert len([path for path in folder.glob("*.py") if path in FILES]) <= MAX_MODULES
+
+
+def test_packages_hold_no_code_below_the_top():
+    for path in ROOT.rglob("__init__.py"):
+        assert path.parent == ROOT or path.read_text() == "", path
+
+
+def test_all_folders_and_configs_are_packaged():
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = [path.parent.relative_to(REPOSITORY) for path in ROOT.rglob("__init__.py")]
+    names = [".".join(folder.parts) for folder in folders]
+    assert settings["packages"] == sorted([*names, "lit_align.configs"])
+    assert settings["package-dir"]["lit_align.configs"] == "configs"
+    patterns = settings["package-data"]["lit_align.configs"]
+    packaged = {path for pattern in patterns for path in (REPOSITORY / "configs").glob(pattern)}
+    assert packaged == set((REPOSITORY / "configs").rglob("*.yaml"))
+    assert packaged
 
 
 def test_functional_knows_torch_only():
@@ -118,10 +171,33 @@ def test_functional_knows_torch_only():
 
 
 def public_classes() -> Iterator[type]:
+    """Yield the classes that the package defines."""
     for info in pkgutil.walk_packages(lit_align.__path__, "lit_align."):
         for _, kind in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
             if kind.__module__ == info.name and not kind.__name__.startswith("_"):
                 yield kind
+
+
+def is_own(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "lit_align"
+
+
+def depth(kind: type) -> int:
+    """Return the length of a class's longest chain down to one class of another library."""
+    if not is_own(kind):
+        return int(kind is not object)
+    return 1 + max(depth(base) for base in kind.__bases__)
+
+
+def test_inheritance_is_at_most_six_deep():
+    deep = {kind.__name__: depth(kind) for kind in public_classes() if depth(kind) > MAX_DEPTH}
+    assert not deep
+
+
+def test_no_class_inherits_from_one_of_ours_by_two_paths():
+    for kind in public_classes():
+        ancestors = [{each for each in base.__mro__ if is_own(each)} for base in kind.__bases__]
+        assert sum(map(len, ancestors)) == len(set().union(*ancestors)), kind.__name__
 
 
 def test_every_constructor_argument_is_documented():

@@ -1,4 +1,4 @@
-"""Batches: rows stay in step, padding goes, and micro-batches keep to their budget."""
+"""Batches: operations on rows, trimmed padding, and micro-batches within a token budget."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lit_align.batches import Batch, Experience, PreferenceBatch, TextBatch, mic
 
 
 def two_rows() -> Experience:
-    """Two answered prompts: 2 of 4 and 3 of 4 prompt tokens, 1 of 3 and 2 of 3 response tokens."""
+    """Return two rows of 2 and 3 (of 4) prompt tokens and 1 and 2 (of 3) response tokens."""
     return Experience(
         {"prompt": ["a", "b"]},
         prompts=torch.tensor([[0, 0, 5, 6], [0, 7, 8, 9]]),
@@ -23,7 +23,7 @@ def two_rows() -> Experience:
 
 
 def two_pairs() -> PreferenceBatch:
-    """Texts of 2 and 1, then of 1 and 3 of 4 tokens; the first token is the prompt."""
+    """Return two pairs of texts of 2 and 1, and of 1 and 3 tokens; the first is the prompt."""
 
     def padded(*texts):
         return torch.tensor([[*text, *[0] * (4 - len(text))] for text in texts])
@@ -42,7 +42,7 @@ def two_pairs() -> PreferenceBatch:
     )
 
 
-def test_joined_rows_stand_behind_each_other():
+def test_concat_appends_the_rows_of_the_other_batch():
     joined = two_rows().concat(two_rows().rows([1]))
     assert isinstance(joined, Experience)
     assert joined.scores.tolist() == [1.0, 2.0, 2.0]
@@ -52,21 +52,21 @@ def test_joined_rows_stand_behind_each_other():
     assert len(two_rows().concat(two_rows().rows([]))) == 2
 
 
-def test_rows_are_taken_from_tensors_lists_and_columns_alike():
-    taken = two_rows().rows([1, 0, 1])
-    assert isinstance(taken, Experience)
-    assert len(taken) == 3
-    assert taken.scores.tolist() == [2.0, 1.0, 2.0]
-    assert taken.response_lengths == [2, 1, 2]
-    assert taken.columns == {"prompt": ["b", "a", "b"]}
-    assert taken.prompts[0].tolist() == [0, 7, 8, 9]
+def test_rows_selects_from_tensors_lists_and_columns():
+    selected = two_rows().rows([1, 0, 1])
+    assert isinstance(selected, Experience)
+    assert len(selected) == 3
+    assert selected.scores.tolist() == [2.0, 1.0, 2.0]
+    assert selected.response_lengths == [2, 1, 2]
+    assert selected.columns == {"prompt": ["b", "a", "b"]}
+    assert selected.prompts[0].tolist() == [0, 7, 8, 9]
 
 
-def test_repeated_rows_stand_side_by_side():
+def test_repeated_rows_are_next_to_each_other():
     assert two_rows().repeat_interleave(2).columns["prompt"] == ["a", "a", "b", "b"]
 
 
-def test_a_batch_becomes_another_in_place():
+def test_replace_with_changes_a_batch_in_place():
     batch, other = two_rows(), two_rows().rows([1])
     batch.replace_with(other)
     assert len(batch) == 1
@@ -75,13 +75,15 @@ def test_a_batch_becomes_another_in_place():
     assert list(batch.fields()) == ["scores"]
 
 
-def test_a_field_that_nobody_wrote_does_not_exist():
-    with pytest.raises(AttributeError, match="'advantages' is not written yet; so far: columns, "):
+def test_a_field_that_is_not_written_does_not_exist():
+    with pytest.raises(
+        AttributeError, match=r"'advantages' is not written yet\. Written: columns, "
+    ):
         two_rows().advantages  # noqa: B018
     assert not hasattr(two_rows(), "advantages")
 
 
-def test_tensors_move_and_lists_and_columns_stay():
+def test_to_moves_tensors_and_keeps_lists_and_columns():
     moved = two_rows().to(torch.device("meta"))
     assert moved.scores.is_meta
     assert moved.response_lengths == [1, 2]
@@ -96,7 +98,7 @@ def test_map_changes_a_copy():
     assert batch.lengths == [1, 2]
 
 
-def test_trim_drops_the_columns_that_are_padding_in_every_row():
+def test_trim_removes_the_columns_that_are_padding_in_all_rows():
     batch = two_rows()
     trimmed = batch.trim_padding()
     assert trimmed.prompts.tolist() == [[0, 5, 6], [7, 8, 9]]
@@ -106,13 +108,13 @@ def test_trim_drops_the_columns_that_are_padding_in_every_row():
     assert batch.prompts.shape == (2, 4)
 
 
-def test_trim_keeps_a_column_of_empty_answers():
+def test_trim_keeps_one_column_of_empty_responses():
     batch = two_rows()
     batch.response_lengths = [0, 0]
     assert batch.trim_padding().responses.shape == (2, 1)
 
 
-def test_trim_tells_prompts_from_responses_of_the_same_width():
+def test_trim_distinguishes_prompts_from_responses_of_the_same_width():
     batch = two_rows()
     batch.prompts, batch.prompt_mask = batch.prompts[:, -3:], batch.prompt_mask[:, -3:]
     batch.logprobs = torch.arange(6.0).view(2, 3)
@@ -120,7 +122,7 @@ def test_trim_tells_prompts_from_responses_of_the_same_width():
     assert batch.trim_padding().prompts.shape == (2, 3)
 
 
-def test_an_answered_prompt_is_one_text():
+def test_tokens_joins_prompt_and_response():
     batch = two_rows()
     assert batch.lengths == [3, 5]
     assert batch.tokens[1].tolist() == [0, 7, 8, 9, 4, 2, 0]
@@ -128,14 +130,14 @@ def test_an_answered_prompt_is_one_text():
     assert batch.num_context_tokens == 4
 
 
-def test_attention_sees_what_a_hole_in_the_mask_hides_from_the_loss():
+def test_attention_reads_tokens_that_the_loss_mask_leaves_out():
     batch = two_rows()
     batch.response_mask = torch.zeros_like(batch.response_mask)
     assert batch.token_mask[:, 4:].tolist() == [[True, False, False], [True, True, False]]
     assert batch.loss_mask.sum() == 0
 
 
-def test_a_text_is_scored_from_its_second_token_on():
+def test_the_loss_of_a_text_starts_at_its_second_token():
     batch = TextBatch(
         tokens=torch.tensor([[1, 5, 6, 0], [1, 7, 0, 0]]),
         token_mask=torch.tensor([[True, True, True, False], [True, True, False, False]]),
@@ -148,7 +150,7 @@ def test_a_text_is_scored_from_its_second_token_on():
     assert batch.num_context_tokens == 1
 
 
-def test_texts_of_a_pair_stand_side_by_side():
+def test_the_texts_of_a_pair_are_next_to_each_other():
     texts = two_pairs().texts()
     assert texts.tokens.tolist() == [[1, 5, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 6, 7, 0]]
     assert texts.lengths == [2, 1, 1, 3]
@@ -156,7 +158,7 @@ def test_texts_of_a_pair_stand_side_by_side():
     assert texts.target_mask.sum(-1).tolist() == [1, 0, 0, 2]
 
 
-def test_a_pair_costs_its_longer_text_twice():
+def test_the_length_of_a_pair_is_twice_its_longer_text():
     pairs = two_pairs()
     assert pairs.lengths == [4, 6]
     assert pairs.loss_mask.tolist() == [True, True]
@@ -165,8 +167,8 @@ def test_a_pair_costs_its_longer_text_twice():
     assert trimmed.margin.tolist() == [0.0, 1.0]
 
 
-def test_micro_batches_by_hand():
-    # sorted: row 1 (5 tokens), 3 (4), 0 (2), 2 (1); 5 + 5 padded tokens fit into 10, 2 + 2 too
+def test_micro_batches_hold_rows_of_similar_length():
+    # sorted: rows 1, 3, 0, 2 of 5, 4, 2, 1 tokens; padded, two of 5 fit into 10, and two of 2
     assert microbatch_indices([2, 5, 1, 4], max_tokens=10) == [[1, 3], [0, 2]]
     assert microbatch_indices([2, 5, 1, 4], max_tokens=20) == [[1, 3, 0, 2]]
     assert microbatch_indices([2, 5, 1, 4], max_tokens=3) == [[1], [3], [0], [2]]
@@ -191,10 +193,10 @@ def test_micro_batches_are_split_until_there_are_enough():
 )
 def test_micro_batches_cover_each_row_once_within_the_budget(lengths, max_tokens, data):
     min_microbatches = data.draw(st.integers(1, len(lengths)))
-    plan = microbatch_indices(lengths, max_tokens, min_microbatches)
-    assert sorted(row for rows in plan for row in rows) == list(range(len(lengths)))
-    assert len(plan) >= min_microbatches
-    for rows in plan:
+    groups = microbatch_indices(lengths, max_tokens, min_microbatches)
+    assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+    assert len(groups) >= min_microbatches
+    for rows in groups:
         assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= max_tokens
     fewest = len(microbatch_indices(lengths, max_tokens))
-    assert len(plan) == max(fewest, min_microbatches)
+    assert len(groups) == max(fewest, min_microbatches)

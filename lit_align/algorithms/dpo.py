@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), and IPO."""
+"""Direct preference optimization (Rafailov et al., 2023, arXiv:2305.18290), and IPO."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_align.algorithms.core.argument_checks import check_above_zero
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.precomputed_logprobs import PrecomputedLogprobs, rank_batches
 from lit_align.algorithms.core.reference_model import ReferenceModel
@@ -19,21 +20,23 @@ from lit_align.models.roles import Role, single_head_role
 
 
 class DPO(Algorithm):
-    """Learns which of two answers is better, with the policy itself as the reward model.
+    """Preference pairs as a classification loss on the policy, without a reward model.
 
-    An answer's implicit reward is beta times its log-ratio to the reference, summed over its
-    tokens. A step averages over pairs.
+    Eq. 7 of arXiv:2305.18290: the implicit reward of a response is
+    r(x, y) = beta * log(pi(y | x) / pi_ref(y | x)), summed over its tokens. The loss is
+    -log sigmoid(r(x, chosen) - r(x, rejected)), averaged over pairs. It assumes that preferences
+    follow Bradley-Terry with these rewards.
 
     Args:
         policy: The model to align.
-        reference: The frozen model to stay near. Default: the policy at the start, which for an
-            adapted policy is its base with the adapter disabled.
-        offload_frozen: Keep frozen models on the CPU between uses. False keeps them on the GPU, which saves
-            the copies.
-        beta: Implicit reward per nat; a larger one stays closer to the reference.
-        label_smoothing: Probability that a preference is the wrong way round (conservative DPO).
-        precompute: Score all rows with the policy before its first step and keep the numbers, so
-            that no reference is in memory; by default each batch is scored when its turn comes.
+        reference: The frozen model from which the implicit reward is measured. Default: the
+            policy at the start. For an adapted policy that is its base with the adapter disabled.
+        offload_frozen: Keep frozen models on the CPU between uses. False keeps them on the GPU,
+            which saves the copies.
+        beta: Implicit reward per nat. A larger value keeps the policy closer to the reference.
+        label_smoothing: Probability that a preference label is wrong (conservative DPO).
+        precompute: Compute the reference's log-probs of all rows before the first step, so that
+            no reference is in memory. False: compute those of each batch.
     """
 
     policy: Policy
@@ -51,27 +54,33 @@ class DPO(Algorithm):
     ):
         super().__init__(**kwargs)
         self.build_policy, self.reference_model = policy, ReferenceModel(reference, offload_frozen)
-        if not beta > 0:
-            raise UserError(f"beta must be above 0, found {beta}.")
+        check_above_zero(beta=beta)
         if not 0 <= label_smoothing < 0.5:
             raise UserError(
-                f"label_smoothing must be at least 0 and below 0.5, where a preference would say "
-                f"nothing, found {label_smoothing}."
+                f"label_smoothing must be at least 0 and below 0.5, found {label_smoothing}. Set "
+                f"--model.label_smoothing."
             )
         if precompute and reference is not None:
             raise UserError(
-                "precompute scores with the policy as it is at the start: leave out reference."
+                "precompute uses the policy at the start as the reference, found another one. "
+                "Remove --model.reference or --model.precompute."
             )
         self.beta, self.label_smoothing = beta, label_smoothing
         self.precomputed = PrecomputedLogprobs() if precompute else None
 
     def loss(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> Tensor:
-        """[n] per pair, from summed log-probs [n] of the policy."""
+        """Return the loss of each pair, [n].
+
+        Args:
+            chosen: [n] nats, summed log-probs of the chosen responses under the policy.
+            rejected: [n] nats, those of the rejected responses.
+            batch: The n pairs, with `ref_chosen` and `ref_rejected`.
+        """
         sides = (chosen, rejected, batch.ref_chosen, batch.ref_rejected)
         return dpo(*sides, self.beta, self.label_smoothing)
 
     def losses(self, batch: PreferenceBatch) -> Iterator[Tensor]:
-        """[n] per pair."""
+        """Yield the loss of each pair, [n]."""
         chosen, rejected = self.policy_pair_logprobs(batch)
         chosen_reward, rejected_reward = self.implicit_rewards(chosen, rejected, batch)
         means = {
@@ -87,8 +96,8 @@ class DPO(Algorithm):
         yield self.loss(chosen, rejected, batch)
 
     def prepare(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Writes both answers' log-probs under the reference."""
-        if self.precomputed:  # empty before a fit, where the policy still is the reference
+        """Add `ref_chosen` and `ref_rejected`, each [B] nats."""
+        if self.precomputed:  # empty before a fit, when the policy still is the reference
             chosen, rejected = self.precomputed.lookup(batch.fingerprints)
             batch.ref_chosen = chosen.to(self.device, non_blocking=True)
             batch.ref_rejected = rejected.to(self.device, non_blocking=True)
@@ -102,16 +111,23 @@ class DPO(Algorithm):
     def implicit_rewards(
         self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch
     ) -> tuple[Tensor, Tensor]:
-        """([n], [n]): implicit rewards of both answers, arXiv:2305.18290 eq. 5 without log Z."""
+        """Return the implicit rewards [n] and [n], arXiv:2305.18290 eq. 5 without log Z.
+
+        Args:
+            chosen: [n] nats, summed log-probs of the chosen responses under the policy.
+            rejected: [n] nats, those of the rejected responses.
+            batch: The n pairs, with `ref_chosen` and `ref_rejected`.
+        """
         chosen_reward = self.beta * (chosen - batch.ref_chosen)
         return chosen_reward, self.beta * (rejected - batch.ref_rejected)
 
     def policy_pair_logprobs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """([n], [n]) nats: log-probs of the chosen and of the rejected answers."""
+        """Return the policy's log-probs [n] of chosen and [n] of rejected responses, in nats."""
         return pair_logprobs(self.policy.logprobs, batch)
 
     def reference_pair_logprobs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """([n], [n]) nats: the same under the reference, which the policy is before it learns."""
+        """Return the reference's log-probs [n] of chosen and [n] of rejected responses, in nats."""
+        # With precompute there is no reference network: before the first step the policy is it.
         is_precomputed = self.precomputed is not None
         return pair_logprobs(
             self.policy.logprobs if is_precomputed else self.reference_model.logprobs, batch
@@ -119,7 +135,7 @@ class DPO(Algorithm):
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Adds the batch's pairs to loss, accuracy, margin and both rewards."""
+        """Add the batch's pairs to the means of loss, accuracy, margin and both rewards."""
         batch = self.prepare(batch)
         chosen, rejected = self.map_microbatches(batch, self.policy_pair_logprobs)
         chosen_reward, rejected_reward = self.implicit_rewards(chosen, rejected, batch)
@@ -135,7 +151,7 @@ class DPO(Algorithm):
 
     test_step = validation_step
 
-    # The reference's log-probs in advance ---------------------------------------------------------
+    # Precomputed log-probs of the reference -------------------------------------------------------
 
     def build(self) -> dict[str, Backbone]:
         """Return the policy alone if its log-probs at the start are precomputed."""
@@ -153,15 +169,18 @@ class DPO(Algorithm):
 
     @torch.no_grad()
     def on_train_start(self) -> None:
-        """Scores all pairs of training and evaluation, each rank its share, and tells all ranks.
+        """Precompute the log-probs of all training and validation pairs, unless resumed.
 
-        A checkpoint has already brought what was computed before its run's first step.
+        Each rank computes its share, and all ranks gather all of them.
         """
         if self.precomputed is None or self.precomputed:
             return
         data = self.trainer.datamodule
         if data is None:
-            raise UserError("precompute reads all rows in advance: give fit a data module.")
+            raise UserError(
+                "precompute reads all rows before training and needs a data module, found a data "
+                "loader. Pass fit(datamodule=...)."
+            )
         loaders = [data.train_dataloader()]
         loaders += [data.val_dataloader()] if self.trainer.enable_validation else []
         pairs: list[int] = []
@@ -179,20 +198,22 @@ class DPO(Algorithm):
         self.precomputed.store(names, gather(torch.cat(sums)).view(-1, 2))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what was computed in advance."""
+        """Add the precomputed log-probs."""
         super().on_save_checkpoint(checkpoint)
         if self.precomputed is not None:
             checkpoint["reference_logprobs"] = self.precomputed.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it over: the policy of the checkpoint is not the reference any more."""
+        """Restore the precomputed log-probs. The saved policy is no longer the reference."""
         has_logprobs = "reference_logprobs" in checkpoint
         if self.precomputed is None and has_logprobs and self.trainer.training:
-            raise UserError("The checkpoint is of a run with precompute: go on with precompute.")
+            raise UserError(
+                "This checkpoint was trained with precompute. Set --model.precompute true."
+            )
         if self.precomputed is not None and not has_logprobs:
             raise UserError(
-                "The checkpoint is of a run without precompute, and its policy is not the "
-                "reference any more: leave out precompute."
+                "This checkpoint was trained without precompute, and its policy is no longer the "
+                "reference. Set --model.precompute false."
             )
         super().on_load_checkpoint(checkpoint)
         if self.precomputed is not None:
@@ -200,14 +221,15 @@ class DPO(Algorithm):
 
 
 class IPO(DPO):
-    """DPO with an end: a pair's log-ratios are to differ by 1 / (2 beta) nats, and no more.
+    """Squared loss on the pair's log-ratio difference h, with the target 1 / (2 beta) nats.
 
-    arXiv:2310.12036 eq. 17, on summed log-probs as there; TRL divides them by the answers'
-    lengths. Where every pair has one clear winner, DPO's margins grow without bound.
+    Eq. 17 of arXiv:2310.12036: the loss is (h - 1 / (2 beta))^2. It does not assume
+    Bradley-Terry. If every pair has a certain winner, the margins of DPO grow without bound, and
+    those of IPO do not. Log-probs are summed, as in the paper; TRL divides them by the lengths.
     """
 
     def loss(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> Tensor:
-        """[n] per pair, from summed log-probs [n] of the policy."""
+        """Return the loss of each pair, [n], from summed log-probs [n] in nats."""
         sides = (chosen, rejected, batch.ref_chosen, batch.ref_rejected)
         return ipo(*sides, self.beta, self.label_smoothing)
 
@@ -215,6 +237,11 @@ class IPO(DPO):
 def pair_logprobs(
     logprobs: Callable[[TextBatch], Tensor], batch: PreferenceBatch
 ) -> tuple[Tensor, Tensor]:
-    """([n], [n]) nats: log-probs of the chosen and of the rejected answers, in one pass."""
+    """Return the log-probs [n] of chosen and [n] of rejected responses in nats, by one pass.
+
+    Args:
+        logprobs: Function of 2n texts that returns token log-probs [2n, T-1] in nats.
+        batch: n pairs.
+    """
     chosen, rejected = logprobs(batch.texts()).sum(-1).view(-1, 2).unbind(-1)
     return chosen, rejected

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lit_align.algorithms.core.argument_checks import check_group_size
+from lit_align.algorithms.core.argument_checks import check_choice, check_group_size
 from lit_align.algorithms.core.online import LossAggregation, OnlineAlgorithm
 from lit_align.batches import Experience
 from lit_align.functional.kl import k3
@@ -49,6 +49,7 @@ class GRPO(OnlineAlgorithm):
         check_group_size(self, num_samples)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.clip_low, self.clip_high = clip_low, clip_high
+        check_choice(("group_std", "none"), advantage_scale=advantage_scale)
         self.advantage_scale, self.loss_aggregation = advantage_scale, loss_aggregation
 
     def prepare(self, batch: Experience) -> Experience:

@@ -16,10 +16,10 @@ from lit_align.models.roles import Role
 class HydraPPO(ActorCritic):
     """PPO with actor and critic as adapters on one frozen base, the reference and reward model.
 
-    Section 3 of arXiv:2309.00754. The base must be a language model with a trained reward head
-    (`HydraSFT`). With `SharedBackboneReward`, one pass with the adapters disabled gives both the
-    scores and the reference's log-probs. `JointHydra` has one adapter for actor and critic, and
-    one pass for both losses.
+    arXiv:2309.00754: the base is a language model with a trained reward head (`HydraSFT`). With
+    `SharedBackboneReward`, one pass with the adapters disabled gives both the scores and the
+    reference's log-probs. `JointHydra` has one adapter for actor and critic, and one pass for
+    both losses.
 
     Args:
         policy: The backbone with its heads and adapters: `Hydra` or `JointHydra`.

@@ -55,7 +55,7 @@ class PPO(ActorCritic):
     def base_scores(self, batch: Experience) -> Tensor:
         """Return the scores [N] of the critic's frozen base, for `SharedBackboneReward`."""
         self.reward_role()
-        with self.critic.adapters.disabled():
+        with self.critic.adapters.disable_all():
             (scores,) = self.map_microbatches(
                 batch, lambda microbatch: (self.critic.scores(microbatch),)
             )

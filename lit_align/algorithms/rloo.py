@@ -15,10 +15,10 @@ from lit_align.functional.returns import leave_one_out
 class RLOO(OnlineAlgorithm):
     """REINFORCE, with the mean return of the prompt's other responses as the baseline.
 
-    Section 3.2.2 of arXiv:2402.14740: a response is one action with the return
-    R_i = score_i - kl_coef * log(pi / pi_ref). Ascend
-    (R_i - mean of the other G - 1 returns) grad log pi(y_i | x). Further steps on the rollout use
-    the clipped importance ratio of the response.
+    arXiv:2402.14740: a response is one action with the return
+    R_i = score_i - kl_coef * log(pi(y_i | x) / pi_ref(y_i | x)). Ascend
+    (R_i - mean of the other G - 1 returns) grad log pi(y_i | x). The baseline does not depend on
+    y_i, so the gradient is unbiased. Further steps on a rollout use the response's clipped ratio.
 
     Args:
         num_samples: G, responses per prompt.

@@ -1,10 +1,11 @@
-"""RTO: reinforced token optimisation (Zhong et al., 2024, arXiv:2404.18922)."""
+"""RTO: reinforced token optimization (Zhong et al., 2024, arXiv:2404.18922)."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from lit_align.algorithms.core.argument_checks import check_above_zero
 from lit_align.algorithms.core.online import LossAggregation
 from lit_align.algorithms.core.reference_model import check_same_vocabulary
 from lit_align.algorithms.ppo import PPO
@@ -15,28 +16,30 @@ from lit_align.models.backbone import Backbone
 from lit_align.models.policy import Policy
 from lit_align.models.roles import Role, single_head_role
 
-DPO_ROLE = "dpo"  # the adapter's name, and the role's
+DPO_ROLE = "dpo"  # name of the adapter and of the role
 
 
 class RTO(PPO):
-    """PPO whose tokens earn what a DPO model finds better in them than its reference (eq. 4.7).
+    """PPO with token rewards from a frozen DPO model.
 
-    reward_t = dpo_coef (log pi_dpo - log pi_ref) - kl_coef (log pi - log pi_ref), and on the last
-    token score_coef * score. The DPO model is never updated and never starts the policy; the beta
-    that it was trained with is not applied again.
+    Eq. 4.7 of arXiv:2404.18922: the reward of a token is
+    dpo_coef * log(pi_dpo / pi_ref) - kl_coef * log(pi / pi_ref). The last token also gets
+    score_coef * score. It assumes that the DPO model's log-ratio is a reward per token. The DPO
+    model's own beta is not applied again.
 
     Args:
-        dpo_adapter: Folder of an adapter that DPO trained on the policy's own base: it is worn
-            there, or on the reference where the policy trains whole. Costs an adapter's memory.
-        dpo: A DPO model of its own instead.
-        dpo_reference: The model that `dpo` was trained against, if not the KL's reference.
-        dpo_coef: Reward per nat of the DPO log-ratio, beta_1; 0 switches it off.
-        dpo_clip: Bound on the size of a token's DPO reward; the released script takes 0.05.
-        kl_coef: Reward lost per nat by which a token exceeds the reference, beta_2.
+        dpo_adapter: Folder of an adapter that DPO trained on the policy's base. It is loaded onto
+            that base, or onto the reference if the policy has no adapter.
+        dpo: A separate DPO model, instead of `dpo_adapter`.
+        dpo_reference: The reference that `dpo` was trained with. Default: the KL's reference.
+        dpo_coef: Reward per nat of the DPO log-ratio, beta_1. 0 disables it.
+        dpo_clip: Clip a token's DPO reward to [-dpo_clip, dpo_clip]. Default: no clipping. The
+            released script uses 0.05.
+        kl_coef: KL penalty: reward subtracted per nat of log-ratio to the reference, beta_2.
         score_coef: Factor of the score, beta_3.
-        loss_aggregation: token_mean averages over all response tokens, sequence_mean over each
-            response's tokens and then over responses, sequence_sum sums each response's tokens
-            and averages over responses.
+        loss_aggregation: token_mean averages over all response tokens. sequence_mean averages
+            over each response's tokens and then over responses. sequence_sum sums over each
+            response's tokens and averages over responses.
     """
 
     dpo: Policy
@@ -56,19 +59,22 @@ class RTO(PPO):
     ):
         super().__init__(kl_coef=kl_coef, loss_aggregation=loss_aggregation, **kwargs)
         if dpo_coef and (dpo_adapter is None) == (dpo is None):
+            found = "none" if dpo is None else "two"
             raise UserError(
-                "RTO rewards tokens by one DPO model: give dpo_adapter (an adapter on the policy's "
-                "base; then --model.dpo null) or dpo (a model of its own), or dpo_coef 0 for PPO."
+                f"RTO needs exactly one DPO model, found {found}. Set --model.dpo, or "
+                f"--model.dpo_adapter and --model.dpo null, or --model.dpo_coef 0 for PPO."
             )
         if dpo_reference is not None and dpo is None:
-            raise UserError("dpo_reference belongs to dpo: an adapter's reference is its base.")
-        if dpo_clip is not None and not dpo_clip > 0:
-            raise UserError(f"dpo_clip is a bound above 0, found {dpo_clip}: leave it out.")
+            raise UserError(
+                "dpo_reference needs dpo: the reference of an adapter is its base. Remove "
+                "--model.dpo_reference."
+            )
+        check_above_zero(dpo_clip=dpo_clip)
         self.dpo_adapter, self.build_dpo, self.build_dpo_reference = dpo_adapter, dpo, dpo_reference
         self.dpo_coef, self.dpo_clip, self.score_coef = dpo_coef, dpo_clip, score_coef
 
     def build(self) -> dict[str, Backbone]:
-        """Adds the DPO model, and its reference if that is another one; none if switched off."""
+        """Return PPO's networks, the DPO model and its reference, if they are separate."""
         networks = super().build()
         if not self.dpo_coef:
             return networks
@@ -89,7 +95,7 @@ class RTO(PPO):
         return networks
 
     def all_roles(self) -> list[Role]:
-        """Adds the DPO model and its reference."""
+        """Return PPO's roles, the DPO model and its reference."""
         roles = super().all_roles()
         if hasattr(self, DPO_ROLE):
             roles.append(single_head_role(DPO_ROLE, self.dpo))
@@ -100,7 +106,7 @@ class RTO(PPO):
         return roles
 
     def prepare(self, batch: Experience) -> Experience:
-        """Adds `dpo_logprobs`, and `dpo_ref_logprobs` where they are not the reference's."""
+        """Add `dpo_logprobs` and, with a separate reference, `dpo_ref_logprobs`, [N, R] nats."""
         if self.dpo_coef:
             (batch.dpo_logprobs,) = self.map_microbatches(
                 batch, lambda microbatch: (self.dpo_logprobs(microbatch),)
@@ -113,7 +119,7 @@ class RTO(PPO):
         return super().prepare(batch)
 
     def dpo_logprobs(self, batch: Experience) -> Tensor:
-        """[n, r] nats under the DPO model."""
+        """Return the log-probs [n, r] under the DPO model, in nats."""
         if hasattr(self, DPO_ROLE):
             return self.dpo.logprobs(batch)
         network = self.reference_model.network
@@ -121,7 +127,7 @@ class RTO(PPO):
             return network.logprobs(batch)
 
     def token_rewards(self, batch: Experience) -> Tensor:
-        """[N, R]: PPO's, and what the DPO model says of each token."""
+        """Return token rewards [N, R]: those of PPO plus the DPO rewards."""
         rewards = super().token_rewards(batch)
         if not self.dpo_coef:
             return rewards
@@ -135,5 +141,5 @@ class RTO(PPO):
         return rewards + dpo_rewards
 
     def shape_scores(self, batch: Experience) -> Tensor:
-        """[N]: PPO's, times beta_3."""
+        """Return the scores [N] of PPO, times score_coef."""
         return self.score_coef * super().shape_scores(batch)

@@ -1,4 +1,4 @@
-"""SPR: successive policy re-weighting (OpenReview LglOy15bqe), a reconstruction."""
+"""SPR: successive policy re-weighting (OpenReview LglOy15bqe), our reconstruction."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,12 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from lit_align.algorithms.core.online import OnlineAlgorithm, check_group_size
+from lit_align.algorithms.core.argument_checks import (
+    check_above_zero,
+    check_at_least,
+    check_group_size,
+)
+from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.batches import Experience
 from lit_align.errors import UserError
 from lit_align.functional.reweighting import (
@@ -27,20 +32,22 @@ from lit_align.models.parallel.offload import (
 
 
 class SPR(OnlineAlgorithm):
-    """Supervised fine-tuning on its own and on stored answers, each with a weight of its own.
+    """Weighted supervised fine-tuning on sampled and offline responses.
 
-    The weights lead to the maximiser of E[score] - kl_coef KL(pi || reference) - step_kl_coef
-    KL(pi || current policy), and over the iterations to the optimum of the first two terms. One
-    network is on the device at a time, and the optimizer's state only in the update. Formulas
-    are ours: of the paper, the abstract and its reviews are known (docs/spr.md).
+    Each iteration moves the policy to the maximizer of
+    E[score] - kl_coef * KL(pi || reference) - step_kl_coef * KL(pi || current policy), which is
+    the current policy re-weighted. The fixed point is the optimum of the first two terms. One
+    network is on the device at a time, and the optimizer state only during the update. All
+    formulas are our reconstruction: only the abstract and the reviews are public (docs/spr.md).
 
     Args:
         num_samples: Sampled responses per prompt.
-        kl_coef: beta, score lost per nat of KL to the reference.
-        step_kl_coef: tau, score lost per nat of KL to the policy that has sampled.
-        num_offline_samples: Answers of the data set per prompt in the first iteration.
-        offline_half_life: Iterations after which half of these are left; .inf keeps all.
-        max_importance_ratio: Cap on the importance ratio of a response; null for none.
+        kl_coef: Score subtracted per nat of KL to the reference, beta.
+        step_kl_coef: Score subtracted per nat of KL to the sampling policy, tau.
+        num_offline_samples: Offline responses per prompt in the first iteration.
+        offline_half_life: Iterations after which half of the offline responses are used. .inf
+            keeps all.
+        max_importance_ratio: Upper limit of a response's importance ratio. null: no limit.
     """
 
     exclusive: ExclusiveOffload
@@ -55,7 +62,7 @@ class SPR(OnlineAlgorithm):
         max_importance_ratio: float | None = 2.0,
         **kwargs: Any,
     ):
-        super().__init__(offload_frozen=False, **kwargs)  # its networks take turns, see `build`
+        super().__init__(offload_frozen=False, **kwargs)  # `build` offloads both networks itself
         self.num_samples, self.kl_coef, self.step_kl_coef = num_samples, kl_coef, step_kl_coef
         self.initial_offline_samples = num_offline_samples
         self.offline_half_life = offline_half_life
@@ -64,78 +71,74 @@ class SPR(OnlineAlgorithm):
         self.optimizer_offload = OffloadedTensors(self.optimizer_state)
 
     def check_arguments(self) -> None:
-        """Says which arguments make no algorithm."""
+        """Refuse arguments under which the weights or the groups are not defined."""
         if not self.initial_offline_samples:
             check_group_size(self, self.num_samples)
-        if self.num_samples < 1 or self.initial_offline_samples < 0:
+        check_at_least(1, num_samples=self.num_samples)
+        check_at_least(0, num_offline_samples=self.initial_offline_samples)
+        check_at_least(0, kl_coef=self.kl_coef, step_kl_coef=self.step_kl_coef)
+        if self.kl_coef + self.step_kl_coef <= 0:
             raise UserError(
-                f"SPR needs num_samples of at least 1 and num_offline_samples of at least 0, found "
-                f"{self.num_samples} and {self.initial_offline_samples}."
+                f"SPR divides scores by kl_coef + step_kl_coef: one must be above 0, found "
+                f"{self.kl_coef} and {self.step_kl_coef}. Set --model.kl_coef or "
+                f"--model.step_kl_coef."
             )
-        if min(self.kl_coef, self.step_kl_coef) < 0 or self.kl_coef + self.step_kl_coef <= 0:
-            raise UserError(
-                f"SPR divides scores by kl_coef + step_kl_coef: neither may be below 0, one must "
-                f"be above, found {self.kl_coef} and {self.step_kl_coef}."
-            )
-        if self.max_importance_ratio is not None and self.max_importance_ratio < 1:
-            raise UserError(
-                f"max_importance_ratio must be at least 1 or null for none, "
-                f"found {self.max_importance_ratio}."
-            )
-        if self.offline_half_life <= 0:
-            raise UserError(f"offline_half_life must be above 0, found {self.offline_half_life}.")
+        check_at_least(1, max_importance_ratio=self.max_importance_ratio)
+        check_above_zero(offline_half_life=self.offline_half_life)
         if (
             self.initial_offline_samples
             and self.minibatch_size
             and not math.isinf(self.offline_half_life)
         ):
             raise UserError(
-                "The rows of a rollout become fewer as stored answers decay: leave out "
-                "minibatch_size, or set offline_half_life to .inf."
+                f"minibatch_size must divide the rows of a rollout, which become fewer with the "
+                f"offline responses, found minibatch_size {self.minibatch_size} and "
+                f"offline_half_life {self.offline_half_life:g}. Remove --model.minibatch_size, or "
+                f"set --model.offline_half_life .inf."
             )
 
     @property
     def num_offline_samples(self) -> int:
-        """Answers of the data set per prompt in this iteration; groups stay of two at least."""
+        """Offline responses per prompt in this iteration. A group keeps at least two responses."""
         left = self.initial_offline_samples / (1 + self.iteration / self.offline_half_life)
         return max(int(left + 0.5), 2 - self.num_samples) if self.initial_offline_samples else 0
 
     @property
     def group_size(self) -> int:
-        """G: samples and stored answers of a prompt in this iteration."""
+        """G: sampled and offline responses per prompt in this iteration."""
         return self.num_samples + self.num_offline_samples
 
     # Phases: one network on the device in each ---------------------------------------------------
 
     def build(self) -> dict[str, Backbone]:
-        """Policy and reference, which take turns on the device."""
+        """Return policy and reference. Only one of them is on the device at a time."""
         networks = super().build()
         self.exclusive = ExclusiveOffload(networks.values())
         return networks
 
     def optimizer_state(self) -> Iterator[Tensor]:
-        """What the optimizer keeps beside the weights."""
+        """Yield the tensors of the optimizer state, such as Adam's moments."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
         return optimizer_state_tensors(optimizer.optimizer)
 
     def on_train_start(self) -> None:
-        """A resumed optimizer's state waits for the update."""
+        """Offload the optimizer state of a resumed run until the first update."""
         self.optimizer_offload.offload()
 
     def on_rollout_end(self) -> None:
-        """Ends the collection: both networks leave the device to the rewards."""
+        """Offload both networks, so that reward models have the device."""
         self.exclusive.offload_all()
 
     def end_iteration(self, metrics: Mapping[str, Tensor]) -> None:
-        """Ends the update."""
+        """Log and count the iteration, and offload the optimizer state."""
         super().end_iteration(metrics)
         self.optimizer_offload.offload()
 
-    # What an answer is worth ---------------------------------------------------------------------
+    # Weights of the responses --------------------------------------------------------------------
 
     def prepare(self, batch: Experience) -> Experience:
-        """Adds `weights`, of groups with sampled answers first and stored ones behind them."""
+        """Add `weights` [N], and sort each group: sampled responses, then offline responses."""
         sort_keys = list(zip(batch.group, batch.is_offline, strict=True))
         batch = super().prepare(batch.rows(sorted(range(len(batch)), key=sort_keys.__getitem__)))
         batch.scores = self.fill_missing(batch.offline_scores, batch.scores)
@@ -146,7 +149,10 @@ class SPR(OnlineAlgorithm):
         return batch
 
     def sample_weights(self, batch: Experience) -> Tensor:
-        """[B, G] w = rho exp(ell) / (G Z); an unknown behaviour is taken to be the reference."""
+        """Return the weights w = rho exp(ell) / (G Z) of the responses, [B, G].
+
+        If an offline response has no log-prob, the reference is assumed to have generated it.
+        """
         shape, mask = (-1, self.group_size), batch.response_mask
         scores = batch.scores.double().view(shape)
         logprobs = batch.logprobs.double().where(mask, 0.0).sum(-1).view(shape)
@@ -168,14 +174,26 @@ class SPR(OnlineAlgorithm):
         return weights
 
     def fill_missing(self, values: list[float | None], otherwise: Tensor) -> Tensor:
-        """[N] the values that are known, and `otherwise` [N] where one is None."""
+        """Return the known values, and those of `otherwise` where a value is None, [N].
+
+        Args:
+            values: [N] values of the data set.
+            otherwise: [N] replacements.
+        """
         given = self.as_device_tensor([math.nan if value is None else value for value in values])
         return torch.where(given.isnan(), otherwise, given.type_as(otherwise))
 
     def log_weights(
         self, weights: Tensor, shaped: Tensor, log_rho: Tensor, has_response: Tensor
     ) -> None:
-        """Logs how even the weights [B, G] are, Z, and rho, over the answered prompts [B]."""
+        """Log the effective sample size, Z and the importance ratios rho.
+
+        Args:
+            weights: [B, G] weights of the responses.
+            shaped: [B, G] ell, the shaped scores.
+            log_rho: [B, G] log of rho before it is capped.
+            has_response: [B] True for prompts that were not skipped.
+        """
         rows = has_response.unsqueeze(-1).expand_as(weights)
         capped = log_rho.clamp(
             max=math.inf
@@ -191,18 +209,18 @@ class SPR(OnlineAlgorithm):
         self.log("spr/offline_fraction", self.num_offline_samples / self.group_size)
 
     def log_rollout(self, batch: Experience) -> None:
-        """Logs the sampled rows alone."""
+        """Log the sampled rows, without the offline responses."""
         super().log_rollout(select_sampled(batch))
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
-        """[n, R]: SFT's loss, with one number per response."""
+        """Yield the cross-entropy of each token times the weight of its response, [n, r]."""
         yield -batch.weights.unsqueeze(-1) * self.policy.logprobs(batch)
 
     def loss_denominator(self, batch: Experience) -> Tensor:
-        """Prompts."""
+        """Return the number of prompts [] on this rank."""
         return self.num_responses(batch) / self.group_size
 
 
 def select_sampled(batch: Experience) -> Experience:
-    """The rows that the policy has sampled itself."""
+    """Return the rows that the policy sampled, without greedy and offline responses."""
     return batch.rows([row for row, own in enumerate(batch.is_sampled) if own])

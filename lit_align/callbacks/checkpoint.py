@@ -1,4 +1,4 @@
-"""When a run is saved, and that it goes on from there as if it had never stopped."""
+"""Checkpoints between two iterations, from which a run resumes bit by bit."""
 
 import shutil
 from copy import deepcopy
@@ -12,27 +12,29 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.errors import UserError
+from lit_align.renamed import renamed_log_key
 from lit_align.runs import checkpoint_files as files
 from lit_align.runs import rng_state
+from lit_align.runs.atomic_io import delete_path, partial_path, publish
 from lit_align.runs.csv_log import ResumableCSVLogger
 from lit_align.runs.optimizer_state_names import add_weight_names
 from lit_align.runs.stop_signals import StopSignals
 
 
 class Checkpoints(Checkpoint):
-    """Saves the run into `checkpoints/` between two iterations, and when it ends or is told to.
+    """Save a run to `checkpoints/` between two iterations, at its end, and after a stop signal.
 
-    A checkpoint is written before the next iteration begins, when all of the last one is done,
-    validated and logged. It appears whole or not at all. What lies in the folder and is not of this
-    run's past is moved to `checkpoints/superseded/`, so that `--ckpt_path last` never means it.
+    A checkpoint is written after an iteration is validated and logged, and before the next one
+    starts. Writes are atomic. Checkpoints of other runs in the folder are moved to
+    `checkpoints/superseded/`, which `--ckpt_path last` ignores.
 
     Args:
-        every_n_iterations: Iterations (rollouts, or optimizer steps of offline algorithms) between
-            two saves; 0 saves at the end alone.
-        keep_last: How many of the newest checkpoints are kept.
-        monitor: Metric of the validation, such as val/reward, by which the best one is kept, too;
-            by default none is.
-        mode: max if a higher monitor is better, min if a lower one is.
+        every_n_iterations: Iterations between two saves: rollouts, or optimizer steps of offline
+            algorithms. 0 saves only at the end.
+        keep_last: Number of newest checkpoints that are kept.
+        monitor: Validation metric, such as val/reward. The best checkpoint by it is kept too.
+            Default: no best checkpoint.
+        mode: "max" if a higher monitor is better, "min" if a lower one is.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Checkpoints(Checkpoint):
         if every_n_iterations < 0 or keep_last < 1:
             raise UserError(
                 f"Checkpoints needs every_n_iterations >= 0 and keep_last >= 1, found "
-                f"{every_n_iterations} and {keep_last}."
+                f"{every_n_iterations} and {keep_last}. Set both in the section of Checkpoints."
             )
         self.every_n_iterations, self.keep_last = every_n_iterations, keep_last
         self.monitor, self.mode = monitor, mode
@@ -54,17 +56,17 @@ class Checkpoints(Checkpoint):
         self.is_saving = False
         self.last_saved: Path | None = None
         self.best: float | None = None  # value of `monitor`
-        self.is_best = False  # the weights as they are now
-        self.rng_states: list[rng_state.RNGState] = []  # by rank, to be restored
+        self.is_best = False  # True if the current weights have the best value
+        self.rng_states: list[rng_state.RNGState] = []  # of a resumed run, by rank
 
     # When -----------------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: Trainer, algorithm: LightningModule) -> None:
-        """Takes the signals over as soon as Lightning has set its own handlers."""
+        """Install the signal handlers, after Lightning has set its own."""
         self.signals.install()
 
     def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Clears what is not of this run's past: half a save, later checkpoints, later metrics."""
+        """Remove incomplete saves, and checkpoints and metrics after this run's iteration."""
         self.signals.install()
         self.loop_state, folder = None, files.checkpoint_folder(trainer.default_root_dir)
         source = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
@@ -82,7 +84,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, algorithm: Algorithm, batch: Any, batch_idx: int
     ) -> None:
-        """The border between two iterations; a resumed run gets its random numbers back."""
+        """Save if it is time. Restore the random number states before a resumed first iteration."""
         if self.loop_state is not None:
             self.between_iterations(trainer, algorithm)
         elif len(self.rng_states) == trainer.world_size:
@@ -92,23 +94,22 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, algorithm: Algorithm, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes where data and loops are: at the border the next batch is fetched already."""
+        """Keep the state of data and loops: Lightning fetches the next batch before the save."""
         self.loop_state, self.is_best = deepcopy(trainer.fit_loop.state_dict()), False
 
     def on_validation_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Compares the monitored metric with its best value so far."""
+        """Compare the monitored metric with its best value so far."""
         if self.monitor is None or self.loop_state is None:
             return
         if self.monitor not in trainer.callback_metrics:
-            names = ", ".join(sorted(trainer.callback_metrics))
-            raise UserError(f"Checkpoints monitors {self.monitor}, but there are only {names}.")
+            raise UserError(unknown_monitor_message(self.monitor, [*trainer.callback_metrics]))
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
         if self.best is None or sign * value > sign * self.best:
             self.best, self.is_best = value, True
 
     def between_iterations(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Saves if it is time; leaves if a rank was told to."""
+        """Save if it is time, and exit if any rank received a stop signal."""
         every = self.every_n_iterations
         is_requested = self.signals.received is not None
         stop = trainer.strategy.reduce_boolean_decision(is_requested, all=False)
@@ -118,14 +119,14 @@ class Checkpoints(Checkpoint):
             received = self.signals.received
             why = f" by {received.name}" if received is not None else ""
             rank_zero_only(print)(
-                f"stopped{why} after iteration {algorithm.iteration}, saved as {self.last_saved}; "
-                f"to go on, run the same command with --ckpt_path last"
+                f"stopped{why} after iteration {algorithm.iteration}, saved as {self.last_saved}. "
+                f"To resume, run the same command with --ckpt_path last."
             )
             self.signals.requeue(trainer)
             raise SystemExit(0)
 
     def on_train_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Saves the end of the run, unless there was nothing left to do."""
+        """Save the end of the run, unless no iteration was left."""
         if self.loop_state is not None:
             self.save(trainer, algorithm)
         self.signals.restore()
@@ -133,13 +134,13 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: Trainer, algorithm: LightningModule, exception: BaseException
     ) -> None:
-        """Gives the signals back."""
+        """Restore the previous signal handlers."""
         self.signals.restore()
 
     # How ------------------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Writes the checkpoint of this iteration; every rank takes part."""
+        """Write the checkpoint of this iteration. A collective: every rank must call it."""
         if trainer.fast_dev_run:
             return
         folder = files.checkpoint_folder(trainer.default_root_dir)
@@ -152,9 +153,10 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier("checkpoint folder")
         self.is_saving = True
         try:
-            trainer.save_checkpoint(files.partial_path(path), weights_only=False)
+            # all ranks write to the partial path; the name appears after the last of them
+            trainer.save_checkpoint(partial_path(path), weights_only=False)
             if trainer.is_global_zero:
-                files.publish(files.partial_path(path), path)
+                publish(partial_path(path), path)
                 if self.is_best:
                     files.write_best(folder, path)
                 self.prune(folder)
@@ -168,24 +170,24 @@ class Checkpoints(Checkpoint):
         self.last_saved, self.is_best = path, False
 
     def prune(self, folder: Path) -> None:
-        """Deletes all but the newest checkpoints and the best one."""
+        """Delete all checkpoints but the newest ones and the best one."""
         best = files.read_best(folder)
         for path in files.list_checkpoints(folder)[: -self.keep_last]:
             if path != best:
-                files.delete_checkpoint(path)
+                delete_path(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
+        """Return the best value so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on comparing with it."""
+        """Restore the best value so far."""
         self.best = state_dict["best"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, algorithm: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds what Lightning leaves out; every rank takes part."""
+        """Add number of ranks, random number states and weight names. Every rank must call it."""
         if self.is_saving:
             checkpoint["loops"]["fit_loop"] = self.loop_state
         checkpoint["num_ranks"] = trainer.world_size
@@ -195,42 +197,64 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, algorithm: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Says what another number of ranks cannot keep."""
+        """Print what a resume on another number of ranks cannot restore."""
         self.rng_states, ranks = checkpoint.get("generators", []), checkpoint.get("num_ranks", 0)
         if trainer.training and ranks not in (0, trainer.world_size):
             rank_zero_only(print)(
                 f"saved on {ranks} rank(s), resumed on {trainer.world_size}: weights, optimizer "
-                f"and the place in the data are kept; python's, numpy's and torch's random numbers "
-                f"of each rank are not, and a batch of all ranks is data.batch_size times the "
-                f"number of ranks, so that steps have another size unless you change it"
+                f"and position in the data are restored. The random number states of Python, numpy "
+                f"and torch are not. A batch of all ranks has data.batch_size x ranks rows: set "
+                f"--data.batch_size to keep its size."
             )
 
 
 def save_error_message(path: Path, error: BaseException, last_saved: Path | None) -> str | None:
-    """Deletes what is half-written, and says so; None where writing is not what failed.
+    """Delete incomplete files and return a message, or return None for other errors.
 
     Args:
-        path: The checkpoint that was to be.
-        error: What came instead.
-        last_saved: The one before.
+        path: Checkpoint that could not be written.
+        error: Error of the save.
+        last_saved: Previous checkpoint.
     """
     if not files.is_write_error(error):
         return None
     free = shutil.disk_usage(path.parent).free / 2**20
     files.delete_partial_files(path.parent)
     return (
-        f"{path} could not be written; {free:,.1f} MiB were free on its disk. What was "
-        f"half-written is deleted. Last checkpoint: {last_saved or 'none yet'}. Make room, and go "
-        f"on with --ckpt_path last."
+        f"{path} could not be written; {free:,.1f} MiB were free on its disk. The incomplete "
+        f"file was deleted. Last checkpoint: {last_saved or 'none yet'}. Free disk space and "
+        f"resume with --ckpt_path last."
+    )
+
+
+def unknown_monitor_message(monitor: str, names: list[str]) -> str:
+    """Return what to set in the place of a monitor that is not logged.
+
+    Args:
+        monitor: Metric that Checkpoints monitors.
+        names: Metrics that are logged.
+
+    Example:
+        >>> unknown_monitor_message("val/objective/kl", ["val/kl/per_response_k1"])
+        'val/objective/kl was renamed to val/kl/per_response_k1. Set monitor of Checkpoints.'
+        >>> unknown_monitor_message("val/x", ["val/loss"])
+        'monitor of Checkpoints must be a logged metric, found val/x. Set it to one of val/loss.'
+    """
+    sentence = renamed_log_key(monitor)
+    if sentence is not None:
+        return f"{sentence} Set monitor of Checkpoints."
+    return (
+        f"monitor of Checkpoints must be a logged metric, found {monitor}. Set it to one of "
+        f"{', '.join(sorted(names))}."
     )
 
 
 def set_aside_foreign(folder: Path, num_done: int) -> None:
-    """Deletes half a save, and sets aside what is not of a run's past.
+    """Delete incomplete saves, and move checkpoints that the run has not reached yet.
 
     Args:
-        folder: Of the checkpoints.
-        num_done: Iterations that the run has behind it.
+        folder: Folder of the checkpoints.
+        num_done: Number of iterations that the run has finished. 0 for a new run.
     """
     files.delete_partial_files(folder)
     foreign = [
@@ -239,13 +263,13 @@ def set_aside_foreign(folder: Path, num_done: int) -> None:
     if foreign:
         files.move_to_superseded(foreign, folder)
         print(
-            f"{len(foreign)} checkpoint(s) of an earlier run, such as {foreign[-1].name}, are now "
-            f"in {folder / files.SUPERSEDED}"
+            f"{len(foreign)} checkpoint(s) of an earlier run, such as {foreign[-1].name}, were "
+            f"moved to {folder / files.SUPERSEDED}"
         )
 
 
 def warn_if_finished(trainer: Trainer, algorithm: Algorithm) -> None:
-    """A run that is at its end does nothing more, and how it can be made longer."""
+    """Print how to extend a run that has reached max_epochs or max_steps."""
     epochs, steps = trainer.fit_loop.epoch_progress.current.processed, trainer.global_step
     by_epochs = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs
     by_steps = 0 <= trainer.max_steps <= steps
@@ -253,5 +277,5 @@ def warn_if_finished(trainer: Trainer, algorithm: Algorithm) -> None:
         name = "max_epochs" if by_epochs else "max_steps"
         rank_zero_only(print)(
             f"this run is finished: {algorithm.iteration} iterations, {name} "
-            f"{getattr(trainer, name)}; to extend it, raise --trainer.{name}"
+            f"{getattr(trainer, name)}. Raise --trainer.{name} to extend it."
         )

@@ -1,4 +1,4 @@
-"""The run as a picture."""
+"""Picture of a run's metrics."""
 
 import csv
 from pathlib import Path
@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 
 class Curves(Callback):
-    """Draws `curves.png` into the run folder when training ends, from the CSV logger's metrics.
+    """Draw `curves.png` in the run folder when training ends, from the CSV logger's metrics.
 
     Args:
-        metrics: Which metrics to draw, each in a panel of its own, where there are any.
+        metrics: Metrics to draw, one panel each. Metrics that were not logged are left out.
     """
 
     def __init__(
@@ -33,17 +33,23 @@ class Curves(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, algorithm: LightningModule) -> None:
-        """Draws what the run logged."""
+        """Draw the metrics of each CSV logger."""
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()
                 metrics = Path(logger.log_dir) / "metrics.csv"
-                if metrics.exists():  # not where nothing was logged
+                if metrics.exists():  # it does not if nothing was logged
                     draw_curves(metrics, self.metrics, metrics.with_name("curves.png"))
 
 
 def draw_curves(metrics: Path, names: tuple[str, ...], path: Path) -> None:
-    """One panel per metric that the file has a curve of, over optimizer steps."""
+    """Draw one panel per metric with at least two values, over optimizer steps.
+
+    Args:
+        metrics: metrics.csv of a run.
+        names: Metrics to draw.
+        path: Picture to write. None is written if no metric has two values.
+    """
     with metrics.open() as file:
         rows = list(csv.DictReader(file))
     series = {

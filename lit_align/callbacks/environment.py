@@ -1,4 +1,4 @@
-"""What a run was made with: command, versions, machine, and the state of the user's code."""
+"""Log of the command, versions, machine and git state of each start of a run."""
 
 import json
 from pathlib import Path
@@ -15,24 +15,24 @@ from lit_align.runs.environment_file import (
     read_starts,
 )
 
-MAX_PATCH_BYTES = 2_000_000  # bytes of a patch that is kept
+MAX_PATCH_BYTES = 2_000_000  # a longer patch is cut
 
 
 class EnvironmentLog(Callback):
-    """Writes `environment.json` when a fit starts: a list with an entry per start of this run.
+    """Write `environment.json` when a fit starts: a list with one entry per start of the run.
 
-    If the folder that the command was given in is a git repository, an entry names its commit,
-    branch and changed files, and `uncommitted.patch` holds what the commit lacks.
+    In a git repository, an entry has the commit, branch and changed files of the current folder.
+    `uncommitted.patch` has the changes since the commit.
 
     Args:
-        command: The words behind `lit-align`; empty where a script started the run.
+        command: Arguments after `lit-align`. Default: none, for a Python script.
     """
 
     def __init__(self, command: tuple[str, ...] = ()):
         self.command = command
 
     def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Adds this start to those that the run goes on from; the first rank writes."""
+        """Add an entry for this start, on the first rank. A new run removes earlier entries."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder = Path(trainer.default_root_dir)

@@ -1,4 +1,4 @@
-"""The trained model as a folder that transformers loads without us."""
+"""Export of the trained networks as folders that transformers and peft load."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from lit_align.runs.model_card import write_card
 
 
 class Export(Callback):
-    """Writes `hf/` into the run folder when training ends: weights, tokenizer, stop ids, a card.
+    """Write weights, tokenizer, stop ids and a model card to `hf/` when training ends.
 
-    Several trained roles get a folder each, `hf/<role>`.
+    Several trained roles get one folder each, `hf/<role>`.
     """
 
     def on_train_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Saves every trained role, whole again if it was sharded."""
+        """Save every trained network, unsharded. Every rank must call it."""
         folder, main = Path(trainer.default_root_dir) / "hf", trainer.is_global_zero
         for network, target in export_folders(algorithm.roles, folder).items():
             tokenizer = write_stop_ids(network, trainer.datamodule)
-            if not main:
+            if not main:  # takes part in gathering the shards
                 network.save(target, is_main_process=False)
                 continue
             with atomic_folder(target) as part:

@@ -1,9 +1,9 @@
-"""Where the memory goes: the most bytes in each phase, and what they are for."""
+"""Measured peak of memory by phase, split into weights, gradients, states and the rest."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +28,14 @@ MIB = 2**20  # bytes
 
 
 class PhasePeak(NamedTuple):
-    """The largest memory of a phase, in bytes on this rank's device.
+    """Measured peak of a phase, in bytes on this rank's device.
 
     Args:
         peak: Most bytes in use at once.
-        parameters: Weights of all networks, frozen ones too, when the phase ends.
-        gradients: Of the weights that train, when the optimizer steps.
-        optimizer_state: When the phase ends.
-        other: What the peak has beyond these: activations, temporaries, caches, the batch.
+        parameters: Weights of all networks, also frozen ones, at the end of the phase.
+        gradients: Gradients at the last optimizer step of the phase.
+        optimizer_state: Optimizer states at the end of the phase.
+        other: The rest of the peak: activations, temporaries, KV cache, batch.
     """
 
     peak: int
@@ -46,15 +46,13 @@ class PhasePeak(NamedTuple):
 
 
 class Memory(Callback):
-    """Measures each phase: load, rollout, score, prepare, update.
+    """Measure the memory of each phase: load, rollout, score, prepare, update.
 
-    The bytes are the allocator's, not the process's. They are in the log (`memory/<phase>` and
-    their largest, `memory/peak`, in MiB, the most of all ranks), in the progress line and in
-    Lightning's bar where that is on, and in the run folder's `memory.csv`: the largest peak of each
-    phase by category, in bytes. On a GPU this costs nothing. On a CPU torch's profiler listens from
-    the start of a fit to its end, except during evaluation: 30 % more time with a model of 0.26 M
-    parameters, less with larger ones. A reward model is seen as it is loaded if this stands before
-    `Reward`.
+    The bytes are those of the allocator, not of the process. `memory/<phase>` and `memory/peak` are
+    logged in MiB, the largest of all ranks. `memory.csv` in the run folder has the largest peak of
+    each phase in bytes, by category. A GPU counts without cost. On a CPU, torch's profiler records
+    all of a fit but its evaluations: 30 % more time for a model of 0.26 M parameters, less for
+    larger ones. Put it before `Reward` to also count a reward model that is loaded.
     """
 
     allocations: Allocations
@@ -63,12 +61,11 @@ class Memory(Callback):
         self.peaks: dict[str, PhasePeak] = {}  # the largest of the run, by phase
         self.latest_peaks: dict[str, int] = {}  # bytes since the last log, by phase
         self.gradients = 0  # bytes when the optimizer stepped
-        self.planned: Mapping[str, int] = {}  # bytes by phase, where somebody has foretold them
 
     # When -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
-        """Begins to listen, before a network is there."""
+        """Start to count, before any network is built."""
         if stage != "fit":
             return
         self.peaks, self.latest_peaks = {}, {}
@@ -77,15 +74,15 @@ class Memory(Callback):
         on_cpu = self.device.type == "cpu"
         if on_cpu and isinstance(trainer.profiler, PyTorchProfiler):
             raise UserError(
-                "Memory listens through torch's profiler, of which there is one: leave out "
-                "--trainer.profiler pytorch, or Memory."
+                "Memory uses torch's profiler on a CPU, and only one profiler can run. Remove "
+                "--trainer.profiler pytorch or the callback Memory."
             )
         self.allocations = CPUAllocations() if on_cpu else AcceleratorAllocations(self.device)
         self.allocations.start()
         algorithm.phase_listeners.append(self)
 
     def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """All networks are there; some may have been built before anyone listened."""
+        """Count networks that were built before `setup`, and watch the optimizer steps."""
         self.allocations.raise_floor(
             storage_bytes(all_weights(self.trainer, self.algorithm), self.device)
         )
@@ -93,25 +90,25 @@ class Memory(Callback):
             optimizer.register_step_pre_hook(self.record_gradients)
 
     def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """What an algorithm computes in advance belongs to no phase."""
+        """Stop counting while an algorithm precomputes."""
         self.allocations.stop()
 
     def on_train_epoch_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Listens while the data are loaded, too."""
+        """Start to count, so that the first batch is included."""
         self.allocations.start()
 
     def on_validation_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Evaluation is no phase of training."""
+        """Stop counting in an evaluation, which is not a phase."""
         if self in algorithm.phase_listeners:
             self.allocations.stop()
 
     def on_validation_end(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Goes on."""
+        """Start to count again."""
         if self in algorithm.phase_listeners:
             self.allocations.start()
 
     def teardown(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
-        """Stops listening."""
+        """Stop counting."""
         if self in algorithm.phase_listeners:
             algorithm.phase_listeners.remove(self)
             self.allocations.stop()
@@ -119,24 +116,32 @@ class Memory(Callback):
     def on_exception(
         self, trainer: Trainer, algorithm: Algorithm, exception: BaseException
     ) -> None:
-        """Stops listening; the profiler would stay on."""
+        """Stop counting. The profiler would otherwise stay on after an error."""
         self.teardown(trainer, algorithm, "fit")
 
     # What -----------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> None:
-        """A phase starts."""
+        """Reset the peak at the start of a phase.
+
+        Args:
+            phase: Name of the phase.
+        """
         self.gradients = 0
         self.allocations.begin()
 
     def record_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """All gradients are there: the optimizer is about to step."""
+        """Keep the bytes of all gradients. Called before each optimizer step."""
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         self.gradients = storage_bytes(gradients, self.device)
 
     def end(self, phase: str) -> None:
-        """Keeps the phase's peak, if it is the largest."""
+        """Keep the peak of the phase if it is the largest of the run.
+
+        Args:
+            phase: Name of the phase.
+        """
         measured = self.allocations.end()
         parameters = storage_bytes(all_weights(self.trainer, self.algorithm), self.device)
         state = [
@@ -145,7 +150,8 @@ class Memory(Callback):
             for tensor in optimizer_state_tensors(optimizer)
         ]
         static = (parameters, self.gradients, storage_bytes(state, self.device))
-        peak = max(measured, sum(static))  # of weights that were there before, nobody heard
+        # weights that were loaded before `setup` may be missing in the allocator's count
+        peak = max(measured, sum(static))
         self.latest_peaks[phase] = max(peak, self.latest_peaks.get(phase, 0))
         if phase not in self.peaks or peak > self.peaks[phase].peak:
             self.peaks[phase] = PhasePeak(peak, *static, peak - sum(static))
@@ -155,7 +161,7 @@ class Memory(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, algorithm: Algorithm, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the iteration's peaks, and writes those of the run."""
+        """Log the peaks of the iteration, and write those of the run."""
         phase_peaks = {**self.latest_peaks, "peak": max(self.latest_peaks.values())}
         for phase, size in phase_peaks.items():
             value = torch.tensor(size / MIB, device=self.device)
@@ -165,20 +171,18 @@ class Memory(Callback):
         self.write_csv(trainer)
 
     def write_csv(self, trainer: Trainer) -> None:
-        """One row per phase, in bytes; each rank has a file."""
+        """Write one row per phase, in bytes, to the file of this rank."""
         rank = "" if trainer.world_size == 1 else f".rank{trainer.global_rank}"
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"memory{rank}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            extra = ["planned"] if self.planned else []
-            writer.writerow(["phase", *PhasePeak._fields, *extra])
-            for phase, peak in self.peaks.items():
-                writer.writerow([phase, *peak, *[self.planned.get(phase, 0) for _ in extra]])
+            writer.writerow(["phase", *PhasePeak._fields])
+            writer.writerows([phase, *peak] for phase, peak in self.peaks.items())
 
 
 def all_weights(trainer: Trainer, algorithm: Algorithm) -> Iterator[Tensor]:
-    """Those of all roles, and of the reward models."""
+    """Yield the weights of all roles and of the reward models."""
     yield from algorithm.parameters()
     for callback in trainer.callbacks:
         if isinstance(callback, Reward):

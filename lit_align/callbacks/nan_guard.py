@@ -1,4 +1,4 @@
-"""A loss that is no number stops the run before it reaches the weights."""
+"""Guard that stops a run at a loss or gradient of NaN or infinity."""
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -13,24 +13,23 @@ from lit_align.optim.galore import GaLore
 
 
 class NonFiniteGuard(Callback):
-    """Looks at losses and gradients once per optimizer step, on all ranks together.
+    """Check the losses and gradients of all ranks before each optimizer step.
 
-    NaN and infinity are answered with the step, the rows and the last checkpoint; the step is not
-    taken. Weights that are updated during backward (`per_layer`) have moved by then and are looked
-    at instead, so that no checkpoint holds a NaN.
+    A NaN or infinity raises a UserError with the step, the rows and the last checkpoint. The step
+    is not taken. With updates during backward (GaLore's `per_layer`) there are no gradients left
+    and the weights are checked instead, so that no checkpoint contains a NaN.
     """
 
     def on_before_optimizer_step(
         self, trainer: Trainer, algorithm: Algorithm, optimizer: Optimizer
     ) -> None:
-        """Reads one number from the device."""
+        """Raise a UserError if a loss or a gradient is not finite on any rank."""
         updated_in_backward = isinstance(optimizer, GaLore) and optimizer.per_layer
         tensors = local_shards(optimizer) if updated_in_backward else algorithm.grad_norms.values()
         checks = [tensor.isfinite().all() for tensor in tensors]
         checks += [part.finite.all() for part in algorithm.finite_rows]
-        all_checks = torch.stack(
-            [check.to(algorithm.device) for check in checks]
-        )  # shards may be offloaded
+        # one value is read from the device; shards may be offloaded to the CPU
+        all_checks = torch.stack([check.to(algorithm.device) for check in checks])
         if trainer.strategy.reduce_boolean_decision(bool(all_checks.all())):
             return
         saved = [each for each in trainer.checkpoint_callbacks if isinstance(each, Checkpoints)]
@@ -38,25 +37,23 @@ class NonFiniteGuard(Callback):
         where = "; ".join(filter(None, gather_texts(describe_non_finite_rows(trainer, algorithm))))
         what = f"The loss is not finite: {where}" if where else "The gradient is not finite"
         consequence = (
-            "but after updates during backward"
-            if updated_in_backward
-            else "so that the weights are as they were"
+            "after updates during backward" if updated_in_backward else "with unchanged weights"
         )
         raise UserError(
             f"{what}. Stopped in iteration {algorithm.iteration + 1}, before optimizer step "
             f"{trainer.global_step + 1}, {consequence}. Last checkpoint: {last}. "
-            f"Lower the learning rate or max_grad_norm, or look at these rows."
+            f"Lower --model.optimizer.lr or --model.max_grad_norm, or check these rows."
         )
 
 
 def local_shards(optimizer: Optimizer) -> list[Tensor]:
-    """This rank's shares of the weights that train."""
+    """Return this rank's shards of the trained weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return [w.to_local() if isinstance(w, DTensor) else w.detach() for w in weights]
 
 
 def describe_non_finite_rows(trainer: Trainer, algorithm: Algorithm) -> str:
-    """Names this rank's rows whose loss is not finite, with their prompts where they have any."""
+    """Return this rank's rows with a loss that is not finite, with their prompts; "" if none."""
     names = []
     for part in algorithm.finite_rows:
         prompts = part.columns.get("prompt", [""] * len(part.rows))
@@ -68,7 +65,7 @@ def describe_non_finite_rows(trainer: Trainer, algorithm: Algorithm) -> str:
 
 
 def gather_texts(text: str) -> list[str]:
-    """What each rank says."""
+    """Return the text of each rank, by rank. A collective: every rank must call it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [text]
     texts = [text] * distributed.get_world_size()

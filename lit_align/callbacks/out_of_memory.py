@@ -1,4 +1,4 @@
-"""What to change when memory runs out in an evaluation."""
+"""Advice when memory runs out in an evaluation."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer

@@ -1,4 +1,4 @@
-"""How a run goes: a few lines that read as well in a file as on a screen, and on it a live one."""
+"""Progress of a run: a few lines of metrics, and a live line on a terminal."""
 
 import math
 import time
@@ -16,19 +16,20 @@ DEFAULT_METRICS = (
     *("loss", "reward", "accuracy", "rewards/accuracies", "kl/per_response_k1", "entropy", "lr"),
     "memory/peak",
 )
-BAR_WIDTH = 16  # letters of the bar
+BAR_WIDTH = 16  # characters
 
 
 class Progress(Callback):
-    """Prints the main metrics some twenty times over a run; on a terminal, a bar below them.
+    """Print the main metrics about twenty times per run, and a bar on a terminal.
 
-    A line ends with the tokens per second and the shares of the phases that `Timing` has measured,
-    and the time that is left. The bar knows the phase under way, and how much of it is over if it
-    takes as long as in the iteration before. The first rank alone prints.
+    A line ends with the tokens per second, the time of each phase in percent (if `Timing` measures
+    them), and the remaining time. The bar shows the current phase and its progress, estimated from
+    the previous iteration. Only the first rank prints.
 
     Args:
-        lines_per_fit: Lines per fit, about; in a run without an end, steps per line.
-        metrics: Which metrics to show, where an algorithm logs them.
+        lines_per_fit: Approximate number of lines per fit. In a run without an end: steps per
+            line. 0 prints none.
+        metrics: Metrics to show. Those that the algorithm does not log are left out.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class Progress(Callback):
         self.started, self.steps = 0.0, 0
         self.console = Console()
         self.live: Live | None = None
-        self.head, self.tail = Text(), ""  # of the bar, around the phases
-        self.phase, self.phase_start = "", 0.0  # under way, and when it began
-        self.seconds: dict[str, float] = {}  # of the last iteration, by phase
+        self.head, self.tail = Text(), ""  # parts of the live line before and after the phases
+        self.phase, self.phase_start = "", 0.0  # current phase and its start in seconds
+        self.seconds: dict[str, float] = {}  # by phase, of the last iteration
 
     # When -----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Starts the clock, and on a terminal the bar."""
+        """Start the clock, and the bar on a terminal."""
         self.started, self.steps = time.monotonic(), 0
         if trainer.is_global_zero and self.lines_per_fit and self.console.is_terminal:
             self.head = Text("starting  ")
@@ -59,7 +60,7 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, algorithm: LightningModule, outputs: Any, batch: Any, idx: int
     ) -> None:
-        """Prints a line every so many batches, and at the end of an epoch."""
+        """Print a line if it is due, and at the last step; update the bar."""
         self.steps += 1
         values = trainer.callback_metrics
         self.seconds = {k[5:]: float(v) for k, v in values.items() if k.startswith("time/")}
@@ -90,12 +91,12 @@ class Progress(Callback):
 
     @rank_zero_only
     def on_validation_start(self, trainer: Trainer, algorithm: LightningModule) -> None:
-        """The bar says that training waits."""
+        """Show the validation as the current phase."""
         self.begin("validation")
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, algorithm: LightningModule) -> None:
-        """Prints what the validation measured."""
+        """Print the metrics of a validation."""
         if not trainer.sanity_checking:
             values = trainer.callback_metrics
             names = [name for name in values if name.startswith("val/")]
@@ -104,7 +105,7 @@ class Progress(Callback):
         self.phase = ""
 
     def teardown(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
-        """Takes the bar away."""
+        """Remove the bar."""
         if self.live is not None:
             algorithm.phase_listeners.remove(self)
             self.live.stop()
@@ -113,40 +114,46 @@ class Progress(Callback):
     def on_exception(
         self, trainer: Trainer, algorithm: Algorithm, exception: BaseException
     ) -> None:
-        """Takes the bar away, so that the error stands on lines of its own."""
+        """Remove the bar before an error is printed."""
         self.teardown(trainer, algorithm, "fit")
 
     # What -----------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> None:
-        """A phase starts."""
+        """Show a phase as the current one.
+
+        Args:
+            phase: Name of the phase.
+        """
         self.phase, self.phase_start = phase, time.monotonic()
 
     def end(self, phase: str) -> None:
-        """It is over."""
+        """Show no current phase.
+
+        Args:
+            phase: Name of the phase that ends.
+        """
         self.phase = ""
 
     def render_line(self) -> Text:
-        """The line on a terminal, as it is at this moment."""
+        """Return the live line of the terminal."""
         line = Text(no_wrap=True, overflow="ellipsis").append_text(self.head)
         phases = [*self.seconds, *([self.phase] if self.phase not in (*self.seconds, "") else [])]
         for position, name in enumerate(phases):
             is_current, last = name == self.phase, self.seconds.get(name, 0.0)
-            fraction = (
-                min(99.0, 100 * (time.monotonic() - self.phase_start) / last) if last else 0.0
-            )
-            passed = f" {fraction:.0f} %" if is_current and last else ""
+            percent = min(99.0, 100 * (time.monotonic() - self.phase_start) / last) if last else 0.0
+            passed = f" {percent:.0f} %" if is_current and last else ""
             line.append(" | " if position else "", "dim")
             line.append(name + passed, "bold" if is_current else "dim")
         return line.append(self.tail)
 
     def format_metrics(self, trainer: Trainer) -> list[str]:
-        """The metrics of the last step that this algorithm logs."""
+        """Return the metrics of the last step as text, one entry each."""
         values = trainer.callback_metrics
         return [f"{n} {float(values[n]):.4g}" for n in self.metrics if n in values]
 
     def format_speed(self, trainer: Trainer) -> list[str]:
-        """Tokens per second, and each phase's share of the iteration; empty if nobody measured."""
+        """Return tokens per second and each phase's share of the time; empty without `Timing`."""
         values, total = trainer.callback_metrics, sum(self.seconds.values())
         if "tokens_per_second" not in values or not total:
             return []
@@ -155,13 +162,23 @@ class Progress(Callback):
 
 
 def render_bar(fraction: float) -> list[tuple[str, str]]:
-    """A bar of which a share is full."""
+    """Return the filled and the empty part of a bar with their colors.
+
+    Example:
+        >>> [len(text) for text, _ in render_bar(0.25)]
+        [4, 12]
+    """
     full = round(fraction * BAR_WIDTH)
     return [("━" * full, "green"), ("━" * (BAR_WIDTH - full), "dim")]
 
 
 def format_duration(seconds: float) -> str:
-    """1:02:03, without the hours where there are none."""
+    """Return hours, minutes and seconds as text, without hours if there are none.
+
+    Example:
+        >>> format_duration(3723), format_duration(61)
+        ('1:02:03', '1:01')
+    """
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""What the policy said: completions as JSON lines in the run folder."""
+"""Log of responses as JSON lines in the run folder."""
 
 import json
 from pathlib import Path
@@ -13,26 +13,25 @@ from lit_align.runs.atomic_io import write_text_atomic
 
 
 class ResponseLog(Callback):
-    """Writes `completions/rollout_00010.jsonl` while training, and `predictions.jsonl`.
+    """Write responses to `completions/rollout_00010.jsonl` and `predictions.jsonl`.
 
-    The first rollout has a file, too. Each validation leaves its first answers, of the same prompts
-    each time, in `completions/held_out_00010.jsonl`; number 0 is before training, of the prompts
-    that Lightning's sanity check asks. Files are written whatever the logger is; Weights & Biases
-    gets the first rank's rollouts as a table as well.
+    The first rollout is also written. Each validation writes its first responses, always of the
+    same prompts, to `completions/held_out_00010.jsonl`. Number 0 is before training, from
+    Lightning's sanity check. Each rank writes its own file. Weights & Biases also gets the first
+    rank's rollouts as a table.
 
-    Each line has the data set's columns, the completion, its score and its length in tokens, and
-    where stored answers are among the rows, whether it is one (`stored`); predictions also have the
-    nats by which the policy exceeds the reference (`kl`). With several ranks each writes a file of
-    its own.
+    A line has the columns of the data set, the completion, its score and its length in tokens. With
+    offline responses, `stored` is true for those. Predictions also have `kl`, the log-ratio of
+    policy and reference in nats per response.
 
     Args:
-        every_n_rollouts: Rollouts between two files while training, 0 for none.
-        num_eval_samples: Answers of a validation that are kept on each rank, 0 for none.
+        every_n_rollouts: Rollouts between two files in training. 0 writes none.
+        num_eval_samples: Responses per validation and rank that are written. 0 writes none.
     """
 
     def __init__(self, every_n_rollouts: int = 10, num_eval_samples: int = 64):
         self.every_n_rollouts, self.num_eval_samples = every_n_rollouts, num_eval_samples
-        self.eval_rows: list[dict[str, Any]] = []  # answers of the validation under way
+        self.eval_rows: list[dict[str, Any]] = []  # of the current validation
 
     def on_train_batch_end(
         self,
@@ -42,7 +41,7 @@ class ResponseLog(Callback):
         batch: Experience,
         batch_idx: int,
     ) -> None:
-        """Writes the rollout just learnt from."""
+        """Write the rollout of this iteration if it is due."""
         if not self.every_n_rollouts or (
             algorithm.iteration % self.every_n_rollouts and algorithm.iteration != 1
         ):
@@ -64,12 +63,12 @@ class ResponseLog(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collects the first answers; rows that only fill up the last round are left out."""
-        rows = [row for row, real in zip(response_rows(batch), batch.is_new, strict=True) if real]
+        """Collect the first responses, without repeated rows."""
+        rows = [row for row, new in zip(response_rows(batch), batch.is_new, strict=True) if new]
         self.eval_rows += rows[: self.num_eval_samples - len(self.eval_rows)]
 
     def on_validation_end(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
-        """Writes them, once per iteration: a resumed run's sanity check is no new answer."""
+        """Write the collected responses, except in the sanity check of a resumed run."""
         rows, self.eval_rows = self.eval_rows, []
         if (
             rows
@@ -79,7 +78,7 @@ class ResponseLog(Callback):
             self.write_rows(trainer, f"held_out_{algorithm.iteration:05d}", rows)
 
     def on_predict_start(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
-        """Begins an empty file."""
+        """Start with an empty file."""
         self.output_path(trainer, Path("predictions")).write_text("", encoding="utf-8")
 
     def on_predict_batch_end(
@@ -91,32 +90,60 @@ class ResponseLog(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Adds the batch's answers; rows that only fill up the last round are left out."""
+        """Append the responses of a batch, without repeated rows."""
         rows = response_rows(outputs, kl=algorithm.sequence_kl(outputs).tolist())
-        new_rows = [row for row, real in zip(rows, outputs.is_new, strict=True) if real]
+        new_rows = [row for row, new in zip(rows, outputs.is_new, strict=True) if new]
         with self.output_path(trainer, Path("predictions")).open("a", encoding="utf-8") as file:
             file.write(self.to_json_lines(new_rows))
 
     def write_rows(self, trainer: Trainer, name: str, rows: list[dict[str, Any]]) -> None:
-        """Writes a table, whole or not at all."""
+        """Write a file of `completions/` atomically.
+
+        Args:
+            trainer: Trainer of the run.
+            name: Name of the file without rank and suffix.
+            rows: One dictionary per line.
+        """
         write_text_atomic(
             self.output_path(trainer, Path("completions") / name), self.to_json_lines(rows)
         )
 
     def output_path(self, trainer: Trainer, name: Path) -> Path:
-        """The file of this rank."""
+        """Return the path of this rank's file, and make its folder.
+
+        Args:
+            trainer: Trainer of the run.
+            name: Path in the run folder without rank and suffix.
+        """
         rank = "" if trainer.world_size == 1 else f".rank{trainer.global_rank}"
         path = Path(trainer.default_root_dir) / f"{name}{rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def to_json_lines(self, rows: list[dict[str, Any]]) -> str:
-        """One JSON object a line."""
+        r"""Return one JSON object per line.
+
+        Example:
+            >>> ResponseLog().to_json_lines([{"score": 0.5}, {"score": 1}])
+            '{"score": 0.5}\n{"score": 1}\n'
+        """
         return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def response_rows(batch: Experience, **extra: list[Any]) -> list[dict[str, Any]]:
-    """One dict per row: the columns, and what the callbacks measured."""
+    """Return a dictionary per row: columns, score, length and flags of the response.
+
+    Args:
+        batch: N responses.
+        **extra: Other columns, N values each.
+
+    Example:
+        >>> batch = Experience(
+        ...     {"prompt": ["a"]}, response_lengths=[2], truncated=[False], is_greedy=[True]
+        ... )
+        >>> response_rows(batch, kl=[0.5])
+        [{'prompt': 'a', 'length': 2, 'truncated': False, 'greedy': True, 'kl': 0.5}]
+    """
     fields = batch.fields()
     scores = {"score": batch.scores.tolist()} if "scores" in fields else {}
     offline = {"stored": batch.is_offline} if any(fields.get("is_offline", [])) else {}
@@ -133,10 +160,14 @@ def response_rows(batch: Experience, **extra: list[Any]) -> list[dict[str, Any]]
 
 
 def logger_cells(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """Values of one type per column, as tables of a logger want them: numbers, or else text.
+    """Return the cells of a table with one type per column: numbers, or else text.
 
     Args:
-        rows: As `response_rows` has them.
+        rows: Rows from `response_rows`.
+
+    Example:
+        >>> logger_cells([{"answer": 3, "score": 1}, {"answer": "c", "score": 0.5}])
+        [['3', 1], ['c', 0.5]]
     """
     texts = {
         name

@@ -1,4 +1,4 @@
-"""Scores every response as soon as it is there."""
+"""Scores of the responses of each batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lit_align.rewards.weighted_sum import WeightedSum
 
 
 class Reward(Callback):
-    """Writes the scores: a weighted sum of what the sources say. Stands behind `Rollout`.
+    """Score responses with a weighted sum of reward functions. It must come after `Rollout`.
 
     Args:
-        functions: What judges responses: rules, reward models, Python functions; one or several.
-        weights: What each source's score is multiplied with, 1 by default.
-        timeout: Seconds that a call of a source may take. Default: any time.
-        skip_failed_prompts: Leave out all rows of a prompt on which a source raises, returns NaN or
-            runs out of time, and count such prompts, instead of stopping the run.
+        functions: One or several reward functions: rules, reward models, Python functions.
+        weights: Weight of each function's score. Default: 1 each.
+        timeout: Most seconds of a call of a function. Default: no limit.
+        skip_failed_prompts: Leave out all rows of a prompt if a function raises, returns NaN or
+            exceeds the timeout, and log the number of such prompts. Otherwise the run stops.
     """
 
     def __init__(
@@ -41,26 +41,38 @@ class Reward(Callback):
         self.skip_failed_prompts = skip_failed_prompts
 
     def setup(self, trainer: Trainer, algorithm: LightningModule, stage: str) -> None:
-        """Loads what the sources need."""
+        """Load the models of the reward functions."""
         with trainer.precision_plugin.module_init_context():
             for source in self.weighted_sum.functions.values():
                 source.setup(algorithm)
 
     @torch.no_grad()
     def score_batch(self, trainer: Trainer, batch: Experience) -> list[bool]:
-        """Writes the scores; [N] whether a row is scored, or skipped with its prompt."""
+        """Write the scores [N], and return for each row if it is scored.
+
+        A row is not scored if its prompt is skipped.
+        """
         with trainer.precision_plugin.forward_context(), raise_on_all_ranks(trainer):
             is_scored = self.weighted_sum(batch)
         if self.skip_failed_prompts:
             number = torch.tensor(float(sum(is_scored)), device=batch.responses.device)
             if trainer.strategy.reduce(number, reduce_op="sum") == 0:
-                raise RewardError("every prompt of this batch was skipped: no reward worked")
+                raise RewardError(
+                    "every prompt of this batch was skipped, because a reward function failed. "
+                    "Set --reward.skip_failed_prompts false to see the error."
+                )
         return is_scored
 
     def source_statistics(
         self, trainer: Trainer, batch: Experience, rows: list[bool]
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Mean, standard deviation and number of each source's scores, over `rows` of all ranks."""
+        """Return mean, standard deviation and number of each function's scores over all ranks.
+
+        Args:
+            trainer: Trainer with the strategy that sums over the ranks.
+            batch: N scored responses.
+            rows: [N] True for the rows that count. Rows of a skipped prompt never count.
+        """
         device, reduce = batch.responses.device, trainer.strategy.reduce
         columns = {name: batch.columns[f"scores/{name}"] for name in self.weighted_sum.functions}
         scores = torch.tensor(list(columns.values()), dtype=torch.float32, device=device)  # [S, N]
@@ -75,7 +87,14 @@ class Reward(Callback):
     def log_skipped(
         self, algorithm: LightningModule, batch: Experience, is_scored: list[bool], prefix: str = ""
     ) -> None:
-        """Logs how many prompts were left out, on all ranks."""
+        """Log the number of skipped prompts, summed over all ranks.
+
+        Args:
+            algorithm: Algorithm that logs.
+            batch: N responses.
+            is_scored: [N] False for rows of a skipped prompt.
+            prefix: Start of the log key, such as val/.
+        """
         if self.skip_failed_prompts:
             pairs = zip(batch.group, is_scored, strict=True)
             number = float(len({group for group, known in pairs if not known}))
@@ -85,13 +104,13 @@ class Reward(Callback):
     def _evaluate(
         self, trainer: Trainer, algorithm: LightningModule, batch: Any, prefix: str | None
     ) -> None:
-        """Score an evaluation batch and log its counted rows. Skipped rows no longer count.
+        """Score an evaluation batch and log the means of its new rows. Skipped rows do not count.
 
         Args:
-            trainer: Lightning's.
-            algorithm: Logs the means.
-            batch: Skipped if `Rollout` has not generated responses for it.
-            prefix: Of the names in the log. None: nothing is logged or left out.
+            trainer: Trainer of the evaluation.
+            algorithm: Algorithm that logs.
+            batch: Batch. Ignored without responses of `Rollout`.
+            prefix: Start of the log keys. None logs nothing and counts skipped rows.
         """
         if not has_responses(batch):
             return
@@ -107,7 +126,7 @@ class Reward(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, algorithm: Algorithm, batch: Any, batch_idx: int
     ) -> None:
-        """Scores the rollout and logs its sampled rows."""
+        """Score the rollout and log the statistics of its sampled rows."""
         if not has_responses(batch):
             return
         with algorithm.phase("score"):
@@ -140,10 +159,12 @@ class Reward(Callback):
 
 @contextmanager
 def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
-    """Ends every rank where one fails inside; the others would wait in the next collective.
+    """Raise an error on every rank if the block fails on one of them.
+
+    The other ranks would otherwise wait forever in the next collective.
 
     Raises:
-        RewardError: With the message of the first rank that failed, on those that did not.
+        RewardError: On ranks without an error, with the message of the first rank that has one.
     """
     failure = None
     try:
@@ -163,5 +184,10 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
 
 
 def has_responses(batch: Any) -> bool:
-    """Whether these are prompts that `Rollout` has answered."""
+    """Return True if `Rollout` has generated responses for the batch.
+
+    Example:
+        >>> has_responses(Experience(prompts=torch.zeros(1, 1)))
+        False
+    """
     return isinstance(batch, Experience) and "responses" in batch.fields()

@@ -1,4 +1,4 @@
-"""What one step means, in numbers, before it starts."""
+"""Summary of a run, printed before it starts: rows, steps, roles and stop ids."""
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,17 +13,17 @@ from lit_align.data.text import load_tokenizer
 from lit_align.errors import UserError
 from lit_align.models.roles import Role, role_table
 
-OPTIONAL = {  # where a path has no tokenizer, or none can be fetched, there is nothing to compare
+OPTIONAL = {  # no error if a path has no tokenizer, or none can be fetched (transformers 5.23)
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
 
 
 class RunSummary(Callback):
-    """Prints the batch plan, the table of roles and the stop ids; refuses what cannot work."""
+    """Print batch, roles and stop ids, and refuse tokenizers that do not fit the networks."""
 
     def on_fit_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Checks on every rank, prints on the first."""
+        """Check on every rank, and print on the first."""
         check_vocabulary(trainer, algorithm)
         for role in algorithm.all_roles():
             check_role_tokenizer(role, trainer.datamodule.tokenizer)
@@ -32,18 +32,18 @@ class RunSummary(Callback):
 
 
 def check_vocabulary(trainer: Trainer, algorithm: Algorithm) -> None:
-    """Refuses a tokenizer that makes ids which a trained network does not know."""
+    """Refuse a tokenizer with more token ids than a network's vocabulary."""
     tokenizer = trainer.datamodule.tokenizer
     for role, network in algorithm.roles.items():
         if len(tokenizer) > network.vocab_size:
             raise UserError(
-                f"The tokenizer makes {len(tokenizer)} token ids and the {role} {network.name} "
-                f"knows {network.vocab_size}: set data.tokenizer to the model's own."
+                f"The tokenizer has {len(tokenizer)} token ids and the {role} {network.name} "
+                f"has {network.vocab_size}. Set --data.tokenizer to the model's own."
             )
 
 
 def check_role_tokenizer(role: Role, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a network that was trained on other token ids than it will be given."""
+    """Refuse a network whose own tokenizer has other token ids than the data's tokenizer."""
     path = role.network.path
     files = None if path is None else cached_file(path, "tokenizer_config.json", **OPTIONAL)
     if path is None or files is None:
@@ -53,13 +53,13 @@ def check_role_tokenizer(role: Role, tokenizer: PreTrainedTokenizerBase) -> None
     if unequal:
         raise UserError(
             f"The {role.name} {path} has another tokenizer than the data ({len(unequal)} tokens "
-            f"differ, such as {unequal[0]!r}), and reads the data's token ids: take a {role.name} "
-            f"with the same tokenizer, or set data.tokenizer."
+            f"differ, such as {unequal[0]!r}), but it gets the data's token ids. Use a {role.name} "
+            f"with the same tokenizer, or set --data.tokenizer."
         )
 
 
 def reward_roles(trainer: Trainer) -> list[Role]:
-    """The networks that score."""
+    """Return the roles of the networks of all reward functions."""
     rewards = [callback for callback in trainer.callbacks if isinstance(callback, Reward)]
     return [
         role
@@ -70,7 +70,7 @@ def reward_roles(trainer: Trainer) -> list[Role]:
 
 
 def summary_lines(trainer: Trainer, algorithm: Algorithm) -> list[str]:
-    """The plan, a line each for the batch, the roles and the ends of answers."""
+    """Return the lines of the summary: batch and steps, the role table, stop ids."""
     prompts, ranks = trainer.datamodule.batch_size, trainer.world_size
     lines = []
     if isinstance(algorithm, OnlineAlgorithm):
@@ -83,16 +83,16 @@ def summary_lines(trainer: Trainer, algorithm: Algorithm) -> list[str]:
         extra_rows = {"greedy": greedy, "offline": offline}
         extra_text = "".join(f" + {number} {kind}" for kind, number in extra_rows.items() if number)
         lines.append(
-            f"batch plan: {prompts} prompts x {algorithm.num_samples} samples{extra_text} = "
+            f"batch: {prompts} prompts x {algorithm.num_samples} samples{extra_text} = "
             f"{num_trained + greedy} rows per rollout and rank; {ranks} rank(s); "
             f"{steps} optimizer step(s) per rollout"
         )
     else:
-        lines.append(f"batch plan: {prompts} rows per optimizer step and rank; {ranks} rank(s)")
+        lines.append(f"batch: {prompts} rows per optimizer step and rank; {ranks} rank(s)")
     lines[0] += f"; micro-batches of up to {algorithm.microbatch_tokens} tokens"
     lines.extend(role_table([*algorithm.all_roles(), *reward_roles(trainer)]))
     lines.extend(
-        f"answers end at token ids {callback.stop_ids(trainer, algorithm)}"
+        f"stop token ids: {callback.stop_ids(trainer, algorithm)}"
         for callback in trainer.callbacks
         if isinstance(callback, Rollout) and isinstance(algorithm, OnlineAlgorithm)
     )

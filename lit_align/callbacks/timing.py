@@ -1,4 +1,4 @@
-"""Where the time goes: seconds of each phase, and tokens per second."""
+"""Seconds of each phase and tokens per second."""
 
 import time
 from typing import Any
@@ -10,28 +10,36 @@ from lit_align.algorithms.core.base import Algorithm
 
 
 class Timing(Callback):
-    """Measures rollout, score, prepare and update of each iteration.
+    """Measure rollout, score, prepare and update of each iteration.
 
-    Logged are `time/<phase>`, seconds of the slowest rank, and `tokens_per_second`: real tokens of
-    prompts and answers that all ranks went through, over the seconds of all phases. A phase ends
-    when its kernels are done, for which a GPU is waited for at most once per phase.
+    Logs `time/<phase>`, the seconds of the slowest rank, and `tokens_per_second`: tokens of prompts
+    and responses of all ranks, without padding, over the seconds of all phases. A phase ends when
+    its kernels are finished, so a GPU is synchronized once per phase.
     """
 
     def __init__(self) -> None:
         self.started = 0.0
-        self.seconds: dict[str, float] = {}  # since the last log, by phase
+        self.seconds: dict[str, float] = {}  # by phase, since the last log
 
     def on_train_start(self, trainer: Trainer, algorithm: Algorithm) -> None:
-        """Begins to watch; what was loaded before is no part of an iteration."""
+        """Start to measure. Loading before the first iteration is not included."""
         self.device, self.seconds = trainer.strategy.root_device, {}
         algorithm.phase_listeners.append(self)
 
     def begin(self, phase: str) -> None:
-        """A phase starts."""
+        """Start the clock of a phase.
+
+        Args:
+            phase: Name of the phase.
+        """
         self.started = time.monotonic()
 
     def end(self, phase: str) -> None:
-        """Adds its seconds; there may be several of one name in an iteration."""
+        """Add the seconds of a phase. An iteration may run a phase several times.
+
+        Args:
+            phase: Name of the phase.
+        """
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         passed = time.monotonic() - self.started
@@ -40,7 +48,7 @@ class Timing(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, algorithm: Algorithm, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the iteration's seconds and its speed."""
+        """Log the seconds and the speed of the iteration."""
         for phase, seconds in self.seconds.items():
             algorithm.log(f"time/{phase}", seconds, sync_dist=True, reduce_fx="max")
         total = sum(self.seconds.values())
@@ -50,6 +58,6 @@ class Timing(Callback):
         self.seconds = {}
 
     def teardown(self, trainer: Trainer, algorithm: Algorithm, stage: str) -> None:
-        """Stops watching."""
+        """Stop measuring."""
         if self in algorithm.phase_listeners:
             algorithm.phase_listeners.remove(self)

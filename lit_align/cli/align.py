@@ -9,12 +9,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.callbacks.checkpoint import Checkpoints
+from lit_align.callbacks.config_writer import ConfigWriter
 from lit_align.callbacks.curves import Curves
 from lit_align.callbacks.environment import EnvironmentLog
 from lit_align.callbacks.export import Export
@@ -27,8 +29,9 @@ from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
 from lit_align.callbacks.run_summary import RunSummary
 from lit_align.callbacks.timing import Timing
-from lit_align.cli.errors import run_folder_message, shorten
-from lit_align.cli.resume import ConfigWriter, resolve_checkpoint
+from lit_align.cli.errors import one_line, run_folder_message
+from lit_align.cli.mistakes import resolve_class, unknown_class
+from lit_align.cli.resume import resolve_checkpoint
 from lit_align.cli.settings_parser import SettingsParser
 from lit_align.data.base import TextDataModule
 from lit_align.errors import UserError
@@ -102,7 +105,7 @@ class AlignCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Fill in settings that depend on others, and refuse what the update step cannot use."""
+        """Fill in settings that depend on others, and refuse unsupported settings."""
         config = self.config[self.config.subcommand]
         if config.trainer.get("gradient_clip_val") is not None:
             raise UserError(
@@ -124,9 +127,10 @@ class AlignCLI(LightningCLI):
     def check_strategy(self, config: Namespace) -> None:
         """Read the names of FSDP as FSDP2. `Algorithm.setup` refuses Lightning's FSDPStrategy."""
         strategy = config.trainer.get("strategy")
-        if (
-            isinstance(strategy, str) and "." in strategy
-        ):  # jsonargparse takes a class path for a name
+        if isinstance(strategy, str) and "." in strategy:
+            # jsonargparse 4.53 reads a class path as a name, since the type has both
+            if resolve_class(Strategy, strategy) is None:
+                raise UserError(unknown_class("--trainer.strategy", Strategy, strategy))
             config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
         if strategy in ("fsdp", "fsdp_cpu_offload"):
             config.trainer.strategy = strategy.replace("fsdp", "fsdp2")
@@ -162,7 +166,7 @@ class AlignCLI(LightningCLI):
         except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
             own = (config.trainer.accelerator, config.trainer.devices) != ("auto", "auto")
             hint = DEVICES if own else ""
-            raise UserError(f"{shorten(str(error))}{hint}") from error
+            raise UserError(f"{one_line(str(error))}{hint}") from error
         given_types = {type(callback) for callback in trainer.callbacks}
         sections = [section for section in (config.rollout, config.reward) if section is not None]
         writers = [
@@ -181,12 +185,8 @@ class AlignCLI(LightningCLI):
         ]
         others = [each for each in trainer.callbacks if each not in first]
         first += [kind() for kind in self.phase_callbacks(trainer) if kind not in given_types]
-        trainer.callbacks[:] = [
-            *first,
-            *sections,
-            *others,
-            *writers,
-        ]  # a checkpoint is saved before the rollout
+        # checkpoints first: one is saved before the rollout of the next iteration starts
+        trainer.callbacks[:] = [*first, *sections, *others, *writers]
         return trainer
 
     def phase_callbacks(self, trainer: Trainer) -> list[type[Callback]]:

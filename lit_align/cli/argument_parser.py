@@ -1,4 +1,4 @@
-"""argparse for the commands beside the Trainer's, with errors of one line."""
+"""argparse for the commands that do not run the Trainer, with errors of one sentence."""
 
 import argparse
 from typing import NoReturn

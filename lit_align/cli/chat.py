@@ -2,9 +2,7 @@
 
 from lit_align.cli.argument_parser import ArgumentParser
 
-CHAT_DESCRIPTION = (
-    "Answer what you type, with the model's chat template; one model, or two side by side."
-)
+ABOUT = "Talk to a model, or to two side by side, with the model's chat template."
 
 
 def main(argv: list[str]) -> int:
@@ -37,11 +35,11 @@ def main(argv: list[str]) -> int:
 
 def build_parser() -> ArgumentParser:
     """Return the parser of the words after `chat`."""
-    parser = ArgumentParser(prog="lit-align chat", description=CHAT_DESCRIPTION)
+    parser = ArgumentParser(prog="lit-align chat", description=ABOUT)
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, exported folder or run folder.")
-    add("--compare_with", metavar="MODEL", help="A second model that answers beside the first.")
-    add("--temperature", type=float, default=1.0, help="SamplingParams temperature; 0 is greedy.")
+    add("--compare_with", metavar="MODEL", help="A second model, shown next to the first.")
+    add("--temperature", type=float, default=1.0, help="Sampling temperature; 0 is greedy.")
     add("--max_new_tokens", type=int, default=256, help="Longest response in tokens.")
     add("--top_p", type=float, default=1.0, help="Smallest probability mass to sample from.")
     add("--top_k", type=int, default=0, help="Number of tokens to sample from; 0 means all.")
@@ -52,7 +50,7 @@ def build_parser() -> ArgumentParser:
 
 
 def ask_user() -> str | None:
-    """Return what the user types; None at the end of the input."""
+    """Return the next line that the user types, or None at the end of the input."""
     try:
         return input("> ")
     except (EOFError, KeyboardInterrupt):

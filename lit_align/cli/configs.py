@@ -16,7 +16,7 @@ copy NAME     write one into FILE (default NAME.yaml) to be edited
 """
 GROUPS = {  # title by folder
     "": "Recipes (--config NAME):",
-    "overlays": "Overlays (--config RECIPE --config NAME changes a recipe where it fits):",
+    "overlays": "Overlays, which change a recipe (--config RECIPE --config NAME):",
 }
 
 

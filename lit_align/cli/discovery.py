@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
+from types import ModuleType
 
 FOLDERS = ("algorithms", "models", "data", "rewards", "callbacks")
 
@@ -14,6 +15,25 @@ def import_all() -> None:
         package = importlib.import_module(f"lit_align.{folder}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
+
+
+def module_of(class_path: str) -> ModuleType | None:
+    """Import and return the module of an import path, or return None if there is no such module.
+
+    An import that fails inside of the module raises its error: the user must see that line.
+
+    Args:
+        class_path: Import path of a class, such as my_module.MyClass.
+    """
+    name = class_path.rpartition(".")[0]
+    if not name or name.startswith("."):
+        return None
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if f"{name}.".startswith(f"{error.name}."):  # the module itself or a package above it
+            return None
+        raise
 
 
 def concrete_subclasses(base: type) -> Iterator[type]:
@@ -28,7 +48,7 @@ def concrete_subclasses(base: type) -> Iterator[type]:
 def init_parameters(cls: type) -> dict[str, inspect.Parameter]:
     """Return the named parameters that the constructors of `cls` and of its parents take.
 
-    `**kwargs` of a constructor is taken to go to its parent's.
+    The `**kwargs` of a constructor are assumed to go to its parent's constructor.
     """
     constructors = [
         vars(parent)["__init__"] for parent in cls.__mro__ if "__init__" in vars(parent)

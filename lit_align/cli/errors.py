@@ -29,7 +29,7 @@ def library_message(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return str(error)
     if isinstance(error, MisconfigurationException):
-        return shorten(str(error))
+        return one_line(str(error))
     if is_disk_full(error):
         named = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return (
@@ -50,8 +50,13 @@ def wrapped_user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
-def shorten(text: str) -> str:
-    """Return a library's message on one line, cut after 300 characters."""
+def one_line(text: str) -> str:
+    r"""Return a library's message on one line, cut after 300 characters.
+
+    Example:
+        >>> one_line("No such\n    file")
+        'No such file'
+    """
     line = " ".join(text.split())
     return line if len(line) <= MAX_LENGTH else f"{line[:MAX_LENGTH]}..."
 
@@ -83,14 +88,14 @@ def run_folder_message(error: OSError, folder: Path) -> str | None:
 
 
 def silence_known_warnings() -> None:
-    """Silence what libraries print at every start and no user can act on."""
+    """Silence messages that libraries print at every start and that no user can act on."""
     chatter = re.compile(r"💡|GPU available: False|TPU available|to estimate number of stepping")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not chatter.search(record.getMessage()))
     warnings.filterwarnings("ignore", r"'set_vital' is deprecated", UserWarning)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints that it starts
     for text in (
-        r"It is recommended to use `self\.log\(.*sync_dist",  # these means are of all ranks already
+        r"It is recommended to use `self\.log\(.*sync_dist",  # means are over all ranks already
         "treespec",
         "Found .* module.*in eval mode",
         ".* does not have many workers",

@@ -10,7 +10,7 @@ from lit_align.cli.argument_parser import ArgumentParser
 
 ABOUT = "Compare models on the same prompts: reward, KL, win rate, diversity, exact match, pass@k."
 SECTIONS = """
-sections, as of `lit-align fit` (lit-align fit --data.help PromptData lists the settings of one):
+sections of `lit-align fit` (lit-align fit --data.help PromptData lists the settings of one):
   --config FILE         config of a run, or a packaged one, for data, reward and rollout
   --data.path PATH      data set with the prompts, and other settings of PromptData
   --reward.functions R  reward functions, and other settings of Reward
@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--judge", type=str, default=None, metavar="COMMAND",
         help="Command that reads pairs of responses as JSON lines and prints a, b or tie for "
         "each.")  # fmt: skip
-    add("--temperature", type=float, default=1.0, help="SamplingParams temperature of all models.")
+    add("--temperature", type=float, default=1.0, help="Sampling temperature of all models.")
     add("--reference", type=str, default=None, metavar="MODEL",
         help="Reference model of the KL. Default: the first model.")  # fmt: skip
     add("--out", type=str, default="evaluation.json", metavar="FILE", help="JSON file to write.")

@@ -41,12 +41,13 @@ def run_evaluation(args: list[str]) -> int:
         args: The words after `evaluate`.
     """
     options, built = parse(args)
-    models = list(dict.fromkeys(map(resolve_model, options.models)))
+    models = list(dict.fromkeys(map(resolve_model, options.models)))  # a repeated model runs once
     reference = resolve_model(options.reference or models[0])
     tasks = [task for task in options.tasks.split(",") if task]
     benchmarks = [LMEvalTasks(tasks, options.tasks_limit, options.tasks_folder)] if tasks else []
     responses = {}
     for model in models:
+        # the same seed for each, so that models differ and not their random numbers
         seed_everything(options.seed, verbose=False)
         responses[model] = predict_responses(
             model, reference, built.data, built.rollout, built.reward,
@@ -78,8 +79,8 @@ def parse(args: list[str]) -> tuple[Namespace, Namespace]:
     options = parser.parse_args(fit_sections(args))
     if options.reward is None and not options.judge:
         raise UserError(
-            "evaluate compares models by rewards. Add --reward.functions, --config of a run that "
-            "has a reward, or --judge."
+            "evaluate compares models by rewards. Set --reward.functions, --judge, or --config "
+            "of a run that has a reward."
         )
     data = options.data.init_args
     if data.tokenizer is None:
@@ -90,25 +91,37 @@ def parse(args: list[str]) -> tuple[Namespace, Namespace]:
 
 
 def fit_sections(args: list[str]) -> list[str]:
-    """The words with each `--config` of a run cut to what an evaluation needs of it."""
+    """Replace each `--config` of a run by the sections that an evaluation has.
+
+    Args:
+        args: The words after `evaluate`.
+    """
     argv = [part for word in args for part in split_option(word)]
-    places = [i + 1 for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
-    configs = {place: read_config(argv[place]) for place in places}
+    positions = [i + 1 for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
+    configs = {position: read_config(argv[position]) for position in positions}
     kind = chosen_class("data", TextDataModule, list(configs.values()), argv)
     if kind is None or not issubclass(kind, PromptData):
-        kind = PromptData  # which reads the prompts of any other data module's rows
-    for place, settings in configs.items():
-        argv[place] = to_inline_yaml(evaluation_sections(settings, kind))
+        kind = PromptData  # reads the prompts of any other data module's rows
+    for position, settings in configs.items():
+        argv[position] = to_inline_yaml(evaluation_sections(settings, kind))
     return argv
 
 
 def evaluation_sections(settings: Settings, data: type) -> Settings:
-    """The sections of a run's config that an evaluation has, too."""
-    left = drop_unsupported(settings, {"model": OnlineAlgorithm, "data": data})
-    trainer = left.get("trainer") or {}
-    kept = {name: left[name] for name in ("data", "reward", "rollout") if left.get(name)}
-    if "rollout" in kept:
-        kept["rollout"] = {**kept["rollout"], "class_path": "Rollout"}
-    if "data" in kept:
-        kept["data"] = {**kept["data"], "class_path": f"{data.__module__}.{data.__name__}"}
-    return {**kept, **{k: trainer[k] for k in ("accelerator", "precision") if trainer.get(k)}}
+    """Return data, reward, rollout, accelerator and precision of a run's config.
+
+    Args:
+        settings: Settings of the config.
+        data: Class of the data module that the evaluation reads.
+    """
+    remaining = drop_unsupported(settings, {"model": OnlineAlgorithm, "data": data})
+    trainer = remaining.get("trainer") or {}
+    sections = {
+        name: remaining[name] for name in ("data", "reward", "rollout") if remaining.get(name)
+    }
+    if "rollout" in sections:
+        sections["rollout"] = {**sections["rollout"], "class_path": "Rollout"}
+    if "data" in sections:
+        path = f"{data.__module__}.{data.__name__}"
+        sections["data"] = {**sections["data"], "class_path": path}
+    return {**sections, **{k: trainer[k] for k in ("accelerator", "precision") if trainer.get(k)}}

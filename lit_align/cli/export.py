@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lit_align.cli.align import ExportCLI
 
 ABOUT = "Turn a checkpoint into a folder that transformers (or, for an adapter, peft) loads."
-ONE_PROCESS = {  # settings of the trainer, whatever those of the run were
+ONE_PROCESS = {  # settings of the trainer in the place of the run's
     "accelerator": "cpu",
     "strategy": "auto",
     "devices": 1,
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     from lit_align.tools.export import export_checkpoint
 
-    checkpoint = resolve_checkpoint(options.ckpt_path)
+    checkpoint = find_checkpoint(options.ckpt_path)
     config = options.config or checkpoint.parents[1] / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config}: no such file. Set --config to the config.yaml of the run.")
@@ -59,17 +59,13 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """Return a checkpoint's path, or the newest checkpoint of a run folder.
 
     Args:
-        path: Of the checkpoint or of the run folder.
+        path: Checkpoint, or run folder.
     """
-    from lit_align.runs.checkpoint_files import (
-        checkpoint_folder,
-        newest_readable,
-        read_header,
-    )
+    from lit_align.runs.checkpoint_files import checkpoint_folder, newest_readable, read_header
 
     if not path.exists():
         raise UserError(f"--ckpt_path {path}: no such checkpoint.")

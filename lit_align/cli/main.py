@@ -1,6 +1,6 @@
 """The command `lit-align`: find the command, run it, and print a user's mistake as a sentence.
 
-Modules of this file's imports must not import torch: `lit-align --help` must answer at once.
+The modules that this file imports must not import torch: `lit-align --help` must print at once.
 """
 
 import difflib
@@ -63,8 +63,8 @@ def help_text() -> str:
     return "\n".join(
         [
             *lines,
-            "lit-align COMMAND --help shows the options of a command;",
-            "lit-align fit --model.help ReMax those of an algorithm.",
+            "lit-align COMMAND --help shows the options of a command.",
+            "lit-align fit --model.help ReMax shows the options of an algorithm.",
         ]
     )
 
@@ -83,8 +83,8 @@ def run_command(name: str, args: list[str]) -> int:
         hint = f"Did you mean '{near[0]}'?" if near else "See lit-align --help."
         raise UserError(f"'{name}' is not a command. {hint}")
     for word in args:
-        if (answer := renamed_flag(name, word.partition("=")[0])) is not None:
-            raise UserError(answer)
+        if (sentence := renamed_flag(name, word.partition("=")[0])) is not None:
+            raise UserError(sentence)
     if name in TOOLS:
         status: int = importlib.import_module(f"lit_align.cli.{name}").main(args)
         return status

@@ -1,4 +1,4 @@
-"""Find the first wrong setting of a command line, and say what is wrong with it.
+"""Find the first wrong setting of a command line, and describe what is wrong with it.
 
 jsonargparse reports an error from the inside out, with all types that it has tried. Here the same
 settings are checked one by one, each against the signature of its class.
@@ -7,7 +7,6 @@ settings are checked one by one, each against the signature of its class.
 from __future__ import annotations
 
 import difflib
-import importlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from lightning.pytorch import Trainer
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.cli.discovery import concrete_subclasses, init_arguments
+from lit_align.cli.discovery import concrete_subclasses, init_arguments, module_of
 from lit_align.data.base import TextDataModule
 from lit_align.renamed import renamed_class, renamed_key
 
@@ -34,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "reward": Reward,
 }
 REQUIRED = ("model", "data")
+MAX_CLASSES = 12  # classes that a message lists
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -130,9 +130,11 @@ def class_mistakes(key: str, base: type, value: Any) -> Iterator[str]:
         base: The class, or a parent of those that may be named.
         value: A class's name, or its settings.
     """
-    node = {"class_path": value} if isinstance(value, str) else value
-    if not isinstance(node, dict):
+    settings = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(settings, dict):
         return
+    node: Tree = {}
+    merge(node, settings)  # an entry of a list still has its `init_args`
     name = node.get("class_path")
     cls = base if name is None else resolve_class(base, str(name))
     if cls is None:
@@ -214,23 +216,29 @@ def resolve_class(base: type, name: str) -> type | None:
         base: A parent of the class.
         name: As given.
     """
-    module, _, short = name.rpartition(".")
-    known = {cls.__name__: cls for cls in (base, *concrete_subclasses(base))}
-    if not module:
-        return known.get(short)
-    try:
-        found = getattr(importlib.import_module(module), short, None)
-    except ImportError:
-        return None
-    return found if isinstance(found, type) else known.get(short)
+    short = name.rpartition(".")[2]
+    if short == name:
+        return {cls.__name__: cls for cls in (base, *concrete_subclasses(base))}.get(name)
+    found = getattr(module_of(name), short, None)
+    return found if isinstance(found, type) else None
 
 
 def unknown_class(key: str, base: type, name: str) -> str:
-    """Return a sentence about a class that is not there."""
-    if (answer := renamed_class(name)) is not None:
-        return f"{key}: {answer}"
-    known = [cls.__name__ for cls in concrete_subclasses(base)]
-    return f"{key} {name}: there is no such class.{did_you_mean(name, known)}"
+    """Return a sentence about a class that is not there.
+
+    Args:
+        key: Flag of the setting that names the class.
+        base: A parent of the classes that may be named.
+        name: Short name or import path, as given.
+    """
+    if (sentence := renamed_class(name)) is not None:
+        return f"{key}: {sentence}"
+    module, _, short = name.rpartition(".")
+    if module and module_of(name) is None:
+        return f"{key} {name}: No module named '{module}' in this folder or in Python's path."
+    known = sorted({cls.__name__ for cls in concrete_subclasses(base)})
+    hint = did_you_mean(short, known) or f" Use one of {', '.join(known[:MAX_CLASSES])}."
+    return f"{key} {name}: there is no such class.{hint}"
 
 
 def unknown_key(key: str, owner: str, name: str, known: Iterable[str]) -> str:
@@ -242,8 +250,9 @@ def unknown_key(key: str, owner: str, name: str, known: Iterable[str]) -> str:
         name: The last part of the key.
         known: What the owner has.
     """
-    if (answer := renamed_key(key)) is not None:
-        return answer
+    known = set(known)
+    if (sentence := renamed_key(key, known)) is not None:
+        return sentence
     return f"{key}: {owner} has no setting '{name}'.{did_you_mean(name, known)}"
 
 

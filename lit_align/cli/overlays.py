@@ -1,7 +1,5 @@
 """Read configs by name, and cut overlays to the chosen classes."""
 
-import difflib
-import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ import yaml
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.cli.configs import missing_config, packaged_configs
-from lit_align.cli.discovery import concrete_subclasses, init_arguments
+from lit_align.cli.discovery import concrete_subclasses, init_arguments, module_of
+from lit_align.cli.mistakes import unknown_class
 from lit_align.data.base import TextDataModule
 from lit_align.errors import UserError
 
@@ -113,17 +112,10 @@ def chosen_class(section: str, base: type, configs: list[Settings], argv: list[s
     if name is None:
         return None
     if "." in name:
-        try:
-            importlib.import_module(name.rpartition(".")[0])
-        except ModuleNotFoundError as error:
-            raise UserError(f"--{section} {name}: {error}") from error
+        module_of(name)  # defines the user's class, so that it is among the subclasses
     known = {kind.__name__: kind for kind in concrete_subclasses(base)}
     if name.rpartition(".")[2] not in known:
-        matches = difflib.get_close_matches(name, known, n=1)
-        hint = (
-            f"Did you mean '{matches[0]}'?" if matches else f"There are {', '.join(sorted(known))}."
-        )
-        raise UserError(f"--{section} {name}: there is no such class. {hint}")
+        raise UserError(unknown_class(f"--{section}", base, name))
     return known[name.rpartition(".")[2]]
 
 

@@ -1,4 +1,4 @@
-"""`lit-align plan`: whether a run fits in memory, before a GPU is rented for it."""
+"""`lit-align plan`: estimate the peak memory of a run before it starts."""
 
 import argparse
 import re
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from lit_align.cli.argument_parser import ArgumentParser
 
-PLAN_DESCRIPTION = (
+ABOUT = (
     "Estimate the peak memory of a fit by phase, from the real code on tensors without values. "
-    "Needs no GPU, no weights, no data and no network. Takes all options of `lit-align fit`, and "
-    "paths such as shape:llama-3-8b or a config.json. Exit status 0: fits, 1: does not fit, "
-    "2: wrong input."
+    "Needs no GPU, no weights, no data and no network. Takes all options of `lit-align fit`. A "
+    "model's path may be a config.json or a name such as shape:llama-3-8b. Exit status 0: fits, "
+    "1: does not fit, 2: wrong input."
 )
 SIZE_UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> ArgumentParser:
-    """Return the parser of the options that `plan` has beside those of `fit`."""
-    parser = ArgumentParser(prog="lit-align plan", description=PLAN_DESCRIPTION, allow_abbrev=False)
+    """Return the parser of the options that `plan` has in addition to those of `fit`."""
+    parser = ArgumentParser(prog="lit-align plan", description=ABOUT, allow_abbrev=False)
     add = parser.add_argument
     add("--gpu_memory", type=parse_size, default="80GB", metavar="80GB",
         help="Memory of a GPU: a number and GB (10^9 bytes) or GiB (2^30 bytes).")  # fmt: skip
@@ -57,5 +57,5 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(SIZE_UNITS)})?", text)
     if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"invalid size {text}; expected for example 80GB")
+        raise argparse.ArgumentTypeError(f"invalid size {text}. Set for example 80GB")
     return int(float(found[1]) * SIZE_UNITS[found[2] or "GB"])

@@ -1,4 +1,4 @@
-"""A run of `fit` as it is parsed, built where tensors have no values, and not started."""
+"""Run `lit-align plan` after its words are parsed: build the run and simulate two batches."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
 from lit_align.plan.suggestions import candidate_arguments, try_suggestions
 from lit_align.plan.table import MemoryPlan, as_json, plan_table, verdict
 
-DISTRIBUTED_STRATEGIES = ("fsdp", "ddp")  # how words of strategies begin for which ranks talk
+DISTRIBUTED_STRATEGIES = ("fsdp", "ddp")  # how the names of distributed strategies begin
 
 
 class PlanCLI(AlignCLI):
-    """Parses the words of a `fit`, and builds a trainer of one rank that nothing is started for.
+    """Parse the words of a `fit`, and build a trainer of one simulated rank without starting it.
 
     Args:
-        args: As of `fit`.
-        prompt_tokens: Of each prompt or text; by default the most that data allow.
+        args: The words after `fit`, their configs read.
+        prompt_tokens: Length of each prompt or text. None: the maximum of the data section.
     """
 
     def __init__(self, args: list[str], prompt_tokens: int | None = None):
@@ -40,24 +40,27 @@ class PlanCLI(AlignCLI):
         super().__init__(["fit", *args])
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is resumed or written."""
+        """Fill in settings as `fit` does, without a checkpoint to resume from."""
         config = self.config[self.config.subcommand]
         config.ckpt_path = None
         super().before_instantiate_classes()
 
     def instantiate_classes(self) -> None:
-        """Waits for `build`: until then nothing has told where the run is to be."""
+        """Read the machine from the settings; `build` instantiates the classes later.
+
+        The networks must be built inside of the simulation, where tensors have no values.
+        """
         config = self.config[self.config.subcommand]
         self.machine = machine_from_config(config.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer for two batches of the first rank."""
+        """Return a trainer for two batches of the first rank."""
         config = self.config_init[self.config_init.subcommand]
         self.check_sections(config)
         settings, ranks = config.trainer, self.machine.ranks
         sections = [section for section in (config.rollout, config.reward) if section is not None]
         return Trainer(
-            accelerator="cpu",
+            accelerator="cpu",  # also if the run is for a GPU, which is simulated
             devices=ranks // settings.num_nodes,
             num_nodes=settings.num_nodes,
             strategy=settings.strategy,
@@ -74,10 +77,10 @@ class PlanCLI(AlignCLI):
         )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Starts nothing."""
+        """Start nothing (LightningCLI 2.6 has no public switch in subcommand mode)."""
 
     def build(self) -> SimulatedRun:
-        """What was parsed, as objects."""
+        """Instantiate the classes, with a data module of maximum lengths."""
         super().instantiate_classes()
         config = self.config_init[self.config_init.subcommand]
         online = isinstance(self.model, OnlineAlgorithm)
@@ -91,25 +94,30 @@ class PlanCLI(AlignCLI):
 
 
 def machine_from_config(trainer: Namespace) -> Machine:
-    """Where a trainer's settings say that it runs.
+    """Return the machine of a trainer's settings.
 
     Args:
-        trainer: The section of a config.
+        trainer: The section `trainer` of a config.
+
+    Example:
+        >>> settings = {"devices": 4, "num_nodes": 2, "strategy": "fsdp2", "accelerator": "gpu"}
+        >>> machine_from_config(Namespace(**settings)).ranks
+        8
     """
     devices, strategy = trainer.devices, trainer.strategy
     name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
     is_distributed = name.rpartition(".")[2].lower().startswith(DISTRIBUTED_STRATEGIES)
     if devices in ("auto", -1, "-1") and is_distributed:
         raise UserError(
-            f"--trainer.devices {devices} counts the GPUs of this machine, and the plan may be for "
-            f"another one: give their number."
+            f"--trainer.devices {devices} would count the GPUs of this machine. Set it to the "
+            f"number of GPUs per node that the run will have."
         )
     num_devices = 1 if devices in ("auto", -1, "-1") else count_devices(devices)
     ranks = num_devices * trainer.num_nodes
     if ranks > 1 and not is_distributed:
         raise UserError(
-            f"{ranks} devices need a strategy: --trainer.strategy fsdp2 splits the weights over "
-            f"them, ddp copies them."
+            f"{ranks} devices need a distributed strategy, found {name}. Set --trainer.strategy "
+            f"fsdp2 to shard the weights over them, or ddp to copy them."
         )
     return Machine(
         ranks=ranks, is_gpu=trainer.accelerator != "cpu", has_process_group=is_distributed
@@ -117,7 +125,12 @@ def machine_from_config(trainer: Namespace) -> Machine:
 
 
 def count_devices(devices: Any) -> int:
-    """How many devices are meant: a number, or a list of their own numbers."""
+    """Return the number of devices of `trainer.devices`: a number, or a list of indices.
+
+    Example:
+        >>> count_devices(8), count_devices("0,1,3"), count_devices([2])
+        (8, 3, 1)
+    """
     if isinstance(devices, list):
         return len(devices)
     text = str(devices)
@@ -126,7 +139,7 @@ def count_devices(devices: Any) -> int:
 
 @contextmanager
 def disable_logging() -> Iterator[None]:
-    """Suppress log output of the simulated run except errors."""
+    """Suppress the log output and the warnings of the simulated run, except errors."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -141,27 +154,27 @@ def disable_logging() -> Iterator[None]:
 
 
 def run_plan(words: list[str], options: argparse.Namespace) -> int:
-    """One run, and if it does not fit, small changes of it.
+    """Plan a run, and changes of it if it does not fit; return the exit status.
 
     Args:
-        words: As of `fit`.
+        words: The words of a `fit`.
         options: The options of `plan`.
     """
     cli, plan = plan_once(words, options)
     if not options.json:
         Console(width=max(Console().width, 110)).print(plan_table(plan))
         print(verdict(plan))
-    others = [] if plan.fits else plan_suggestions(words, options, cli)
+    changes = [] if plan.fits else plan_suggestions(words, options, cli)
     if options.json:
-        print(json.dumps({**as_json(plan), "changes": others}))
+        print(json.dumps({**as_json(plan), "changes": changes}))
     return 0 if plan.fits else 1
 
 
 def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlanCLI, MemoryPlan]:
-    """A run, and what it takes.
+    """Simulate a run and return it with its memory.
 
     Args:
-        words: As of `fit`.
+        words: The words of a `fit`.
         options: The options of `plan`.
     """
     cli = PlanCLI(resolve_configs(words), options.prompt_tokens)
@@ -172,20 +185,20 @@ def plan_once(words: list[str], options: argparse.Namespace) -> tuple[PlanCLI, M
 def plan_suggestions(
     words: list[str], options: argparse.Namespace, cli: PlanCLI
 ) -> list[dict[str, object]]:
-    """Small changes of a run that does not fit, each printed as soon as it is known.
+    """Plan small changes of a run that does not fit, and print each as soon as it is planned.
 
     Args:
-        words: As of `fit`.
+        words: The words of a `fit`.
         options: The options of `plan`.
-        cli: The run as it is.
+        cli: The run without a change.
     """
     found: list[dict[str, object]] = []
-    more = list(candidate_arguments(cli.config.fit, cli.machine.ranks))
-    for change in try_suggestions(more, lambda added: plan_once([*words, *added], options)[1]):
-        line, plan = " ".join(change.argv), change.plan
-        told = f"refused: {plan}" if isinstance(plan, str) else verdict(plan)
+    candidates = list(candidate_arguments(cli.config.fit, cli.machine.ranks))
+    for change in try_suggestions(candidates, lambda argv: plan_once([*words, *argv], options)[1]):
+        added, plan = " ".join(change.argv), change.plan
+        message = f"refused: {plan}" if isinstance(plan, str) else verdict(plan)
         size = {} if isinstance(plan, str) else {"peak": plan.peak[1].total, "phase": plan.peak[0]}
-        found.append({"words": line, "fits": change.fits, "told": told, **size})
+        found.append({"words": added, "fits": change.fits, "message": message, **size})
         if not options.json:
-            print(f"  with {line}: {told}", flush=True)
+            print(f"  with {added}: {message}", flush=True)
     return found

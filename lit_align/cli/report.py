@@ -4,9 +4,7 @@ from pathlib import Path
 
 from lit_align.cli.argument_parser import ArgumentParser
 
-REPORT_DESCRIPTION = (
-    "Write one HTML file about runs: curves, frontier, memory, completions, configs."
-)
+ABOUT = "Write one HTML file about runs: curves, frontier, memory, completions, configs."
 
 
 def main(argv: list[str]) -> int:
@@ -15,7 +13,7 @@ def main(argv: list[str]) -> int:
     Args:
         argv: The words after `report`.
     """
-    parser = ArgumentParser(prog="lit-align report", description=REPORT_DESCRIPTION)
+    parser = ArgumentParser(prog="lit-align report", description=ABOUT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Run folder that `fit` wrote.")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="File to write.")
     options = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_align.cli.errors import shorten, wrapped_user_error
+from lit_align.cli.errors import one_line, wrapped_user_error
 from lit_align.cli.mistakes import find_mistake
 from lit_align.data.base import TextDataModule
 from lit_align.errors import UserError
@@ -31,7 +31,7 @@ class SettingsParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a sentence about the first wrong setting as a `UserError`.
 
-        A parser inside of another one raises its error for that one.
+        A nested parser leaves its error to the outer one.
 
         Args:
             message: jsonargparse's own report.
@@ -45,4 +45,4 @@ class SettingsParser(LightningArgumentParser):
         options = {action.dest for action in parser._actions}  # argparse has no public list (3.13)
         known = {option.partition(".")[0] for option in options if option != argparse.SUPPRESS}
         mistake = find_mistake(self.words, known)
-        raise UserError(mistake or shorten(message)) from ex
+        raise UserError(mistake or one_line(message)) from ex

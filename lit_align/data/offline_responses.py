@@ -1,14 +1,18 @@
-"""Prompts with offline responses, from which SPR also learns."""
+"""Offline responses: prompts with those of the data set, and their rows in a rollout."""
 
 from __future__ import annotations
 
+import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from lit_align.batches import Batch, Experience, OfflineResponse
 from lit_align.data.formats import canonical_row, finite_number
+from lit_align.data.padding import pad_right
 from lit_align.data.prompts import EncodedPrompt, PromptData, collate_prompts
 from lit_align.data.sources import Row, Source
 from lit_align.data.text import encode_response
@@ -33,7 +37,7 @@ class OfflineResponseData(PromptData):
     """
 
     def encode(self, row: Row) -> EncodedPrompt | None:
-        """Return a prompt with the offline response of its row, or without if there is none."""
+        """Return a prompt with the offline response of its row, if the row has a completion."""
         example, row = super().encode(row), canonical_row(row)
         if example is None:
             return None
@@ -106,3 +110,109 @@ def optional_number(row: Row, name: str) -> float | None:
     """
     value = row.get(name)
     return None if value is None or value == "" else finite_number(value, name)
+
+
+def draw_offline(
+    batch: Experience, number: int, seed_key: str, rank: int, world: int
+) -> list[OfflineResponse]:
+    """Return B * number random offline responses, those of a prompt next to each other.
+
+    A response is repeated only if its prompt has fewer than `number`. The choice depends on the
+    seed, `seed_key` and the prompt's position in the batch of all ranks, as the noise of samples.
+
+    Args:
+        batch: B prompts of this rank.
+        number: Offline responses per prompt.
+        seed_key: Text that selects the choice, such as "train 3".
+        rank: Index of this rank, whose prompts are rank, rank + world, ... of all.
+        world: Number of ranks.
+
+    Example:
+        >>> responses = [OfflineResponse([5, 2], None, None), OfflineResponse([6, 2], None, None)]
+        >>> batch = Experience(prompts=torch.zeros(1, 1), offline_responses=[responses])
+        >>> drawn = draw_offline(batch, 2, "train 0", rank=0, world=1)
+        >>> sorted(response.tokens for response in drawn)
+        [[5, 2], [6, 2]]
+    """
+    if not number:
+        return []
+    if "offline_responses" not in batch.fields():
+        raise UserError(
+            "num_offline_samples needs offline responses in the data. Use --data "
+            "OfflineResponseData with rows of prompt and completion, or set "
+            "--model.num_offline_samples 0."
+        )
+    found: list[OfflineResponse] = []
+    for row, responses in enumerate(batch.offline_responses):
+        index = row * world + rank
+        # a seed: another text here would change every run with offline responses
+        source = random.Random(f"{torch.initial_seed()} {seed_key} stored {index}")
+        found += sample_with_reuse(responses, number, source)
+    return found
+
+
+def sample_with_reuse(
+    responses: Sequence[OfflineResponse], number: int, source: random.Random
+) -> list[OfflineResponse]:
+    """Return `number` responses in random order. Each is used once before any is used again.
+
+    Example:
+        >>> responses = [OfflineResponse([5, 2], None, None), OfflineResponse([6, 2], None, None)]
+        >>> len(sample_with_reuse(responses, 5, random.Random(0)))
+        5
+    """
+    num_rounds, rest = divmod(number, len(responses))
+    rounds = [len(responses)] * num_rounds + [rest]
+    return [response for size in rounds for response in source.sample(responses, size)]
+
+
+def offline_rows(
+    batch: Experience,
+    responses: Sequence[OfflineResponse],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad: int,
+) -> Experience:
+    """Return offline responses as rows, with the fields that sampled rows have.
+
+    Args:
+        batch: B prompts.
+        responses: Offline responses, the same number for each prompt, in prompt order.
+        max_new_tokens: R, most tokens of a response.
+        stop_ids: Token ids that end a response.
+        pad: Token id of the padding.
+
+    Example:
+        >>> batch = Experience({}, prompts=torch.tensor([[5]]))
+        >>> rows = offline_rows(batch, [OfflineResponse([6, 2], 1.0, None)], 3, [2], pad=0)
+        >>> rows.responses.tolist(), rows.is_offline
+        ([[6, 2, 0]], [True])
+    """
+    number = len(responses) // len(batch)
+    rows = batch.repeat_interleave(number)
+    cut = [truncate_as_sampled(response, max_new_tokens, stop_ids) for response in responses]
+    padded = pad_right([response.tokens for response in cut], pad, max_new_tokens)[0]
+    rows.responses = padded.to(batch.prompts.device, non_blocking=True)
+    rows.sampling_logprobs = torch.zeros(rows.responses.shape, device=batch.prompts.device)
+    rows.group = [row for row in range(len(batch)) for _ in range(number)]
+    rows.is_greedy, rows.is_offline = [False] * len(rows), [True] * len(rows)
+    rows.offline_scores = [response.score for response in cut]
+    rows.offline_logprobs = [response.logprob for response in cut]
+    return rows
+
+
+def truncate_as_sampled(
+    response: OfflineResponse, max_new_tokens: int, stop_ids: Sequence[int]
+) -> OfflineResponse:
+    """Return an offline response up to its first stop, and at most `max_new_tokens` tokens of it.
+
+    A cut response loses its score and its log-prob, which belong to the complete one.
+
+    Example:
+        >>> truncate_as_sampled(OfflineResponse([5, 6, 2], 1.0, -3.0), 2, [2])
+        OfflineResponse(tokens=[5, 6], score=None, logprob=None)
+    """
+    ends = [index + 1 for index, token in enumerate(response.tokens) if token in stop_ids]
+    length = min([max_new_tokens, len(response.tokens), *ends])
+    is_complete = length == len(response.tokens)
+    return response if is_complete else OfflineResponse(response.tokens[:length], None, None)

@@ -303,7 +303,7 @@ def render_chat(
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat template, or raise a UserError if there is none.
+    """Return the chat template, or raise a UserError if it is not set.
 
     Example:
         >>> require_chat_template(load_tokenizer("toy", "{{ messages }}"))

@@ -23,7 +23,7 @@ from lit_align.evaluation.tables import comparison_table
 from lit_align.runs.run_folder import conversation_text
 
 PairwiseJudge = Callable[[ResponseRows, ResponseRows], list[float]]
-ROUNDS = 1000  # resampled means per interval
+BOOTSTRAP_ROUNDS = 1000  # resampled means per interval
 
 
 def prompt_texts(rows: ResponseRows) -> list[str]:
@@ -73,7 +73,7 @@ def model_statistics(rows: ResponseRows, num_samples: int) -> Statistics:
     statistics: Statistics = {"prompts": len(rows) // num_samples}
     if "score" in rows[0]:
         scores = column_values(rows, "score")
-        interval = bootstrap_interval(mean_per_prompt(scores, num_samples), ROUNDS)
+        interval = bootstrap_interval(mean_per_prompt(scores, num_samples), BOOTSTRAP_ROUNDS)
         statistics |= {"reward": mean(scores), "reward, 95 %": [*interval]}
     return {
         **statistics,
@@ -97,7 +97,7 @@ def gains_over_first(rows: ResponseRows, others: ResponseRows, num_samples: int)
     gains = [a - b for a, b in zip(mine, theirs, strict=True)]
     return {
         "gain": mean(gains),
-        "gain, 95 %": [*bootstrap_interval(mean_per_prompt(gains, num_samples), ROUNDS)],
+        "gain, 95 %": [*bootstrap_interval(mean_per_prompt(gains, num_samples), BOOTSTRAP_ROUNDS)],
         **win_rates("win rate", pairwise_wins(mine, theirs), rows, others, num_samples),
     }
 
@@ -121,7 +121,7 @@ def win_rates(
     rate, interval = length_controlled_win_rate(wins_per_prompt, lengths, other_lengths)
     return {
         name: mean(wins),
-        f"{name}, 95 %": [*bootstrap_interval(wins_per_prompt, ROUNDS)],
+        f"{name}, 95 %": [*bootstrap_interval(wins_per_prompt, BOOTSTRAP_ROUNDS)],
         f"{name} at equal length": rate,
         f"{name} at equal length, 95 %": [*interval],
     }

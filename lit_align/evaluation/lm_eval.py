@@ -40,9 +40,7 @@ class LMEvalTasks:
         for task in self.tasks:
             if not self.manager.match_tasks([task]):
                 matches = difflib.get_close_matches(task, self.manager.all_tasks, n=1)
-                hint = (
-                    f"Did you mean '{matches[0]}'?" if matches else "See `lm-eval ls tasks`."
-                )
+                hint = f"Did you mean '{matches[0]}'?" if matches else "See `lm-eval ls tasks`."
                 raise UserError(f"--tasks {task}: lm-eval has no such task. {hint}")
 
     def evaluate(self, path: str, device: str) -> Statistics:

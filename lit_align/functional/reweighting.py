@@ -23,9 +23,8 @@ def sample_weights(
 ) -> Tensor:
     """Return the weights w_i = rho_i exp(ell_i) / (G Z) [B, G] of samples in the SFT loss.
 
-    SFT with them moves pi_t to the maximizer of E[score] - kl_coef KL(pi || ref) -
-    step_coef KL(pi || pi_t). Z is estimated by sum_j rho_j exp(ell_j) / sum_j rho_j. A row sums
-    to the mean of its rho. The weights carry no gradient.
+    The SFT target maximizes E[score] - kl_coef KL(pi || ref) - step_coef KL(pi || pi_t). Z is the
+    mean of exp(ell) with weights rho. A row sums to its mean rho. The weights have no gradient.
 
     Args:
         scores: [B, G] scores.
@@ -33,8 +32,7 @@ def sample_weights(
         ref_logprobs: [B, G] nats, summed, under the reference.
         kl_coef: Score that a nat of KL to the reference costs.
         step_coef: Score that a nat of KL to the current policy costs.
-        behaviour_logprobs: [B, G] nats, summed, under the sampler mu of the offline samples. None
-            means that the policy sampled all of them, and rho is 1.
+        behaviour_logprobs: [B, G] nats, summed, under the offline sampler mu. None sets rho to 1.
         num_online: Number of samples, in any column, that the policy sampled; None means 0.
         max_ratio: Upper bound of rho; None means no bound.
 
@@ -48,8 +46,7 @@ def sample_weights(
         if behaviour_logprobs is None:
             return shaped.softmax(-1)
         log_rho = log_ratios(logprobs, behaviour_logprobs, num_online or 0)
-        if max_ratio is not None:
-            log_rho = log_rho.clamp(max=math.log(max_ratio))
+        log_rho = log_rho if max_ratio is None else log_rho.clamp(max=math.log(max_ratio))
         log_mean_rho = log_rho.logsumexp(-1, keepdim=True) - math.log(scores.shape[-1])
         # Summed log-probs are hundreds of nats, so exp comes last.
         return ((shaped + log_rho).log_softmax(-1) + log_mean_rho).exp()
@@ -84,8 +81,8 @@ def log_ratios(logprobs: Tensor, behaviour_logprobs: Tensor, num_online: int) ->
         num_online: Number of samples that the policy sampled, 0 to G.
 
     Example:
-        >>> policy, behaviour = torch.tensor([[0.6, 0.4]]), torch.tensor([[0.2, 0.8]])
-        >>> log_ratios(policy.log(), behaviour.log(), num_online=1).exp()  # q = 0.4 and 0.6
+        >>> policy, behavior = torch.tensor([[0.6, 0.4]]), torch.tensor([[0.2, 0.8]])
+        >>> log_ratios(policy.log(), behavior.log(), num_online=1).exp()  # q = 0.4 and 0.6
         tensor([[1.5000, 0.6667]])
     """
     size = logprobs.shape[-1]

@@ -79,7 +79,7 @@ def num_sparse(rows: int, columns: int, density: float) -> int:
         >>> num_sparse(200, 50, density=0.03)
         300
     """
-    # The order of the factors is the paper's: 0.01 x 29 x 100 rounds to 28, 0.01 x (29 x 100) to 29.
+    # In the order of the paper: 0.01 x 29 x 100 rounds to 28, but 0.01 x (29 x 100) to 29.
     return int(density * rows * columns)
 
 

@@ -58,7 +58,7 @@ class Backbone(nn.Module):
         path: Hub id or folder of the weights. An adapter's folder is merged into its base.
         config: Architecture of random weights (`model_type` and its fields), if path is null.
         lora: Low-rank adapter. Default: none, so that all weights train.
-        dtype: Data type of the weights. Default: that of `trainer.precision`.
+        dtype: Data type of the weights. Default: set by `trainer.precision`.
         attn_implementation: sdpa, eager, flash_attention_2, ... Default: transformers' choice.
         activation_checkpointing: Keep only the blocks' inputs and recompute the rest in backward.
         revision: Branch, tag or commit on the hub. Default: the main branch.
@@ -199,7 +199,7 @@ class Backbone(nn.Module):
     ) -> Result:
         """Return the result of `compute`, which runs with unsharded weights.
 
-        FSDP2's hooks gather weights around `forward`, so all computation must go through it.
+        FSDP2's hooks gather weights around `forward`, so all computation must run inside it.
         """
         return compute(*args, **kwargs)
 

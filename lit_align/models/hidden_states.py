@@ -12,7 +12,7 @@ from lit_align.models.kernels.packing import is_trimmed, pack
 def all_hidden_states(
     network: PreTrainedModel, batch: Experience | TextBatch, uses_packing: bool
 ) -> Tensor:
-    """Return the hidden states [N, T, H]; at padding, that of the nearest token if packed.
+    """Return the hidden states [N, T, H]. If packed, padding repeats the nearest token's state.
 
     Args:
         network: Network with or without adapters.
@@ -48,7 +48,7 @@ def packed_hidden_states(
     """Compute the hidden states of all texts in one row, without padding.
 
     Args:
-        network: Network whose attention supports packed texts.
+        network: Network with an attention that supports packed texts.
         batch: N texts of T tokens, with S real tokens in all.
 
     Returns:

@@ -91,7 +91,7 @@ class Hydra(PolicyWithRewardHead):
     def logprobs_and_entropy(self, batch: Experience | TextBatch) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropy (nats) of the actor, both [N, R].
 
-        While adapters are disabled they are those of the reference model.
+        While adapters are disabled, the reference model computes them.
 
         Args:
             batch: N rows with R tokens that can be scored.
@@ -126,7 +126,7 @@ class Hydra(PolicyWithRewardHead):
         Args:
             batch: N rows with responses of R tokens.
         """
-        with self.adapters.disabled():
+        with self.adapters.disable_all():
             logprobs, _, values = self(self._logprobs_entropy_and_values, batch)
         return values_at_last_token(values, batch), logprobs
 

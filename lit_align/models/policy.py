@@ -18,7 +18,7 @@ from lit_align.models.parallel.sharding import all_reduce_and, all_reduce_max
 
 
 class Policy(Backbone):
-    """A causal language model whose distribution is softmax(logits / temperature) everywhere.
+    """A causal language model with the distribution softmax(logits / temperature) everywhere.
 
     Args:
         path: Hub id or folder of the weights. Default: random weights from `config`.

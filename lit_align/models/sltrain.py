@@ -91,7 +91,7 @@ class SparseLowRankLinear(nn.Module):
 class SLTrain:
     """Settings of SLTrain: linear layers of the blocks become low-rank plus sparse.
 
-    Embeddings, norms and heads are not replaced, nor is a layer whose factors would have no fewer
+    Embeddings, norms and heads are not replaced, nor is a layer if its factors would have no fewer
     numbers than its weight. Exported weights are dense. Use it with random weights only.
 
     Args:
@@ -122,7 +122,7 @@ class SLTrain:
         """
         if path is not None:
             raise UserError(
-                f"SLTrain trains from random weights and would discard those of {path}. "
+                f"SLTrain trains from random weights and would discard the weights of {path}. "
                 f"Set config and `path: null`, or use lora instead of sltrain."
             )
 
@@ -169,7 +169,7 @@ class SLTrain:
         """Return a low-rank plus sparse layer with new weights, of the sizes of another layer.
 
         Args:
-            layer: Layer whose sizes, bias, dtype and device are used.
+            layer: Layer with the sizes, bias, dtype and device to use.
             support: Text from which the positions of the sparse part are drawn.
         """
         new = SparseLowRankLinear(

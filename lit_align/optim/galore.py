@@ -143,7 +143,7 @@ class GaLoreAdamW(Optimizer):
 
     A group with `rank` (and `update_gap`, 200, and `scale`, 0.25) is projected: all of its
     matrices whose state becomes smaller. All other parameters get plain AdamW. As in the released
-    code, eps is added before the bias correction, the weights decay after the update, and the
+    code, eps is added before the bias correction and the weights decay after the update. The
     moments are carried into the next subspace. Clip and accumulate gradients before `step`.
 
     Args:

@@ -58,7 +58,7 @@ class FakeReward:
             batch: N rows, changed in place.
 
         Returns:
-            [N] True: every score is finite.
+            [N] True: every row is scored.
         """
         with trainer.precision_plugin.forward_context():
             for source in self.reward.weighted_sum.functions.values():

@@ -1,4 +1,7 @@
-"""Runs as one HTML file that needs no network: curves, frontier, memory, completions, configs."""
+"""Write runs as one HTML file: curves, frontier, memory, completions, configs.
+
+The file needs no network.
+"""
 
 import base64
 import hashlib
@@ -16,18 +19,18 @@ from lit_align.version import __version__
 
 ReportData = dict[str, object]
 
-PANELS = [  # title, what it is, metrics of which the first that was logged is plotted
-    ("Reward", "mean of a rollout's answers", ("reward",)),
-    ("Reward, held-out prompts", "greedy answers", ("val/reward",)),
+PANELS = [  # title, unit, metrics; the first metric that was logged is plotted
+    ("Reward", "mean of a rollout's responses", ("reward",)),
+    ("Reward, held-out prompts", "greedy responses", ("val/reward",)),
     ("KL to the reference", "nats per response", ("kl/per_response_k1",)),
     ("Entropy", "nats per token", ("entropy",)),
     ("Length", "tokens per response", ("completions/mean_length",)),
     (
         "Clip fraction",
-        "tokens whose ratio was clipped",
+        "fraction of tokens",
         ("policy/clipfrac_avg", "clip_ratio/region_mean"),
     ),
-    ("Answers cut off", "share without a stop", ("completions/clipped_ratio",)),
+    ("Responses cut off", "fraction without a stop token", ("completions/clipped_ratio",)),
     ("Loss", "", ("loss",)),
     ("Loss, held-out rows", "", ("val/loss",)),
     ("Accuracy", "", ("rewards/accuracies", "val/accuracy", "accuracy", "mean_token_accuracy")),
@@ -35,32 +38,36 @@ PANELS = [  # title, what it is, metrics of which the first that was logged is p
     ("Speed", "tokens per second", ("tokens_per_second",)),
 ]
 PER_RUN_SETTINGS = ("seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path")
-MAX_POINTS = 600  # of a curve, at most
-MAX_VALUES = 400_000  # of all curves together
+MAX_POINTS = 600  # of a curve
+MAX_VALUES = 400_000  # of all curves together, 4 per point
 MAX_COMPLETION_BYTES = 4_000_000  # of all completions together
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Writes the page.
+    """Write the page.
 
     Args:
-        runs: Their folders.
-        out: The file; its folder is created.
+        runs: Run folders.
+        out: HTML file to write. Its folder is created.
 
     Returns:
-        The file.
+        The path of the file.
     """
     if not runs:
-        raise UserError("report needs at least one run folder.")
+        raise UserError("There are no runs. Name at least one run folder.")
     page = render_html(report_data([RunFolder(run) for run in runs]))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(page.encode("utf-8", "replace"))  # a model may say half a surrogate pair
+    out.write_bytes(page.encode("utf-8", "replace"))  # a model may write half a surrogate pair
     return out
 
 
 def report_data(runs: list[RunFolder]) -> ReportData:
-    """All that the page shows, as JSON has it."""
+    """Return all data of the page, ready for JSON.
+
+    Args:
+        runs: Run folders.
+    """
     names, arms = distinct_names(runs), group_by_config(runs)
     completions = SampledResponses(MAX_COMPLETION_BYTES, len(runs))
     for index, run in enumerate(runs):
@@ -86,7 +93,12 @@ def report_data(runs: list[RunFolder]) -> ReportData:
 
 
 def run_facts(run: RunFolder, name: str) -> ReportData:
-    """A run's own facts."""
+    """Return the facts about a run alone.
+
+    Args:
+        run: Run folder.
+        name: Name of the run on the page.
+    """
     return {
         "name": name,
         "path": str(run.path),
@@ -99,16 +111,16 @@ def run_facts(run: RunFolder, name: str) -> ReportData:
 
 
 def non_finite_notes(runs: list[RunFolder]) -> list[str]:
-    """What had to be left out of the curves."""
+    """Return a note for each run with values that are not finite and so not plotted."""
     return [
-        f"{run.path.name}: {run.num_non_finite:,} logged values are not finite and in no curve."
+        f"{run.path.name}: {run.num_non_finite:,} logged values are not finite and are not plotted."
         for run in runs
         if run.num_non_finite
     ]
 
 
 def distinct_names(runs: list[RunFolder]) -> list[str]:
-    """The folders' last parts, as many as it takes to tell them apart."""
+    """Return the last parts of the runs' paths, as many as make the names distinct."""
     paths = [run.path.resolve() for run in runs]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -118,7 +130,11 @@ def distinct_names(runs: list[RunFolder]) -> list[str]:
 
 
 def group_by_config(runs: list[RunFolder]) -> dict[str, list[int]]:
-    """Runs whose configs differ in the seed alone, by what they have in common."""
+    """Return groups of runs whose configs differ in the seed alone, by their common config.
+
+    Args:
+        runs: Run folders. A run without a config is a group of its own.
+    """
     arms: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         given = {key: value for key, value in run.config.items() if value != "null"}
@@ -129,7 +145,16 @@ def group_by_config(runs: list[RunFolder]) -> dict[str, list[int]]:
 
 
 def arm_name(names: list[str], arm: list[int]) -> str:
-    """What seeds of one config are called together."""
+    """Return the name of a group of runs: the common start of their names.
+
+    Args:
+        names: Names of all runs.
+        arm: Indices of the group's runs.
+
+    Example:
+        >>> arm_name(["remax_0", "remax_1", "ppo"], [0, 1])
+        'remax, 2 seeds'
+    """
     mine = [names[index] for index in arm]
     if len(mine) == 1:
         return mine[0]
@@ -141,7 +166,14 @@ def arm_name(names: list[str], arm: list[int]) -> str:
 def downsampled_curves(
     runs: list[RunFolder], arms: list[list[int]]
 ) -> list[dict[str, DownsampledCurve]]:
-    """The thinned curves of each run; seeds of one config have their points at the same places."""
+    """Return the downsampled curves of each run, by metric.
+
+    Runs of one group have their points at the same x, so that the page can average them.
+
+    Args:
+        runs: Run folders.
+        arms: Indices of the runs of each group.
+    """
     total = sum(len(run.curves) for run in runs)
     max_points = max(20, min(MAX_POINTS, MAX_VALUES // (4 * max(total, 1))))
     found: list[dict[str, DownsampledCurve]] = [{} for _ in runs]
@@ -155,30 +187,35 @@ def downsampled_curves(
 
 
 def config_differences(runs: list[RunFolder]) -> list[ReportData]:
-    """Every setting of the runs, and whether they differ in it."""
+    """Return every setting with its value in each run, and True if the values differ."""
     names = sorted({name for run in runs for name in run.config})
     found: list[ReportData] = []
     for name in names:
         values = [run.config.get(name, "") for run in runs]
-        distinct_values = {
-            value or "null" for value in values
-        }  # an older version may lack what is off
+        # a setting that an older version did not have counts as null
+        distinct_values = {value or "null" for value in values}
         found.append({"name": name, "values": values, "differs": len(distinct_values) > 1})
     return found
 
 
 def render_html(report: ReportData) -> str:
-    """The page: text of models and configs is data in it, never markup.
+    """Return the page. Texts of models and configs are data in it, never markup.
 
-    Its policy lets the browser run the one script whose hash it names, and fetch nothing.
+    Its content security policy lets the browser run the one script whose hash it has, and fetch
+    nothing.
+
+    Args:
+        report: Data of the page.
     """
     page, style, script = (
         files("lit_align.report.page").joinpath(f"report.{kind}").read_text(encoding="utf-8")
         for kind in ("html", "css", "js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # `<` is escaped in the data: a text with </script> must not end the script element
     data = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     parts = {"HASH": digest, "STYLE": style, "SCRIPT": script, "DATA": data.replace("<", "\\u003c")}
+    # split once before filling, so that {{...}} in the data is not replaced
     before, *pieces = page.split("{{")
     for piece in pieces:
         name, _, after = piece.partition("}}")

@@ -1,4 +1,4 @@
-"""Which of a run's completions a report shows: the worst, the best, and those that repeat."""
+"""Choose the completions of a report: worst and best rewards, and repeated prompts."""
 
 import json
 import math
@@ -8,16 +8,16 @@ from itertools import zip_longest
 from lit_align.runs.run_folder import ResponseRow, RunFolder, conversation_text, read_responses
 
 MAX_ROLLOUTS = 8  # rollouts per run, the first and the last among them
-NUM_ROWS = 20  # rows of each kind and rollout: worst, best, spread over all
-MAX_CHARACTERS = 3000  # characters of a text
+NUM_ROWS = 20  # rows of each kind and rollout: worst, best, evenly spaced
+MAX_CHARACTERS = 3000  # of a text
 
 
 class SampledResponses:
-    """Completions of all runs within a budget, prompts once each.
+    """Completions of all runs within a limit of bytes. Each prompt is stored once.
 
     Args:
-        num_bytes: Of all texts and figures as JSON.
-        num_runs: Among which they are divided.
+        num_bytes: Most bytes of all texts and numbers as JSON.
+        num_runs: Number of runs, which get equal parts.
     """
 
     def __init__(self, num_bytes: int, num_runs: int):
@@ -27,11 +27,11 @@ class SampledResponses:
         self.notes: list[str] = []
 
     def add(self, run: RunFolder, index: int) -> None:
-        """Takes what fits of a run, from all kept rollouts alike.
+        """Add the completions of a run that fit, in turn from each of its tables.
 
         Args:
-            run: Its folder.
-            index: Its number in the report.
+            run: Run folder.
+            index: Index of the run in the report.
         """
         tables = {
             f"rollout {n}": read_responses(run.rollouts[n]) for n in evenly_spaced([*run.rollouts])
@@ -50,6 +50,7 @@ class SampledResponses:
             for order, (label, rows) in enumerate(tables.items())
         ]
         bytes_left = self.max_bytes
+        # in turn, so that a limit of bytes cuts every rollout at about the same rank
         for order, label, row in interleave(ranked):
             entry = page_entry(row, index, order, label)
             prompt = truncate_middle(conversation_text(row.get("prompt")))
@@ -60,30 +61,39 @@ class SampledResponses:
                 self.rows.append(entry)
         total, number = sum(map(len, tables.values())), sum(row["r"] == index for row in self.rows)
         if tables:
-            self.notes.append(f"{run.path.name}: {number:,} of {total:,} answers are shown.")
+            self.notes.append(f"{run.path.name}: {number:,} of {total:,} responses are shown.")
 
 
 def interleave(
     tables: list[list[tuple[int, str, ResponseRow]]],
 ) -> Iterator[tuple[int, str, ResponseRow]]:
-    """The first row of each table, then the second of each."""
+    """Yield the first row of each table, then the second of each, and so on.
+
+    Args:
+        tables: Ranked rows of each table, with the table's order and label.
+    """
     for rows in zip_longest(*tables):
         yield from (row for row in rows if row is not None)
 
 
 def evenly_spaced(values: list[int], max_count: int = MAX_ROLLOUTS) -> list[int]:
-    """At most so many values at equal distances, the first and the last among them."""
+    """Return at most `max_count` values at equal distances, the first and the last among them.
+
+    Example:
+        >>> evenly_spaced([0, 1, 2, 3, 4, 5, 6, 7, 8], max_count=3)
+        [0, 4, 8]
+    """
     if len(values) <= max_count:
         return values
     return [values[round(i * (len(values) - 1) / (max_count - 1))] for i in range(max_count)]
 
 
 def pick_rows(rows: list[ResponseRow], num_tables: dict[str, int]) -> list[ResponseRow]:
-    """Worst and best in turn, rows whose prompt has several tables, and some of the others.
+    """Return worst and best rows in turn, rows of repeated prompts, and some of the others.
 
     Args:
-        rows: Of one rollout.
-        num_tables: In how many tables a prompt is.
+        rows: Rows of one table.
+        num_tables: Number of tables that contain a prompt, by prompt.
     """
     order = sorted(range(len(rows)), key=lambda row: row_score(rows[row]))
     ends = [
@@ -101,22 +111,34 @@ def pick_rows(rows: list[ResponseRow], num_tables: dict[str, int]) -> list[Respo
 
 
 def row_score(row: ResponseRow) -> float:
-    """The reward of an answer, 0 where there was none."""
+    """Return the score of a response, 0 if it has none or if it is not finite."""
     found = finite_or_none(row.get("score"))
     return 0.0 if found is None else found
 
 
 def finite_or_none(value: object) -> float | None:
-    """Four digits of a finite number; None for anything else."""
+    """Return a finite number with four digits, and None for anything else.
+
+    Example:
+        >>> finite_or_none(1.23456), finite_or_none("text")
+        (1.235, None)
+    """
     try:
         rounded = float(f"{value:.4g}") if isinstance(value, int | float) else math.nan
-    except OverflowError:  # of an int
+    except OverflowError:  # an int that is too large for a float
         return None
     return rounded if math.isfinite(rounded) else None
 
 
 def page_entry(row: ResponseRow, index: int, order: int, label: str) -> ResponseRow:
-    """What the page needs of a row."""
+    """Return a row with the keys that `report.js` reads.
+
+    Args:
+        row: Row of a table.
+        index: Index of the run.
+        order: Position of the table among the run's tables.
+        label: Name of the table on the page.
+    """
     entry: ResponseRow = {
         "r": index,
         "o": order,
@@ -132,7 +154,7 @@ def page_entry(row: ResponseRow, index: int, order: int, label: str) -> Response
 
 
 def truncate_middle(text: str) -> str:
-    """A long text without its middle."""
+    """Replace the middle of a text longer than 3,000 characters by a note."""
     half = MAX_CHARACTERS // 2
     num_omitted = len(text) - MAX_CHARACTERS
     if num_omitted <= 0:
@@ -141,5 +163,10 @@ def truncate_middle(text: str) -> str:
 
 
 def json_size(value: object) -> int:
-    """Bytes in the page."""
+    """Return the bytes of a value in the page.
+
+    Example:
+        >>> json_size("é")  # two quotes and a letter of two bytes
+        4
+    """
     return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

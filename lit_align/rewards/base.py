@@ -1,4 +1,4 @@
-"""Where scores come from."""
+"""Base class of reward functions, and access to the texts that they score."""
 
 from __future__ import annotations
 
@@ -19,60 +19,80 @@ Scores = Tensor | Sequence[float | None]
 
 
 class RewardError(UserError):
-    """A reward function could not score: says which function, on what, and what happened."""
+    """A failure of a reward function. The message names the function, the row and the cause."""
 
 
 class RewardFunction(ABC):
-    """Judges whole responses: a rule, a frozen reward model, any Python function.
+    """Scores whole responses: a rule, a frozen reward model or any Python function.
 
-    Raising a `RewardError` ends the run; any other error is blamed on a row, if one can be found.
+    A `RewardError` ends the run at once. After any other error the rows are scored one by one, to
+    find the row that fails.
     """
 
     @property
     def name(self) -> str:
-        """What metrics and tables call it: `rewards/<name>/mean`."""
+        """Name in metrics and tables (`rewards/<name>/mean`): the class name in snake case."""
         words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
         return re.sub(words, "_", type(self).__name__).lower()
 
     @property
     def is_async(self) -> bool:
-        """Whether a call returns something to await, while the other functions run."""
+        """True if a call returns an awaitable, so that other functions can run meanwhile."""
         return inspect.iscoroutinefunction(self.__call__)
 
     def setup(self, algorithm: LightningModule) -> None:  # noqa: B027
-        """Loads weights, if there are any. Comes before each fit, validate, test and predict.
+        """Load weights, if there are any. Called before each fit, validate, test and predict.
 
         Args:
-            algorithm: What is trained; its networks exist by the first call, not yet here.
+            algorithm: The algorithm. Its networks do not exist yet.
         """
 
     def all_roles(self) -> list[Role]:
-        """The networks that judge, for the table at the start of a run; none by default."""
+        """Return the networks that score, for the table at the start of a run. Default: none."""
         return []
 
     @abstractmethod
     def __call__(self, batch: Experience) -> Scores | Awaitable[Scores]:
-        """[N] scores, higher is better; None where this function does not apply to a row."""
+        """Return a score per row [N], higher is better. None: the function does not apply."""
 
 
 def last_turn(turns: str | list[dict[str, str]]) -> str:
-    """A plain text as it is; of a conversation, what was said last."""
+    """Return a text unchanged, or the content of the last message of a conversation.
+
+    Args:
+        turns: A text, or messages with role and content.
+
+    Example:
+        >>> last_turn("4"), last_turn([{"role": "user", "content": "2 + 2?"}])
+        ('4', '2 + 2?')
+    """
     return turns if isinstance(turns, str) else turns[-1]["content"]
 
 
 def completion_texts(batch: Experience) -> list[str]:
-    """[N] what the policy said, without the stop."""
+    """Return the N completions as texts, without the stop token.
+
+    Args:
+        batch: N rows with responses.
+
+    Example:
+        >>> completion_texts(Experience({"completion": ["a", [{"role": "x", "content": "b"}]]}))
+        ['a', 'b']
+    """
     return [last_turn(completion) for completion in batch.columns["completion"]]
 
 
 def dataset_column(batch: Experience, name: str) -> list[Any]:
-    """[N] a column of the data set.
+    """Return the N values of a column of the data set.
 
     Args:
-        batch: Answered rows.
-        name: Of the column.
+        batch: N rows with responses.
+        name: Name of the column.
     """
     if name not in batch.columns:
         known = ", ".join(batch.columns)
-        raise RewardError(f"reads the column '{name}', but the data set has only: {known}")
+        raise RewardError(
+            f"reads the column '{name}', but the data set has only: {known}. Set the reward's "
+            f"column, or rename one with --data.rename_columns."
+        )
     return batch.columns[name]

@@ -1,4 +1,4 @@
-"""Calls reward functions so that a row that breaks one, or hangs it, ends in one clear error."""
+"""Execution of reward functions: time limits, async calls and the row of a failure."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from lit_align.rewards.base import RewardError, RewardFunction, last_turn
 
 @dataclass(frozen=True)
 class RowFailure:
-    """Stands where a row's score should be.
+    """A failed row, in place of its score.
 
     Args:
-        message: Happened, as the rest of a sentence that starts with the function.
+        message: The failure, as the rest of a sentence that starts with the function's name.
         cause: The exception, if there was one.
     """
 
@@ -40,22 +40,31 @@ Outcome = float | None | RowFailure
 
 
 class RewardExecutor:
-    """Calls functions, the async ones while the others run, and finds the row that breaks one.
+    """Calls reward functions and finds the row on which one fails or hangs.
+
+    Async functions run while the others do.
 
     Args:
-        timeout: Seconds that a call may take; None for no limit.
-        skip_failed_prompts: Whether a failed row is handed back, instead of ending the run.
+        timeout: Most seconds of a call. Default: no limit.
+        skip_failed_prompts: Return a failed row as a `RowFailure`. False: it ends the run.
     """
 
     def __init__(self, timeout: float | None = None, skip_failed_prompts: bool = False):
         if timeout is not None and timeout <= 0:
-            raise UserError(f"timeout must be above 0 seconds, not {timeout:g}")
+            raise UserError(
+                f"timeout must be above 0 seconds, found {timeout:g}. Set --reward.timeout."
+            )
         self.timeout, self.skip_failed_prompts = timeout, skip_failed_prompts
 
     def __call__(
         self, functions: dict[str, RewardFunction], batch: Experience
     ) -> dict[str, list[Outcome]]:
-        """By function, what each of the N rows got."""
+        """Return the outcomes of the N rows, by function.
+
+        Args:
+            functions: Reward functions by name.
+            batch: N rows with responses.
+        """
         pending = {name: self.start_call(function, batch) for name, function in functions.items()}
         return {
             name: list(self.outcomes(name, function, batch, pending[name]))
@@ -65,7 +74,14 @@ class RewardExecutor:
     def outcomes(
         self, name: str, function: RewardFunction, batch: Experience, get_scores: Callable[[], Any]
     ) -> Iterator[Outcome]:
-        """One per row; the first failure ends the run or, if they are skipped, is warned of."""
+        """Yield one outcome per row. The first failure ends the run, or warns if skipped.
+
+        Args:
+            name: Name of the function.
+            function: The function.
+            batch: N rows.
+            get_scores: Waits for the started call, and returns its scores.
+        """
         batch_result = self.run_call(name, get_scores, len(batch))
         outcomes: Iterable[Outcome] = (
             self.score_rows_separately(name, function, batch, batch_result)
@@ -85,7 +101,14 @@ class RewardExecutor:
     def score_rows_separately(
         self, name: str, function: RewardFunction, batch: Experience, batch_result: RowFailure
     ) -> Iterator[Outcome]:
-        """Asks again for each row alone, for at most twice the time limit in all."""
+        """Yield the outcome of each row scored alone, for at most twice the time limit in all.
+
+        Args:
+            name: Name of the function.
+            function: The function.
+            batch: N rows.
+            batch_result: The failure of the call with all rows.
+        """
         start, num_tried = time.monotonic(), 0
         while num_tried < len(batch) and not self.is_timed_out(start):
             get_scores = self.start_call(function, batch.rows([num_tried]))
@@ -94,34 +117,40 @@ class RewardExecutor:
             yield row_result if isinstance(row_result, RowFailure) else row_result[0]
         if not self.skip_failed_prompts:  # else the first failure has ended the run
             rows = "1 row" if num_tried == 1 else f"{num_tried} rows"
-            text = f"reward '{name}' {batch_result.message}, though not for {rows} asked alone"
+            text = f"reward '{name}' {batch_result.message}, but not for {rows} scored alone"
             raise RewardError(text) from batch_result.cause
         yield from [batch_result] * (len(batch) - num_tried)
 
     def is_timed_out(self, start: float) -> bool:
-        """Whether the time limit has passed since `start`, in seconds of the monotonic clock."""
+        """Return True if the time limit has passed since `start`, in monotonic seconds."""
         return self.timeout is not None and time.monotonic() - start > self.timeout
 
     def run_call(
         self, name: str, get_scores: Callable[[], Any], rows: int
     ) -> list[Outcome] | RowFailure:
-        """What a call came to; a result that is not one number per row ends the run."""
+        """Return the outcomes of a call. A result that is not one number per row ends the run.
+
+        Args:
+            name: Name of the function.
+            get_scores: Waits for the started call, and returns its scores.
+            rows: Number of rows of the call.
+        """
         try:
             return check_scores(get_scores(), rows)
         except RewardError as error:
             raise RewardError(f"reward '{name}' {error}") from error.__cause__
         except torch.OutOfMemoryError:
-            raise  # the phase says what to change; row by row there would be no more room
+            raise  # the phase names the settings; scoring row by row would not free memory
         except TimeoutError as error:
             if self.timeout is None or str(error):
                 return RowFailure(describe_exception(error), error)
-            row_count = "1 row" if rows == 1 else f"{rows} rows"
-            return RowFailure(f"gave no answer for {row_count} within {self.timeout:g} s", error)
+            count = "1 row" if rows == 1 else f"{rows} rows"
+            return RowFailure(f"returned no scores for {count} in {self.timeout:g} s", error)
         except Exception as error:
             return RowFailure(describe_exception(error), error)
 
     def start_call(self, function: RewardFunction, batch: Experience) -> Callable[[], Any]:
-        """Starts an async function; what is returned waits for it, or runs any other function."""
+        """Start an async function. Return a function that waits for it, or that runs another."""
         limit, call = self.timeout, partial(function, batch)
         if function.is_async:
             future = asyncio.run_coroutine_threadsafe(await_with_timeout(call, limit), self.loop)
@@ -132,25 +161,25 @@ class RewardExecutor:
 
     @cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """One event loop for the whole run, as clients with open connections expect."""
+        """The event loop of the run. Clients with open connections need one and the same."""
         loop = asyncio.new_event_loop()
         Thread(target=run_event_loop, args=(loop,), daemon=True).start()
         return loop
 
 
 def run_event_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """The life of the event loop's thread."""
-    torch.set_grad_enabled(False)  # the mode is each thread's own
+    """Run the event loop in its thread."""
+    torch.set_grad_enabled(False)  # each thread has its own mode
     loop.run_forever()
 
 
 async def await_with_timeout(call: Callable[[], Any], seconds: float | None) -> Any:
-    """What an async function answers in time."""
+    """Return the result of an async function, or raise TimeoutError."""
     return await asyncio.wait_for(call(), seconds)
 
 
 def bind_thread_state(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The function as it would run in this thread: another has its own device and modes."""
+    """Return the function with this thread's device and autocast, for a call in another thread."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
@@ -164,7 +193,14 @@ def bind_thread_state(function: Callable[[], Any], device: torch.device) -> Call
 
 
 def run_in_thread(function: Callable[[], Any], seconds: float) -> Any:
-    """The function's result in time; a thread that hangs is left behind when the process ends."""
+    """Return the function's result, or raise TimeoutError after `seconds`.
+
+    A thread that hangs keeps running as a daemon, and does not delay the end of the process.
+
+    Example:
+        >>> run_in_thread(lambda: 2 + 2, seconds=5.0)
+        4
+    """
     future: Future[Any] = Future()
 
     def call_function() -> None:
@@ -178,7 +214,16 @@ def run_in_thread(function: Callable[[], Any], seconds: float) -> Any:
 
 
 def check_scores(scores: Any, rows: int) -> list[Outcome]:
-    """One outcome per row of what a function returned."""
+    """Return one outcome per row, or raise a `RewardError` if the form is wrong.
+
+    Args:
+        scores: Result of a reward function: a list, a tensor or an array of one number per row.
+        rows: Number of rows of the call.
+
+    Example:
+        >>> check_scores(torch.tensor([0.5, 1.0]), rows=2), check_scores([2, None], rows=2)
+        ([0.5, 1.0], [2.0, None])
+    """
     if isinstance(scores, Tensor | np.ndarray):
         if scores.shape != (rows,):
             raise RewardError(f"returned shape {list(scores.shape)} instead of [{rows}]")
@@ -191,16 +236,17 @@ def check_scores(scores: Any, rows: int) -> list[Outcome]:
 
 
 def finite_or_failure(score: Any) -> float | RowFailure:
-    """A number that one can train on."""
+    """Return the score as a finite float, or a `RowFailure`."""
     try:
         number = math.nan if isinstance(score, str) else float(score)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
-    return number if math.isfinite(number) else RowFailure(f"returned {shorten(repr(score))}")
+    failure = f"returned {shorten(repr(score))}, which is not a finite number"
+    return number if math.isfinite(number) else RowFailure(failure)
 
 
 def describe_exception(error: BaseException) -> str:
-    """What happened and where, in one line."""
+    """Return the error and its file and line, in one line."""
     kind, text = type(error).__name__, shorten(str(error), 300)
     frames = traceback.extract_tb(error.__traceback__)
     location = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
@@ -208,13 +254,18 @@ def describe_exception(error: BaseException) -> str:
 
 
 def format_row(batch: Experience, row: int) -> str:
-    """Two lines for the user: a row's prompt and completion, shortened."""
+    """Return a row's prompt and completion as two lines, shortened."""
     prompt, completion = (batch.columns[name][row] for name in ("prompt", "completion"))
     prompt, completion = shorten(last_turn(prompt)), shorten(last_turn(completion))
     return f"  prompt: {prompt}\n  completion: {completion}"
 
 
 def shorten(text: str, max_length: int = 120) -> str:
-    """A text on one line of at most `max_length` characters."""
+    r"""Return a text on one line of at most `max_length` characters.
+
+    Example:
+        >>> shorten("a long\n text", max_length=9)
+        'a long...'
+    """
     line = " ".join(text.split())
     return line if len(line) <= max_length else f"{line[: max_length - 3]}..."

@@ -1,4 +1,4 @@
-"""Any Python function as a reward, with TRL's signature."""
+"""A user's Python function as a reward, with the signature of TRL."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from lit_align.rewards.base import RewardError, RewardFunction, Scores
 class FunctionReward(RewardFunction):
     """A function `f(prompts, completions, completion_ids, **columns) -> list[float | None]`.
 
-    `def` or `async def`, one score per row, None where it does not apply. It gets those keyword
-    arguments that it names, or all if it takes `**kwargs`: prompts and completions as text, or as
-    lists of messages if the data set's prompts are; completion_ids, the token ids with the stop;
-    and every other column of the data set.
+    It is a `def` or an `async def` and returns one score per row, or None if it does not apply.
+    It receives the keyword arguments that it names, or all with `**kwargs`. Prompts and
+    completions are texts, or lists of messages if the data set has messages. `completion_ids` are
+    token ids with the stop token. The other arguments are columns of the data set.
 
     Args:
-        function: Where it is: `module.name`, also from the current folder, or `file.py:name`.
+        function: Location of the function: `module.name`, also of the current folder, or
+            `file.py:name`.
     """
 
     def __init__(self, function: str):
@@ -44,22 +45,26 @@ class FunctionReward(RewardFunction):
 
     @property
     def name(self) -> str:
-        """The function's own name."""
+        """Name of the Python function or of its class."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @property
     def is_async(self) -> bool:
-        """Whether it is an `async def`."""
+        """True for an `async def`."""
         call = getattr(self.function, "__call__", None)  # noqa: B004
         return any(inspect.iscoroutinefunction(candidate) for candidate in (self.function, call))
 
     def __call__(self, batch: Experience) -> Scores | Awaitable[Scores]:
-        """[N] scores, or something to await that gives them."""
+        """Return the N scores of the function, or an awaitable of them."""
         scores: Scores | Awaitable[Scores] = self.function(**self.call_arguments(batch))
         return scores
 
     def call_arguments(self, batch: Experience) -> dict[str, Any]:
-        """What the function is called with."""
+        """Return the keyword arguments that the function accepts.
+
+        Args:
+            batch: N rows with responses.
+        """
         ids = zip(batch.responses.tolist(), batch.response_lengths, strict=True)
         available = {
             **batch.columns,
@@ -71,19 +76,33 @@ class FunctionReward(RewardFunction):
         missing = sorted(self.required_arguments - set(available))
         if missing:
             known = ", ".join(available)
-            raise RewardError(f"needs the argument '{missing[0]}', but there are only: {known}")
+            raise RewardError(
+                f"needs the argument '{missing[0]}', but there are only: {known}. Rename the "
+                f"argument, or a column with --data.rename_columns."
+            )
         if self.accepts_all:
             return available
         return {name: value for name, value in available.items() if name in self.accepted_arguments}
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function at an import path, or one sentence about why it cannot be had."""
+    """Return the function at an import path.
+
+    Args:
+        path: `module.name` or `file.py:name`.
+
+    Example:
+        >>> load_function("math.sqrt")(9)
+        3.0
+    """
     file, colon, name = path.rpartition(":")
     if not colon:
         file, _, name = path.rpartition(".")
     if not file or not name:
-        raise UserError(f"reward function '{path}': write `module.name` or `file.py:name`")
+        raise UserError(
+            f"reward function '{path}': there is no module in this path. Set "
+            f"--reward.functions.function to `module.name` or `file.py:name`."
+        )
     try:
         module = import_from_file(file) if file.endswith(".py") else import_by_name(file)
     except Exception as error:
@@ -100,13 +119,13 @@ def load_function(path: str) -> Callable[..., Any]:
 
 
 def import_by_name(name: str) -> ModuleType:
-    """A module by its dotted name; the current folder counts, as with `python -m`."""
+    """Return a module by its dotted name, also of the current folder, as with `python -m`."""
     add_to_sys_path(Path.cwd())
     return importlib.import_module(name)
 
 
 def import_from_file(file: str) -> ModuleType:
-    """A module from a file, which may import its neighbours."""
+    """Return a module from a file, which may import other files of its folder."""
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError("no such file")
@@ -121,6 +140,6 @@ def import_from_file(file: str) -> ModuleType:
 
 
 def add_to_sys_path(folder: Path) -> None:
-    """Lets imports find what is in a folder, now and later."""
+    """Let imports of this process find the modules of a folder."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

@@ -1,4 +1,4 @@
-"""A frozen reward model, with a tokenizer and a chat template of its own."""
+"""A frozen reward model with its own tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from lit_align.rewards.base import RewardFunction
 
 
 class RewardNetwork(ScalarHead):
-    """A reward model as it was trained: weights without a head are refused."""
+    """A trained reward model. Weights without a head are refused."""
 
     new_weights: ClassVar[tuple[str, ...]] = ()
 
 
 class ModelReward(RewardFunction):
-    """A sequence classifier's number at the end of the text, from its own tokens of that text.
+    """Score of a frozen sequence classifier at the last token of prompt and response.
 
-    The text is encoded again, so the reward model need not share the policy's tokenizer. A
-    response that was cut off gets no stop. The weights are in no checkpoint and no optimizer, and
-    on the device only while they score.
+    The text is encoded again, so the reward model needs no tokens of the policy. A truncated
+    response gets no stop token. The weights are in no checkpoint and no optimizer, and on the
+    device only during scoring.
 
     Args:
         path: Hub id or folder of the reward model and its tokenizer.
-        chat_template: The reward model's chat template; by default its tokenizer's own.
-        max_tokens: Longest text in the reward model's tokens; the start of a longer one is cut.
-        tokens_per_pass: Padded tokens per forward pass. Changes memory, never the scores.
-        dtype: Data type of the weights; by default what `trainer.precision` says.
+        chat_template: Chat template of the reward model. Default: that of its tokenizer.
+        max_tokens: Most tokens of a text, in the reward model's tokens. A longer text is cut at
+            its start.
+        tokens_per_pass: Padded tokens per forward pass. Changes the memory, never the scores.
+        dtype: Data type of the weights. Default: that of `trainer.precision`.
     """
 
     network: RewardNetwork
@@ -49,28 +50,31 @@ class ModelReward(RewardFunction):
         dtype: str | None = None,
     ):
         if max_tokens < 1:
-            raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
+            raise UserError(
+                f"max_tokens must be at least 1, found {max_tokens}. Set "
+                f"--reward.functions.max_tokens."
+            )
         self.path, self.chat_template, self.dtype = path, chat_template, dtype
         self.max_tokens, self.tokens_per_pass = max_tokens, tokens_per_pass
 
     def setup(self, algorithm: LightningModule) -> None:
-        """Loads tokenizer and weights, once."""
-        if "network" in vars(self):  # Lightning says setup before every fit, validate and test
+        """Load tokenizer and weights, once."""
+        if "network" in vars(self):  # Lightning calls `setup` before every fit, validate and test
             return
         self.tokenizer = load_tokenizer(self.path, self.chat_template)
         self.network = RewardNetwork(self.path, dtype=self.dtype).eval().requires_grad_(False)
         self.offloaded_weights = OffloadedTensors(lambda: self.network.parameters(), is_frozen=True)
 
     def all_roles(self) -> list[Role]:
-        """The reward model."""
+        """Return the reward model as the role `reward`."""
         return [single_head_role("reward", self.network)]
 
     def __call__(self, batch: Experience) -> Tensor:
-        """[N] scores."""
+        """Return the scores [N]."""
         texts = self.encode(batch)
         scores = torch.zeros(len(texts), dtype=torch.float32, device=batch.responses.device)
         self.offloaded_weights.reload()
-        self.network.to(scores.device)  # for the first time: it is known only after setup
+        self.network.to(scores.device)  # the first call: the device is not known in `setup`
         for rows in microbatch_indices([len(text) for text in texts], self.tokens_per_pass):
             tokens = right_pad_texts([texts[row] for row in rows]).to(scores.device)
             scores[rows] = self.network.scores(tokens).float()
@@ -78,7 +82,11 @@ class ModelReward(RewardFunction):
         return scores
 
     def encode(self, batch: Experience) -> list[list[int]]:
-        """[N] token ids of prompt and completion as the reward model reads them."""
+        """Return the reward model's token ids of prompt and completion, for N rows.
+
+        Args:
+            batch: N rows with responses.
+        """
         prompts, completions = batch.columns["prompt"], batch.columns["completion"]
         texts = []
         for prompt, completion, is_truncated in zip(
@@ -91,7 +99,15 @@ class ModelReward(RewardFunction):
 
 
 def right_pad_texts(texts: list[list[int]]) -> TextBatch:
-    """Texts as one batch, the padding behind them."""
+    """Return n texts as one batch [n, T], padded at the right.
+
+    Args:
+        texts: Token ids of each text.
+
+    Example:
+        >>> right_pad_texts([[5, 6], [7]]).tokens.tolist()
+        [[5, 6], [7, 0]]
+    """
     lengths = [len(text) for text in texts]
     width = max(lengths)
     mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""A reward model that is the frozen base under a trained adapter."""
+"""Reward model in the frozen base of a trained adapter."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from lit_align.rewards.base import RewardError, RewardFunction
 
 @runtime_checkable
 class HasFrozenBase(Protocol):
-    """An algorithm one of whose networks is a reward model while its adapters are off."""
+    """An algorithm with a network that is a reward model if its adapters are disabled."""
 
     def base_scores(self, batch: Experience) -> Tensor:
-        """[N] scores of the answers as the policy's tokens have them."""
+        """Return the scores [N] of the responses, from the policy's tokens."""
 
     def reward_role(self) -> Role:
-        """The role, for the table at the start."""
+        """Return the base as a role, for the table at the start of a run."""
 
 
 class SharedBackboneReward(RewardFunction):
-    """The score head of Hydra's base, or of the base under PPO's critic: no model of its own.
+    """Score head of Hydra's frozen base, or of the frozen base of PPO's critic.
 
-    Reads the policy's tokens, which both share; nothing is encoded again.
+    It needs no additional model. The base reads the policy's tokens, so no text is encoded again.
     """
 
     algorithm: HasFrozenBase
 
     def setup(self, algorithm: LightningModule) -> None:
-        """Takes the role from the algorithm."""
+        """Keep the algorithm, whose base scores."""
         if not isinstance(algorithm, HasFrozenBase):
             raise UserError(
-                f"SharedBackboneReward needs PPO with an adapted critic, or HydraPPO: "
-                f"{type(algorithm).__name__} trains no reward model's base."
+                f"SharedBackboneReward needs PPO with an adapted critic, or HydraPPO, found "
+                f"{type(algorithm).__name__}. Set --reward.functions to another reward."
             )
         self.algorithm = algorithm
 
     def all_roles(self) -> list[Role]:
-        """The base that judges."""
+        """Return the base as the role `reward`."""
         return [self.algorithm.reward_role()]
 
     def __call__(self, batch: Experience) -> Tensor:
-        """[N] scores; an error ends the run at once, since ranks compute them together."""
+        """Return the scores [N]."""
+        # A sharded base computes on all ranks together, so that rows cannot be scored alone. A
+        # RewardError ends the run without trying it.
         try:
             return self.algorithm.base_scores(batch)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Several functions as one judge: names, weights, and what happens to a prompt one cannot score."""
+"""Weighted sum of reward functions: names, weights and skipped prompts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lit_align.rewards.execution import RewardExecutor, RowFailure, format_row
 
 
 class WeightedSum:
-    """Functions whose weighted sum is the score. One that does not apply to a row adds nothing.
+    """The score as a weighted sum of reward functions. None of a function adds nothing.
 
     Args:
-        functions: One or several.
-        weights: Factor of a score, 1 by default.
-        executor: Asks them.
+        functions: One function or several.
+        weights: Factor of each function's scores. Default: 1.
+        executor: Calls the functions.
     """
 
     def __init__(
@@ -32,10 +32,11 @@ class WeightedSum:
         function_list = [functions] if isinstance(functions, RewardFunction) else functions
         self.weights = [1.0] * len(function_list) if weights is None else weights
         if not function_list:
-            raise UserError("give at least one reward function")
+            raise UserError("There is no reward function. Set --reward.functions.")
         if len(self.weights) != len(function_list):
             raise UserError(
-                f"{len(self.weights)} weights for {len(function_list)} reward functions"
+                f"weights must have one number per reward function, found {len(self.weights)} "
+                f"weights for {len(function_list)} functions. Set --reward.weights."
             )
         self.functions: dict[str, RewardFunction] = {}
         for function in function_list:
@@ -43,10 +44,13 @@ class WeightedSum:
         self.executor = executor
 
     def __call__(self, batch: Experience) -> list[bool]:
-        """Writes `scores` and a column `scores/<name>` per function, NaN where it does not apply.
+        """Add `scores` [N] and a column `scores/<name>` per function, NaN if it does not apply.
+
+        Args:
+            batch: N rows with responses.
 
         Returns:
-            [N] False where a row is skipped with its prompt: score 0, nothing in its mask.
+            N flags. A row of a skipped prompt has False, the score 0 and an empty mask.
         """
         outcomes = self.executor(self.functions, batch)
         skipped = {
@@ -73,18 +77,26 @@ class WeightedSum:
         return is_scored
 
     def weighted_total(self, batch: Experience, row: int) -> float:
-        """The weighted sum over the functions that apply to a row."""
+        """Return the weighted sum over the functions that apply to a row."""
         weighted = [
             weight * batch.columns[f"scores/{name}"][row]
             for name, weight in zip(self.functions, self.weights, strict=True)
         ]
         applying = [term for term in weighted if not math.isnan(term)]
         if not applying:
-            raise RewardError(f"no reward function applies to this row\n{format_row(batch, row)}")
+            raise RewardError(
+                f"no reward function applies to this row. Return a number for it.\n"
+                f"{format_row(batch, row)}"
+            )
         return math.fsum(applying)
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
-    """A name that is not taken: the second `length` is `length_2`."""
+    """Return a name that is not taken yet.
+
+    Example:
+        >>> unique_name("length", ["length"])
+        'length_2'
+    """
     candidates = (f"{name}_{number}" if number > 1 else name for number in itertools.count(1))
     return next(candidate for candidate in candidates if candidate not in taken)

@@ -1,4 +1,4 @@
-"""How many bytes of a device are in use, as its allocator counts them."""
+"""Peak bytes of a device, counted by its allocator."""
 
 from __future__ import annotations
 
@@ -13,73 +13,72 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Allocations(ABC):
-    """Counts what an allocator gives out and takes back, from one moment to another."""
+    """Counter of the most bytes in use between `begin` and `end`."""
 
     @abstractmethod
     def begin(self) -> None:
-        """Forgets the most bytes that were in use so far."""
+        """Reset the peak to the bytes in use now."""
 
     @abstractmethod
     def end(self) -> int:
-        """The most bytes in use since `begin`."""
+        """Return the most bytes in use since `begin`."""
 
     def start(self) -> None:  # noqa: B027
-        """Listens again; where listening costs nothing, it never stops."""
+        """Start to count. Does nothing if the allocator always counts."""
 
     def stop(self) -> None:  # noqa: B027
-        """Stops listening."""
+        """Stop counting. Does nothing if the allocator always counts."""
 
     def raise_floor(self, known_bytes: int) -> None:  # noqa: B027
-        """Corrects the count where memory was given out before anyone listened.
+        """Correct the count for memory that was allocated before `start`.
 
         Args:
-            known_bytes: Bytes that are in use for sure.
+            known_bytes: Bytes that are certainly in use.
         """
 
 
 class AcceleratorAllocations(Allocations):
-    """The counters of an accelerator's caching allocator, which always run.
+    """Counters of an accelerator's caching allocator, which always run.
 
     Args:
-        device: Whose.
+        device: Device of the allocator.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def begin(self) -> None:
-        """Sets the allocator's high-water mark back."""
+        """Reset the allocator's peak."""
         torch.accelerator.reset_peak_memory_stats(self.device)
 
     def end(self) -> int:
-        """The allocator's high-water mark."""
+        """Return the allocator's peak in bytes."""
         return torch.accelerator.max_memory_allocated(self.device)
 
 
 class CPUAllocations(Allocations):
-    """The CPU allocator's own events: each block of tensor memory, in and out, to the byte.
+    """Exact count of the CPU allocator's blocks, from the events of torch's profiler.
 
-    torch keeps no such counters for a CPU, but tells its profiler. Views, tensors that autograd
-    saves and temporaries inside of operators are counted as what they are, blocks that somebody
-    holds; Python's and the libraries' memory is not, nor what other threads allocate. A session
-    that frees what an earlier one has seen given out counts it as freed.
+    torch has no counters for a CPU. Tensors saved by autograd and temporaries inside of operators
+    are counted, views are not. Memory of Python, of libraries and of other threads is not counted.
+    A block may be freed in a later session of the profiler than it was allocated in.
     """
 
     def __init__(self) -> None:
-        self.bytes_in_use = 0  # bytes, net of all that was heard
+        self.bytes_in_use = 0  # allocated minus freed bytes of all events so far
         self.session: profile | None = None
 
     def begin(self) -> None:
-        """Starts counting anew."""
+        """Reset the peak to the bytes in use now."""
         self.snapshot()
 
     def end(self) -> int:
-        """The most bytes in use since `begin`."""
+        """Return the most bytes in use since `begin`."""
         return self.snapshot()
 
     def snapshot(self) -> int:
-        """Ends a session of the profiler and starts the next; the most bytes in use in the old."""
-        # a collection between the two would free tensors that nobody hears of
+        """Return the most bytes in use in the current session, and start the next session."""
+        # garbage collection between two sessions would free tensors without an event
         was_collecting = gc.isenabled()
         gc.disable()
         old = self.session
@@ -95,48 +94,54 @@ class CPUAllocations(Allocations):
         return peak
 
     def start(self) -> None:
-        """Starts a session, if none is under way; garbage of before is not heard going."""
+        """Start a session of the profiler, unless one runs."""
         if self.session is None:
-            gc.collect()
+            gc.collect()  # before, so that blocks that were never counted are not freed in it
             self.session = start_profiler()
 
     def stop(self) -> None:
-        """Ends the session; garbage that holds tensors is collected while it is still heard."""
+        """End the session of the profiler."""
         if self.session is None:
             return
-        gc.collect()
+        gc.collect()  # before, so that the freed tensors are still counted
         self.snapshot()
         self.session.stop()
         self.session = None
 
     def raise_floor(self, known_bytes: int) -> None:
-        """Adds what is missing to what is known to be there."""
+        """Set the bytes in use to `known_bytes` if fewer were counted."""
         self.snapshot()
         self.bytes_in_use = max(self.bytes_in_use, known_bytes)
 
 
 def start_profiler() -> profile:
-    """A session of the profiler that hears of memory."""
+    """Return a started session of torch's profiler that records memory."""
     session = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     session.start()
     return session
 
 
 def allocation_changes(session: profile | None) -> Iterator[int]:
-    """Bytes that the CPU's allocator gave out (above 0) and took back, in their order."""
+    """Yield the bytes of each allocation (positive) and release (negative), in order."""
     if session is None or session.profiler is None or session.profiler.kineto_results is None:
         return
+    # not documented by torch: attributes and event name were checked with torch 2.13
     for event in session.profiler.kineto_results.events():
         if event.name() == "[memory]":
             yield event.nbytes()
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes of storage on a device, each storage once however many tensors share it.
+    """Return the bytes of all storages on a device. Shared storages count once.
 
     Args:
-        tensors: Plain ones, or subclasses that consist of some: shards, quantized states.
-        device: What lies elsewhere, such as a parked network, is left out.
+        tensors: Plain tensors, or subclasses that wrap some: shards, quantized states.
+        device: Device of the storages. Others, such as offloaded weights, are left out.
+
+    Example:
+        >>> tensor = torch.empty(100)  # 4 bytes each
+        >>> storage_bytes([tensor, tensor[:3]], torch.device("cpu"))
+        400
     """
     storages = {storage for tensor in tensors for storage in get_untyped_storages(tensor)}
     return sum(storage.nbytes() for storage in storages if storage.device == device)

@@ -97,7 +97,7 @@ def write_best(folder: Path, path: Path) -> None:
 
 
 def read_best(folder: Path) -> Path | None:
-    """Return the best checkpoint, or None if there is none."""
+    """Return the best checkpoint, or None if it does not exist."""
     marker = folder / "best"
     path = folder / marker.read_text().strip() if marker.is_file() else None
     return path if path is not None and path.exists() else None

@@ -1,4 +1,4 @@
-"""`environment.json`: command, versions, machine and git state of each start of a run."""
+"""Content of `environment.json`: command, versions, machine and git state of each start."""
 
 import json
 import os
@@ -25,10 +25,10 @@ EnvironmentEntry = dict[str, object]
 
 
 def read_starts(folder: Path) -> list[EnvironmentEntry]:
-    """The entries of a run folder, from the first start on; empty if none were kept.
+    """Return the entries of a run folder, from the first start on; empty without the file.
 
     Args:
-        folder: Of the run.
+        folder: Run folder.
     """
     file = folder / ENVIRONMENT_FILE
     if not file.is_file():
@@ -36,12 +36,17 @@ def read_starts(folder: Path) -> list[EnvironmentEntry]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}. Delete it, or restore it.") from error
+        raise UserError(f"{file} is not JSON ({error}). Delete or restore it.") from error
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def environment_entry(trainer: Trainer, command: tuple[str, ...]) -> EnvironmentEntry:
-    """This start: when, by which command, on what, with which versions."""
+    """Return the entry of this start: time, command, machine and versions.
+
+    Args:
+        trainer: Trainer of the run.
+        command: Arguments after `lit-align`. Empty for a Python script.
+    """
     device = trainer.strategy.root_device
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -60,7 +65,12 @@ def environment_entry(trainer: Trainer, command: tuple[str, ...]) -> Environment
 
 
 def package_versions() -> dict[str, str]:
-    """Of what is installed and may change a result."""
+    """Return the versions of installed packages that may change a result.
+
+    Example:
+        >>> "torch" in package_versions()
+        True
+    """
     found = {}
     for name in RECORDED_PACKAGES:
         try:
@@ -71,10 +81,12 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> tuple[EnvironmentEntry | None, bytes]:
-    """The commit that a folder is at, and what it lacks as a patch; None where git knows none.
+    """Return commit, branch and changed files of a folder, and the changes as a patch.
+
+    Both are empty (None and b"") if git knows no commit of the folder.
 
     Args:
-        folder: Anywhere in the working tree.
+        folder: Any folder of the working tree.
     """
     commit = run_git(folder, "rev-parse", "HEAD")
     if not commit:
@@ -91,7 +103,7 @@ def git_state(folder: Path) -> tuple[EnvironmentEntry | None, bytes]:
 
 
 def run_git(folder: Path, *arguments: str) -> bytes:
-    """What git prints; nothing where there is no git, no repository or no commit."""
+    """Return the output of git, or b"" without git, a repository or a commit."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), "--no-optional-locks", *arguments],

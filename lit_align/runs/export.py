@@ -1,4 +1,4 @@
-"""Folders of exported weights: where they are, their stop ids, and what is removed from them."""
+"""Folders of exported weights: their paths, stop ids and stale files."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -11,11 +11,11 @@ from lit_align.models.backbone import Backbone
 
 
 def export_folders(roles: dict[str, Backbone], folder: Path) -> dict[Backbone, Path]:
-    """The folder of each network: `folder` of a single one, else one for each.
+    """Return the folder of each network: `folder` itself, or `folder/<role>` for several.
 
     Args:
-        roles: Networks by role; several roles on one network are saved with it.
-        folder: Of all.
+        roles: Networks by role. Several roles of one network share its folder.
+        folder: Folder of the export.
     """
     networks = {network: role for role, network in reversed(roles.items())}
     return {
@@ -25,14 +25,14 @@ def export_folders(roles: dict[str, Backbone], folder: Path) -> dict[Backbone, P
 
 
 def write_stop_ids(network: Backbone, data: TextDataModule) -> PreTrainedTokenizerBase:
-    """Writes into the model's own configuration where texts end; the tokenizer to go with it.
+    """Write the stop ids and the pad id to the model's configuration; return the tokenizer.
 
-    transformers' classifiers read the score at the last token that is not padding: there a stop
-    that is padding as well would be skipped.
+    A classifier of transformers reads the score at the last token that is not padding. A stop
+    token that is also the pad token would be skipped, so its tokenizer gets another pad token.
 
     Args:
-        network: About to be saved.
-        data: Has the tokenizer.
+        network: Network that is saved next.
+        data: Data module with the tokenizer.
     """
     model, tokenizer = network.network, data.tokenizer
     stops = sorted({*network.stop_ids, *data.stop_ids})
@@ -48,35 +48,40 @@ def write_stop_ids(network: Backbone, data: TextDataModule) -> PreTrainedTokeniz
 def copy_with_other_pad_token(
     tokenizer: PreTrainedTokenizerBase, stops: list[int]
 ) -> PreTrainedTokenizerBase:
-    """A copy that pads with a special token which is no stop, if it has one.
+    """Return a copy whose pad token is not a stop, if the tokenizer has such a special token.
 
     Args:
-        tokenizer: Pads with a stop.
+        tokenizer: Tokenizer whose pad token is a stop.
         stops: Token ids that end texts.
+
+    Example:
+        >>> from lit_align.data.toy import toy_tokenizer
+        >>> copy_with_other_pad_token(toy_tokenizer(), stops=[0]).pad_token
+        '<unk>'
     """
-    apart = deepcopy(tokenizer)
-    spare = [token for token in (apart.unk_token, apart.bos_token) if token is not None]
-    for token in spare:
-        if apart.convert_tokens_to_ids(token) not in stops:
-            apart.pad_token = token
-            return apart
+    copied = deepcopy(tokenizer)
+    candidates = [token for token in (copied.unk_token, copied.bos_token) if token is not None]
+    for token in candidates:
+        if copied.convert_tokens_to_ids(token) not in stops:
+            copied.pad_token = token
+            return copied
     rank_zero_warn(
-        "the tokenizer pads with the stop and has no other special token: transformers will read "
-        "the exported model's scores one token early unless texts are scored one by one"
+        "the pad token is a stop token and the tokenizer has no other special token. transformers "
+        "will read the exported model's scores one token early. Score texts one by one."
     )
-    return apart
+    return copied
 
 
 def remove_stale_files(folder: Path, network: Backbone, is_full_model: bool = False) -> None:
-    """Removes what an earlier run left there and transformers would load along with the new.
+    """Remove files of an earlier export that transformers would load with the new ones.
 
-    An adapter's folder names its base, unless it holds a whole model's configuration; a whole
-    model's folder gets the adapter that lies beside it.
+    transformers would add an old adapter to a full model, and would read an old config.json in the
+    place of an adapter's base.
 
     Args:
-        folder: The folder to be written.
-        network: What will be saved there.
-        is_full_model: Whether all of its weights will be, with its adapter in them.
+        folder: Folder of the new export.
+        network: Network that is saved there.
+        is_full_model: True if its adapter is merged into the weights.
     """
     if is_full_model or network.saves_full_model:
         for file in folder.glob("adapter_*"):

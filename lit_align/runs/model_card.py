@@ -1,4 +1,4 @@
-"""The README.md beside exported weights: what they are, and how they came to be."""
+"""Model card: the README.md of exported weights, with base, data, metrics and commands."""
 
 import re
 import shutil
@@ -11,20 +11,20 @@ from lit_align.runs.environment_file import read_starts
 from lit_align.runs.run_folder import Points, RunFolder
 from lit_align.version import __version__
 
-CARD_METRICS = {  # what is told of a run, where it was logged
+CARD_METRICS = {  # description of each metric in the card, by log key
     "reward": "reward",
-    "val/reward": "reward on held-out prompts, greedy answers",
+    "val/reward": "reward on held-out prompts, greedy responses",
     "kl/per_response_k1": "KL to the reference, nats per response",
     "val/kl/per_response_k1": "KL on held-out prompts, nats per response",
     "completions/mean_length": "length, tokens per response",
     "entropy": "entropy, nats per token",
     "loss": "loss",
     "val/loss": "loss on held-out rows",
-    "rewards/accuracies": "share of pairs told apart",
+    "rewards/accuracies": "fraction of pairs with the higher reward for the chosen response",
     "val/accuracy": "accuracy on held-out rows",
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-MODEL_CLASSES = {  # pipeline tag, transformers' class, peft's class; by what the head reads
+MODEL_CLASSES = {  # pipeline tag, class of transformers and class of peft, by head
     "language": ("text-generation", "AutoModelForCausalLM", "AutoPeftModelForCausalLM"),
     "score": (
         "text-classification",
@@ -37,17 +37,17 @@ MODEL_CLASSES = {  # pipeline tag, transformers' class, peft's class; by what th
 def write_card(
     folder: Path, run: Path, network: Backbone, is_full_model: bool | None = None
 ) -> Path:
-    """Writes README.md beside a network's weights, and puts the run's curves there.
+    """Write README.md to a folder of exported weights, and copy the run's curves there.
 
     Args:
-        folder: Where the weights are.
-        run: The run folder, with whatever of config.yaml, metrics.csv, curves.png and
-            environment.json it has.
-        network: Whose weights they are.
-        is_full_model: Whether they are a whole model's and no adapter's; None: as it is saved.
+        folder: Folder of the weights.
+        run: Run folder. config.yaml, metrics.csv, curves.png and environment.json are used if
+            they exist.
+        network: Network of the weights.
+        is_full_model: True for a full model, False for an adapter. Default: as the network saves.
 
     Returns:
-        The file.
+        The path of README.md.
     """
     if (run / "curves.png").is_file():
         shutil.copyfile(run / "curves.png", folder / "curves.png")
@@ -58,7 +58,7 @@ def write_card(
 
 
 def render_card(folder: Path, run: Path, network: Backbone, is_full_model: bool) -> str:
-    """The text; arguments as `write_card` has them."""
+    """Return the text of the card. The arguments are those of `write_card`."""
     run_folder = RunFolder(run) if (run / "metrics.csv").is_file() else None
     settings = run_folder.config if run_folder else {}
     algorithm = settings.get("model", "").rpartition(".")[2]
@@ -77,13 +77,13 @@ def render_card(folder: Path, run: Path, network: Backbone, is_full_model: bool)
 
 
 def front_matter(network: Backbone, is_full_model: bool, algorithm: str, data: str) -> str:
-    """What the hub reads; names that are no hub ids are left out of it.
+    """Return the YAML header for the hub. Local paths are left out.
 
     Args:
-        network: Whose card it is.
-        is_full_model: Whether it is no adapter.
-        algorithm: Its class, empty if unknown.
-        data: Path of the rows.
+        network: Network of the card.
+        is_full_model: True for a full model, False for an adapter.
+        algorithm: Class name of the algorithm. Empty if unknown.
+        data: Path of the training data. Empty if unknown.
     """
     settings = {
         "library_name": "transformers" if is_full_model else "peft",
@@ -96,17 +96,22 @@ def front_matter(network: Backbone, is_full_model: bool, algorithm: str, data: s
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether it is written like one, and is no folder here."""
+    """Return True if a path has the form of a hub id and is not a local folder.
+
+    Example:
+        >>> is_hub_id("someone/model"), is_hub_id("./model")
+        (True, False)
+    """
     return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
 def facts_table(settings: dict[str, str], network: Backbone, is_full_model: bool) -> str:
-    """A table of what it was made of.
+    """Return a table of base model, kind of weights, data, reward and seed.
 
     Args:
-        settings: Of the run, by dotted name.
-        network: Whose card it is.
-        is_full_model: Whether it is no adapter.
+        settings: Settings of the run by dotted name.
+        network: Network of the card.
+        is_full_model: True for a full model, False for an adapter.
     """
     rewards = [
         value.rpartition(".")[2] if name == "reward.functions" else value
@@ -115,7 +120,7 @@ def facts_table(settings: dict[str, str], network: Backbone, is_full_model: bool
     ]
     rows = {
         "base model": network.name,
-        "weights": "whole" if is_full_model else "a low-rank adapter",
+        "weights": "full model" if is_full_model else "low-rank adapter",
         "data": settings.get("data.path", ""),
         "reward": ", ".join(rewards),
         "seed": settings.get("seed_everything", ""),
@@ -125,7 +130,16 @@ def facts_table(settings: dict[str, str], network: Backbone, is_full_model: bool
 
 
 def metrics_table(curves: dict[str, Points], axis: str) -> str:
-    """Means over the first and the last tenth of what was logged."""
+    """Return a table of each metric's mean over the first and the last tenth of the run.
+
+    Example:
+        >>> print(metrics_table({"loss": [(1.0, 3.0), (2.0, 2.0)]}, "rollouts"))
+        Over 2 rollouts:
+        <BLANKLINE>
+        | metric | first tenth | last tenth |
+        |-|-|-|
+        | loss | 3 | 2 |
+    """
     lines = [
         f"| {text} | {tenth_mean(curves[name], False):.4g} | {tenth_mean(curves[name], True):.4g} |"
         for name, text in CARD_METRICS.items()
@@ -134,24 +148,34 @@ def metrics_table(curves: dict[str, Points], axis: str) -> str:
     if not lines:
         return ""
     last = max(x for points in curves.values() for x, _ in points)
-    head = [f"Over {last:g} {axis}:", "", "| figure | first tenth | last tenth |", "|-|-|-|"]
+    head = [f"Over {last:g} {axis}:", "", "| metric | first tenth | last tenth |", "|-|-|-|"]
     return "\n".join([*head, *lines])
 
 
 def tenth_mean(points: Points, last: bool) -> float:
-    """The mean over the first or the last tenth, at least one value."""
+    """Return the mean over the first or the last tenth of the points, at least one point.
+
+    Example:
+        >>> tenth_mean([(float(x), float(x)) for x in range(20)], last=True)
+        18.5
+    """
     number = max(1, len(points) // 10)
     values = [y for _, y in (points[-number:] if last else points[:number])]
     return sum(values) / len(values)
 
 
 def escape_cell(text: str) -> str:
-    """A text that stays within its cell of a table."""
+    r"""Return a text without line breaks and Markdown that would end its table cell.
+
+    Example:
+        >>> escape_cell("a|b")
+        'a\\|b'
+    """
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def usage_section(network: Backbone, is_full_model: bool) -> str:
-    """How it is loaded."""
+    """Return the Python code that loads the weights."""
     _, model_class, adapter_class = MODEL_CLASSES[network.head_name]
     package, kind = ("transformers", model_class) if is_full_model else ("peft", adapter_class)
     lines = [
@@ -165,18 +189,19 @@ def usage_section(network: Backbone, is_full_model: bool) -> str:
 
 
 def reproduction_section(run: Path) -> str:
-    """What makes it again: the commands as they were given, and the settings that they came to."""
+    """Return the commands that were given and the resolved settings of the run."""
     given = dict.fromkeys(
         f"    {entry['command']}" for entry in read_starts(run) if entry["command"]
     )
-    made_by = ["Made by", "", *given] if given else []
+    made_by = ["Trained with", "", *given] if given else []
     file = run / "config.yaml"
     if not file.is_file():
         return "\n".join(made_by)
     text = file.read_text(encoding="utf-8").strip()
+    # longer than any run of backticks in the text, which would end the code block
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lines = [
-        "The same with all settings, which are below and in the run's `config.yaml`:",
+        "The same with all settings, from the `config.yaml` below:",
         "",
         "    lit-align fit --config config.yaml",
         "",

@@ -1,4 +1,4 @@
-"""Optimizer states by the weights' names, so that any strategy and number of ranks finds them."""
+"""Optimizer states keyed by weight names, for any strategy and number of ranks."""
 
 from typing import Any
 
@@ -7,16 +7,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def add_weight_names(trainer: Trainer, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The states with names where torch has numbers; ranks that hold none keep none.
+    """Return optimizer states with weight names as keys, in the place of torch's numbers.
 
-    torch numbers the weights of the groups, one after the other; Lightning, when it gathers sharded
-    states, all weights of the module, frozen ones too.
+    A state that is empty on this rank stays empty.
 
     Args:
-        trainer: Has the optimizers.
-        states: One per optimizer, as torch makes them.
+        trainer: Trainer with the optimizers.
+        states: State dict of each optimizer.
     """
     named = list(trainer.lightning_module.named_parameters())
+    # lightning 2.6.6 numbers gathered sharded states by all weights of the module, also frozen
+    # ones; torch numbers plain states by the weights of the groups
     if isinstance(trainer.strategy, ModelParallelStrategy):
         names = {number: name for number, (name, _) in enumerate(named)}
         return [replace_numbers(state, names) for state in states]
@@ -29,11 +30,17 @@ def add_weight_names(trainer: Trainer, states: list[dict[str, Any]]) -> list[dic
 
 
 def replace_numbers(state: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
-    """A state whose numbers are names.
+    """Return an optimizer state dict with names in the place of numbers.
 
     Args:
-        state: As an optimizer makes it.
-        names: By number; what has a name already keeps it.
+        state: State dict of an optimizer.
+        names: Weight names by number. Other keys stay as they are.
+
+    Example:
+        >>> state = {"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.5, "params": [0]}]}
+        >>> named = replace_numbers(state, {0: "head"})
+        >>> named["state"], named["param_groups"][0]["params"]
+        ({'head': {'step': 3}}, ['head'])
     """
     if not state:
         return state

@@ -1,4 +1,4 @@
-"""Random number generators of every rank, for rewards and callbacks of the user's that draw."""
+"""Random number generator states of every rank, for random rewards and callbacks of the user."""
 
 import random
 from typing import Any
@@ -7,11 +7,19 @@ import numpy as np
 import torch
 from torch import distributed
 
-RNGState = dict[str, Any]  # tensors and numbers, as checkpoints load them
+RNGState = dict[str, Any]  # tensors and numbers only: a checkpoint loads with weights_only
 
 
 def rng_state() -> RNGState:
-    """Where python, numpy, torch and this rank's devices are."""
+    """Return the generator states of Python, numpy, torch and this rank's devices.
+
+    Example:
+        >>> state = rng_state()
+        >>> before = random.random()
+        >>> set_rng_state(state)
+        >>> random.random() == before
+        True
+    """
     version, words, spare = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -29,7 +37,7 @@ def rng_state() -> RNGState:
 
 
 def set_rng_state(found: RNGState) -> None:
-    """Goes on where the generators were."""
+    """Restore the generator states. Device states need the same number of devices."""
     python, legacy = found["python"], found["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["spare"]))
     np.random.set_state(
@@ -49,7 +57,7 @@ def set_rng_state(found: RNGState) -> None:
 
 
 def gather_rng_states() -> list[RNGState]:
-    """`rng_state` of each rank, by rank; every rank must ask."""
+    """Return the `rng_state` of each rank, by rank. A collective: every rank must call it."""
     own = rng_state()
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]

@@ -1,4 +1,4 @@
-"""Signals that end a run: it saves at the next iteration's border and leaves."""
+"""Signals that end a run: it saves at the end of the iteration and exits."""
 
 import os
 import signal
@@ -15,18 +15,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1 (SLURM's warnings) and Ctrl-C; a second Ctrl-C stops at once.
+    """Handlers of SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C that only record the signal.
 
-    Lightning's own handlers save in the middle of an iteration (SLURM's) or start a collective
-    wherever the program is (SIGTERM): while this listens they are not asked.
+    A second Ctrl-C stops at once. Lightning's own handlers are replaced: its SLURM handler saves
+    in the middle of an iteration, and its SIGTERM handler starts a collective at any line.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.previous_handlers: dict[int, Any] = {}  # the handlers that were in place
+        self.previous_handlers: dict[int, Any] = {}  # by signal number
 
     def install(self) -> None:
-        """Takes the signals over; from the main thread alone, as Python wants it."""
+        """Install the handlers. Python allows this only in the main thread."""
         if not self.previous_handlers and threading.current_thread() is threading.main_thread():
             self.received = None
             self.previous_handlers = {
@@ -34,22 +34,27 @@ class StopSignals:
             }
 
     def restore(self) -> None:
-        """Gives the signals back to whom they belonged."""
+        """Restore the previous handlers."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         self.previous_handlers = {}
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Comes whenever a signal arrives."""
+        """Record a signal and print what happens next.
+
+        Args:
+            number: Number of the signal.
+            frame: Interrupted frame, unused.
+        """
         if number == signal.SIGINT and self.received == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.received = signal.Signals(number)
-        again = "; again to stop at once" if number == signal.SIGINT else ""
+        again = " (press again to stop at once)" if number == signal.SIGINT else ""
         text = f"{self.received.name}: saving at the end of this iteration{again}\n"
-        os.write(2, text.encode())  # print could be interrupted inside itself
+        os.write(2, text.encode())  # print is not safe here: the signal may interrupt a print
 
     def requeue(self, trainer: Trainer) -> None:
-        """Puts a SLURM job back into the queue after its warning, as Lightning would have."""
+        """Requeue a SLURM job after its warning, as Lightning's own handler does."""
         strategy = trainer.strategy
         parallel = isinstance(strategy, ParallelStrategy)
         environment = strategy.cluster_environment if parallel else None

@@ -1,4 +1,4 @@
-"""A checkpoint as folders that transformers loads without us."""
+"""Turn a checkpoint into folders that transformers loads without lit_align."""
 
 import math
 from pathlib import Path
@@ -25,21 +25,23 @@ def export_checkpoint(
     run: Path,
     merge: bool = False,
 ) -> list[Path]:
-    """Writes each trained network with tokenizer and card, as the end of a run does; the folders.
+    """Write each trained network with its tokenizer and model card; return the folders.
+
+    The folders are those that `fit` writes at its end.
 
     Args:
-        algorithm: As the run had it, with its networks built.
-        data: Has the tokenizer.
-        checkpoint: Of one file, or sharded.
-        out: Folder for all.
-        run: Folder of the run, for what the card tells.
-        merge: Write adapters into their base's weights; each adapter becomes a model of its own.
+        algorithm: Algorithm of the run with its networks built. The checkpoint is loaded into it.
+        data: Data module of the run, which has the tokenizer.
+        checkpoint: File, or folder of a sharded checkpoint.
+        out: Folder to write. Several networks get one subfolder each.
+        run: Run folder, whose config and metrics the model card shows.
+        merge: Merge each adapter into its base, and write one full model per adapter.
     """
     load_checkpoint_weights(algorithm, checkpoint)
     written = []
     for network, target in export_folders(algorithm.roles, out).items():
         tokenizer = write_stop_ids(network, data)
-        merges = merge and not network.saves_full_model
+        merges = merge and not network.saves_full_model  # a full model has nothing to merge
         with atomic_folder(target) as part:
             parts = save_merged(network, part) if merges else [part]
             if not merges:
@@ -55,28 +57,37 @@ def export_checkpoint(
 
 
 def load_checkpoint_weights(algorithm: Algorithm, checkpoint: Path) -> None:
-    """Puts a checkpoint's weights into the networks, after a look at what they were trained on."""
+    """Load the trained weights of a checkpoint, after checks of algorithm and frozen weights.
+
+    Args:
+        algorithm: Algorithm with its networks built.
+        checkpoint: File, or folder of a sharded checkpoint.
+    """
     info, name = read_header(checkpoint), type(algorithm).__name__
     if info["algorithm"] != name:
-        raise UserError(f"{checkpoint} is of a {info['algorithm']} run, and the config of {name}.")
+        raise UserError(
+            f"{checkpoint} is from a run of {info['algorithm']}, and the config is for {name}. Set "
+            f"--config to the config.yaml of that run."
+        )
     if algorithm.reference_model is not None:
         expected, frozen = info["frozen_fingerprint"], algorithm.reference_model.fingerprint
         if not math.isclose(expected, frozen, abs_tol=1e-6):
             raise UserError(
-                f"The frozen weights are others than those that {checkpoint} was trained on: give "
-                f"the config of that run, whose paths must hold the same weights."
+                f"The frozen weights differ from those that {checkpoint} was trained with. Set "
+                f"--config to the config.yaml of that run, with paths to the same weights."
             )
     weights = load_trained_weights(checkpoint)
     check_state_dict(algorithm, weight_shapes(weights))
+    # a checkpoint has trained weights only, so strict loading would miss the frozen ones
     algorithm.load_state_dict(weights, strict=False)
 
 
 def save_merged(network: Backbone, out: Path) -> list[Path]:
-    """Writes a whole model for each adapter that trained; their folders.
+    """Write a full model for each trained adapter and return the folders.
 
     Args:
-        network: Adapted.
-        out: Folder of a single one; several get one each in it.
+        network: Network with adapters.
+        out: Folder of the model. Several adapters get one subfolder each.
     """
     folders = []
     for adapter in network.trained_adapters:

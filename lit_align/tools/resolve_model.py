@@ -1,17 +1,22 @@
-"""Which folder is meant by a run, an export, or an export of several roles."""
+"""Find the model of a run folder, of an export, or of an export of several roles."""
 
 from pathlib import Path
 
 from lit_align.errors import UserError
 
-SUBFOLDERS = ("", "policy", "hf", "hf/policy")
+SUBFOLDERS = ("", "policy", "hf", "hf/policy")  # of an export and of a run, in this order
 
 
 def resolve_model(path: str) -> str:
-    """The folder that transformers or peft loads, or the hub id as it is.
+    """Return the folder that transformers or peft loads; a hub id is returned unchanged.
 
     Args:
-        path: Of weights, of a run folder, or of its `hf`; with several roles the policy is meant.
+        path: Folder of weights, run folder, its `hf`, or hub id. An export of several roles
+            stands for its policy.
+
+    Example:
+        >>> resolve_model("Qwen/Qwen2.5-0.5B")
+        'Qwen/Qwen2.5-0.5B'
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -22,6 +27,6 @@ def resolve_model(path: str) -> str:
             return str(candidate)
     names = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
     raise UserError(
-        f"{path}: no config.json and no adapter_config.json, there or in hf/, so no model is "
-        f"saved there. Found: {names}."
+        f"{path}: no config.json and no adapter_config.json in the folder or in its hf/. Give a "
+        f"folder with a saved model. Found: {names}."
     )

@@ -1,4 +1,4 @@
-"""SPR on a table: two tokens out of three, every response known, no Trainer."""
+"""Tabular SPR: responses of two tokens from a vocabulary of three, without a Trainer."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -18,32 +18,32 @@ REFERENCE = torch.tensor(
 
 
 class Table(nn.Module):
-    """Logits of the first token, and of the second after each first."""
+    """A policy of [4, 3] logits: of the first token, and of the second after each first token."""
 
     def __init__(self, logits: Tensor):
         super().__init__()
         self.logits = nn.Parameter(logits.clone())
 
     @property
-    def tokens(self) -> Tensor:
-        """[9, 2] log-probs of both tokens of every response."""
+    def token_logprobs(self) -> Tensor:
+        """Log-probs [9, 2] of both tokens of every response, in nats."""
         rows = self.logits.log_softmax(-1)
         return torch.stack([rows[0, FIRST], rows[FIRST + 1, SECOND]], -1)
 
     @property
-    def whole(self) -> Tensor:
-        """[9] log-probs of every response."""
-        return self.tokens.sum(-1)
+    def response_logprobs(self) -> Tensor:
+        """Log-probs [9] of every response, in nats."""
+        return self.token_logprobs.sum(-1)
 
-    def become(self, probs: Tensor) -> None:
-        """The table with these probabilities [9]: SFT's exact solution."""
+    def set_probabilities(self, probs: Tensor) -> None:
+        """Set the probabilities [9] of the responses: the exact solution of SFT."""
         joint = probs.view(3, 3)
         self.logits.data = torch.cat([joint.sum(1, keepdim=True).T, joint]).log()
 
-    adapters = SimpleNamespace(disabled=nullcontext)
+    adapters = SimpleNamespace(disabled=nullcontext)  # a table has no adapters
 
     def logprobs(self, batch: Experience) -> Tensor:
-        return self.tokens[batch.responses @ torch.tensor([3, 1])]
+        return self.token_logprobs[batch.responses @ torch.tensor([3, 1])]
 
     def logprobs_and_entropy(self, batch: Experience) -> tuple[Tensor, Tensor]:
         logprobs = self.logprobs(batch)
@@ -51,7 +51,7 @@ class Table(nn.Module):
 
 
 class TabularSPR(SPR):
-    """SPR with two tables and plain gradient steps."""
+    """SPR with two tables, and gradient steps without an optimizer."""
 
     trainer = SimpleNamespace(
         world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value, model=None)
@@ -77,6 +77,9 @@ class TabularSPR(SPR):
     def optimizer_state(self):
         return iter(())
 
+    def set_gradient_sync(self, is_last):
+        """Do nothing: there is one rank."""
+
     def step(self):
         self.policy.logits.data -= self.lr * self.policy.logits.grad
         self.policy.logits.grad = None
@@ -84,27 +87,32 @@ class TabularSPR(SPR):
 
     @property
     def optimum(self) -> Tensor:
-        """[9] probabilities that maximise F."""
-        return (self.reference.whole.detach() + SCORES / self.kl_coef).softmax(-1)
+        """Probabilities [9] that maximize E[score] - kl_coef KL(policy || reference)."""
+        return (self.reference.response_logprobs.detach() + SCORES / self.kl_coef).softmax(-1)
 
     @property
     def objective(self) -> float:
-        """F of the policy."""
-        logprobs = self.policy.whole.detach()
-        value = SCORES - self.kl_coef * (logprobs - self.reference.whole.detach())
+        """E[score] - kl_coef KL(policy || reference) of the policy."""
+        logprobs = self.policy.response_logprobs.detach()
+        value = SCORES - self.kl_coef * (logprobs - self.reference.response_logprobs.detach())
         return float((logprobs.exp() * value).sum())
 
     @property
     def gap(self) -> float:
-        """Nats between the policy and the optimum."""
-        logprobs = self.policy.whole.detach()
+        """KL(policy || optimum) in nats."""
+        logprobs = self.policy.response_logprobs.detach()
         return float((logprobs.exp() * (logprobs - self.optimum.log())).sum())
 
 
 def rollout(groups: Tensor, num_sampled: int) -> Experience:
-    """Rows as Rollout and Reward leave them: groups [B, G] of responses, sampled ones first."""
+    """Return the rows that `Rollout` and `Reward` would return.
+
+    Args:
+        groups: [B, G] responses, sampled ones first.
+        num_sampled: Sampled responses per group. The others are offline responses.
+    """
     number, size = groups.shape
-    stored = size - num_sampled
+    num_offline = size - num_sampled
     places = torch.cat([groups[:, :num_sampled].flatten(), groups[:, num_sampled:].flatten()])
     rows = len(places)
     return Experience(
@@ -116,11 +124,11 @@ def rollout(groups: Tensor, num_sampled: int) -> Experience:
         response_lengths=[2] * rows,
         truncated=[False] * rows,
         is_greedy=[False] * rows,
-        is_offline=[False] * (number * num_sampled) + [True] * (number * stored),
+        is_offline=[False] * (number * num_sampled) + [True] * (number * num_offline),
         offline_scores=[None] * rows,
         offline_logprobs=[None] * rows,
         group=[row for row in range(number) for _ in range(num_sampled)]
-        + [row for row in range(number) for _ in range(stored)],
+        + [row for row in range(number) for _ in range(num_offline)],
         sampling_logprobs=torch.zeros(rows, 2),
         scores=SCORES[places],
     )

@@ -1,4 +1,4 @@
-"""Answers that are empty, cut or all padding, and groups of equal scores: never NaN."""
+"""Responses that are empty, truncated or all padding, and equal scores: no metric is NaN."""
 
 import math
 from functools import partial
@@ -48,8 +48,8 @@ ALGORITHMS = {
 }
 
 
-class Emptied(Callback):
-    """Takes the tokens out of some answers, as a rollout of nothing but padding would have it."""
+class EmptyResponses(Callback):
+    """Empties some responses, as in a rollout that is all padding."""
 
     def __init__(self, rows: slice):
         self.rows = rows
@@ -62,9 +62,9 @@ class Emptied(Callback):
 
 
 def fit(folder, algorithm: OnlineAlgorithm, rows: slice, **settings) -> dict[str, float]:
-    """The metrics of two rollouts of 4 prompts in which these rows are empty."""
+    """Return the metrics of two rollouts of 4 prompts in which `rows` are empty."""
     torch.manual_seed(0)
-    run = trainer(folder, limit_val_batches=0, callbacks=[Emptied(rows)], **settings)
+    run = trainer(folder, limit_val_batches=0, callbacks=[EmptyResponses(rows)], **settings)
     run.callbacks[1] = Reward(Length(target=3))
     run.fit(algorithm, RandomPrompts(2))
     return {name: float(value) for name, value in run.callback_metrics.items()}
@@ -72,8 +72,8 @@ def fit(folder, algorithm: OnlineAlgorithm, rows: slice, **settings) -> dict[str
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 2), slice(None)], ids=str)
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_empty_answers_give_no_nan_and_teach_nothing(tmp_path, name, rows):
-    """One answer, both answers to a prompt, all answers."""
+def test_empty_responses_give_no_nan_and_no_gradient(tmp_path, name, rows):
+    """One response, both responses to a prompt, or all responses are empty."""
     build = partial(ALGORITHMS[name], optimizer=lambda params: SGD(params, lr=0.1))
     algorithm = build(**{"policy": tiny, **ALGORITHMS[name].keywords})
     metrics = fit(tmp_path, algorithm, rows)
@@ -86,8 +86,8 @@ def test_empty_answers_give_no_nan_and_teach_nothing(tmp_path, name, rows):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_single_tokens_that_are_all_cut_give_no_nan(tmp_path, name):
-    """Every answer is one token without an end: equal scores, and nothing to whiten over."""
+def test_truncated_responses_of_one_token_give_no_nan(tmp_path, name):
+    """All scores are equal, so there is no variance to whiten with."""
     build = partial(ALGORITHMS[name], optimizer=lambda params: SGD(params, lr=0.1))
     algorithm = build(**{"policy": tiny, **ALGORITHMS[name].keywords})
     metrics = fit(tmp_path, algorithm, slice(0, 0), max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""DPO and IPO: against naive code, and where the reference's log-probs come from."""
+"""DPO and IPO: losses against naive code, and log-probs of the reference."""
 
 import math
 from functools import partial
@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW
 from lit_align.algorithms.core.precomputed_logprobs import rank_batches
 from lit_align.algorithms.dpo import DPO, IPO
 from lit_align.data.preferences import PreferenceData
+from lit_align.errors import UserError
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.policy import Policy
 
@@ -22,7 +23,7 @@ def adam(params):
 
 
 def fit(folder, algorithm, data, ckpt_path=None, **settings):
-    """A run without rollouts; its trainer knows the metrics."""
+    """Train without rollouts and return the trainer, which has the metrics."""
     torch.manual_seed(0)
     run = trainer(folder, **{"limit_val_batches": 0, **settings})
     run.callbacks.clear()
@@ -30,10 +31,10 @@ def fit(folder, algorithm, data, ckpt_path=None, **settings):
     return run
 
 
-def naive_sums(policy, tokens, lengths, learnt):
-    """[B] log-probs of the answers, row by row without padding, from all logits at once."""
+def naive_sums(policy, tokens, lengths, masks):
+    """Return the log-probs [B] of the responses, row by row without padding, from all logits."""
     rows = []
-    for row, length, mask in zip(tokens, lengths, learnt, strict=True):
+    for row, length, mask in zip(tokens, lengths, masks, strict=True):
         logits = policy.network(input_ids=row[None, :length]).logits[0]
         own = logits[:-1].log_softmax(-1).gather(-1, row[1:length, None]).squeeze(-1)
         rows.append((own * mask[1:length]).sum())
@@ -41,7 +42,7 @@ def naive_sums(policy, tokens, lengths, learnt):
 
 
 def naive_margin(policy, reference, pairs):
-    """[B] nats: by how much the log-ratios of the two answers differ."""
+    """Return the difference [B] of the log-ratios of chosen and rejected responses, in nats."""
     sides = [
         naive_sums(policy, tokens, lengths, mask) - naive_sums(reference, tokens, lengths, mask)
         for tokens, lengths, mask in (
@@ -53,19 +54,19 @@ def naive_margin(policy, reference, pairs):
 
 
 def sigmoid_loss(margin, beta, smoothing):
-    """arXiv:2305.18290 eq. 7, and what a share of flipped labels makes of it."""
+    """Return the loss of arXiv:2305.18290 eq. 7, with a fraction of flipped labels."""
     right = 1 / (1 + (-beta * margin).exp())
     return -((1 - smoothing) * right.log() + smoothing * (1 - right).log())
 
 
 def squared_loss(margin, beta, smoothing):
-    """arXiv:2310.12036 eq. 17, likewise."""
+    """Return the loss of arXiv:2310.12036 eq. 17, with a fraction of flipped labels."""
     target = 1 / (2 * beta)
     return (1 - smoothing) * (margin - target) ** 2 + smoothing * (-margin - target) ** 2
 
 
 def other():
-    """Another policy than `tiny`, with as many tokens."""
+    """Return a policy with other weights than `tiny`."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return Policy(config=dict(TINY))
@@ -74,7 +75,7 @@ def other():
 @pytest.mark.parametrize(("kind", "loss"), [(DPO, sigmoid_loss), (IPO, squared_loss)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("microbatch_tokens", [1, 1000])
-def test_a_step_is_naive_code_with_all_logits(tmp_path, kind, loss, smoothing, microbatch_tokens):
+def test_a_step_equals_naive_code(tmp_path, kind, loss, smoothing, microbatch_tokens):
     algorithm = kind(
         policy=tiny,
         reference=other,
@@ -107,8 +108,8 @@ def test_the_first_loss_is_log_2(tmp_path, precision, lora):
     assert run.callback_metrics["rewards/accuracies"] == 0.5
 
 
-class Says:
-    """Stands for a policy whose answers have these log-probs, chosen and rejected in turn."""
+class FixedPolicy:
+    """A policy with constant log-probs of chosen and rejected responses, in turn."""
 
     def __init__(self, *sums: float):
         self.sums = sums
@@ -119,9 +120,9 @@ class Says:
 
 
 def loss_of(kind, policy, reference, **settings):
-    """(loss, metrics) of one pair whose answers have these log-probs."""
+    """Return loss and metrics of one pair with these log-probs under policy and reference."""
     algorithm = kind(policy=tiny, **settings)
-    algorithm.__dict__["policy"] = Says(*policy)
+    algorithm.__dict__["policy"] = FixedPolicy(*policy)
     pairs = RandomPairs().batch(0).rows([0])
     pairs.ref_chosen, pairs.ref_rejected = torch.tensor(reference).view(2, 1)
     (loss,) = algorithm.losses(pairs)
@@ -130,7 +131,7 @@ def loss_of(kind, policy, reference, **settings):
 
 
 def test_losses_and_metrics_by_hand():
-    """Log-ratios of +1 and -1 nats: at beta 0.5 rewards of +0.5 and -0.5, a margin of 1."""
+    """Log-ratios of 1 and -1 nats give rewards of 0.5 and -0.5 at beta 0.5, so a margin of 1."""
     sides = {"policy": (-2.0, -5.0), "reference": (-3.0, -4.0), "beta": 0.5}
     win, lose = math.log1p(math.exp(-1)), math.log1p(math.exp(1))
     loss, metrics = loss_of(DPO, **sides)
@@ -152,8 +153,8 @@ def test_losses_and_metrics_by_hand():
     assert loss_of(IPO, **sides, label_smoothing=0.25)[0] == pytest.approx([0.75 + 0.25 * 3**2])
 
 
-def test_ipo_stops_where_its_target_is_and_dpo_does_not(tmp_path):
-    """IPO: h = 1 / (2 beta), a margin of 1/2 in rewards; smoothing s asks for (1 - 2s) of it."""
+def test_ipo_converges_to_its_target_and_dpo_does_not(tmp_path):
+    """The target 1 / (2 beta) nats is a margin of 1/2. Smoothing s lowers it to (1 - 2s) / 2."""
 
     def margin(kind, **settings):
         algorithm = kind(
@@ -167,8 +168,8 @@ def test_ipo_stops_where_its_target_is_and_dpo_does_not(tmp_path):
     assert margin(DPO) > 1
 
 
-def test_empty_answers_say_nothing_and_break_nothing(tmp_path):
-    class Emptied(RandomPairs):
+def test_empty_responses_give_no_nan(tmp_path):
+    class EmptyResponses(RandomPairs):
         def batch(self, number):
             pairs = super().batch(number)
             pairs.chosen_target_mask, pairs.rejected_target_mask = (
@@ -179,16 +180,16 @@ def test_empty_answers_say_nothing_and_break_nothing(tmp_path):
             return pairs
 
     algorithm = DPO(policy=tiny, optimizer=adam)
-    run = fit(tmp_path, algorithm, Emptied(2), max_epochs=2)
+    run = fit(tmp_path, algorithm, EmptyResponses(2), max_epochs=2)
     assert all(weight.isfinite().all() for weight in weights(algorithm.policy))
     assert all(value.isfinite() for value in run.callback_metrics.values())
-    pairs = algorithm.prepare(Emptied().batch(0))
+    pairs = algorithm.prepare(EmptyResponses().batch(0))
     loss = next(algorithm.losses(pairs)).tolist()
     assert loss[1] == pytest.approx(math.log(2))
     assert loss[3] != pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_the_reference_stays_as_it_is_and_out_of_checkpoints(tmp_path):
+def test_the_reference_is_constant_and_not_in_checkpoints(tmp_path):
     algorithm = DPO(policy=tiny, optimizer=adam)
     fit(tmp_path, algorithm, RandomPairs(3)).save_checkpoint(tmp_path / "dpo.ckpt")
     for frozen, start in zip(algorithm.reference.parameters(), tiny().parameters(), strict=True):
@@ -198,14 +199,14 @@ def test_the_reference_stays_as_it_is_and_out_of_checkpoints(tmp_path):
     assert state.keys() == {f"policy.{name}" for name in tiny().state_dict()}
 
 
-def test_an_adapter_switched_off_is_a_reference_of_its_own(tmp_path):
+def test_a_disabled_adapter_equals_a_separate_reference(tmp_path):
     shared = DPO(policy=partial(tiny, lora=LORA), optimizer=adam)
-    apart = DPO(policy=partial(tiny, lora=LORA), reference=tiny, optimizer=adam)
-    runs = [fit(tmp_path, algorithm, RandomPairs(3)) for algorithm in (shared, apart)]
+    separate = DPO(policy=partial(tiny, lora=LORA), reference=tiny, optimizer=adam)
+    runs = [fit(tmp_path, algorithm, RandomPairs(3)) for algorithm in (shared, separate)]
     assert "reference" not in shared._modules
-    assert "reference" in apart._modules
+    assert "reference" in separate._modules
     for one, two, start in zip(
-        weights(shared.policy), weights(apart.policy), weights(tiny(lora=LORA)), strict=True
+        weights(shared.policy), weights(separate.policy), weights(tiny(lora=LORA)), strict=True
     ):
         assert torch.equal(one, two)
         assert not torch.equal(one, start)
@@ -230,7 +231,7 @@ def test_validation_counts_each_pair_once(tmp_path):
     )
 
 
-# The reference's log-probs in advance -------------------------------------------------------------
+# Precomputed log-probs of the reference -----------------------------------------------------------
 
 
 small = partial(tiny, config=WORDS)
@@ -242,8 +243,8 @@ def toy(**settings):
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
-def test_what_is_precomputed_is_what_would_be_computed(tmp_path, lora):
-    """Bit for bit where a pair is scored alone: over two shuffled epochs, with validation."""
+def test_precomputed_log_probs_give_bitwise_equal_runs(tmp_path, lora):
+    """Each pair is a micro-batch, since other batch sizes round differently."""
     algorithms, metrics = [], []
     for precompute in (False, True):
         algorithm = DPO(
@@ -266,7 +267,7 @@ def test_what_is_precomputed_is_what_would_be_computed(tmp_path, lora):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_precomputed_log_probs_have_the_precision_of_the_run(tmp_path, precision):
+def test_precomputed_log_probs_have_the_precision_of_training(tmp_path, precision):
     algorithm = DPO(policy=small, precompute=True, microbatch_tokens=1)
     run = fit(tmp_path, algorithm, toy(max_rows=4), precision=precision)
     assert run.callback_metrics["loss"] == torch.tensor(math.log(2))
@@ -274,17 +275,17 @@ def test_precomputed_log_probs_have_the_precision_of_the_run(tmp_path, precision
 
 def test_before_the_first_step_the_policy_is_the_reference(tmp_path):
     algorithm = DPO(policy=small, precompute=True, optimizer=adam)
-    seen = []
-    algorithm.on_validation_epoch_end = lambda: seen.append(
+    losses = []
+    algorithm.on_validation_epoch_end = lambda: losses.append(
         float(algorithm.metrics.compute_eval()["loss"])
     )
     fit(tmp_path, algorithm, toy(), limit_val_batches=1, num_sanity_val_steps=1)
-    assert seen[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert seen[1] != pytest.approx(math.log(2), abs=1e-3)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[1] != pytest.approx(math.log(2), abs=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_ranks_share_all_rows_in_equally_many_batches(ranks):
+def test_ranks_have_all_rows_in_equal_numbers_of_batches(ranks):
     loader = toy(max_rows=7, batch_size=2).train_dataloader()
     everything = {pair.fingerprint for pair in loader.dataset.examples}
     assert len(everything) == 7
@@ -297,18 +298,18 @@ def test_the_ranks_share_all_rows_in_equally_many_batches(ranks):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Trains on toy pairs; the trainer, and the checkpoint of the end."""
+    """Return a function that trains on toy pairs and returns the trainer and its checkpoint."""
 
-    def go(**settings):
+    def train(**settings):
         run = fit(tmp_path, DPO(policy=small, optimizer=adam, **settings), toy())
         run.save_checkpoint(tmp_path / "dpo.ckpt")
         return run, tmp_path / "dpo.ckpt"
 
-    return go
+    return train
 
 
-def test_a_checkpoint_brings_what_was_precomputed(tmp_path):
-    """Rows of the evaluation too; what they measure is what a kept reference would measure."""
+def test_a_checkpoint_restores_the_precomputed_log_probs(tmp_path):
+    """The validation of a checkpoint has the margin that a reference model gives."""
     margins = []
     for precompute in (True, False):
         algorithm = DPO(policy=small, precompute=precompute, optimizer=adam)
@@ -322,23 +323,23 @@ def test_a_checkpoint_brings_what_was_precomputed(tmp_path):
     assert margins[0] != 0
 
 
-def test_other_data_than_were_precomputed_are_refused(tmp_path, saved):
+def test_data_without_precomputed_log_probs_are_refused(tmp_path, saved):
     _, path = saved(precompute=True)
     again = DPO(policy=small, precompute=True)
-    with pytest.raises(ValueError, match="4 pairs of a batch are not among those that precompute"):
+    with pytest.raises(UserError, match="4 pairs of a batch have no precomputed reference"):
         fit(tmp_path, again, toy(max_tokens=20), max_epochs=2, ckpt_path=path)
 
 
-def test_a_policy_that_has_learnt_cannot_be_the_reference(tmp_path, saved):
+def test_a_checkpoint_without_precompute_is_refused_with_precompute(tmp_path, saved):
     _, path = saved(precompute=False)
     again = DPO(policy=small, precompute=True)
-    with pytest.raises(ValueError, match="checkpoint is of a run without precompute"):
+    with pytest.raises(UserError, match=r"without precompute, .* Set --model.precompute false"):
         fit(tmp_path, again, toy(), max_epochs=2, ckpt_path=path)
 
 
-def test_a_run_with_precompute_cannot_go_on_without(tmp_path, saved):
+def test_a_checkpoint_with_precompute_is_refused_without_precompute(tmp_path, saved):
     _, path = saved(precompute=True)
-    with pytest.raises(ValueError, match="is of a run with precompute: go on with precompute"):
+    with pytest.raises(UserError, match=r"with precompute. Set --model.precompute true"):
         fit(tmp_path, DPO(policy=small), toy(), max_epochs=2, ckpt_path=path)
 
 
@@ -347,34 +348,37 @@ def test_other_data_are_evaluated_without_precompute(tmp_path, saved):
     run = trainer(tmp_path)
     run.callbacks.clear()
     other = toy(max_tokens=20)
-    with pytest.raises(ValueError, match="and evaluate other data without precompute"):
+    with pytest.raises(UserError, match=r"To evaluate other data, set --model.precompute"):
         run.validate(DPO(policy=small, precompute=True), other, ckpt_path=path, verbose=False)
     (measured,) = run.validate(DPO(policy=small), other, ckpt_path=path, verbose=False)
     assert measured["val/margin"] != 0
 
 
-def test_all_rows_can_only_be_read_of_a_data_module(tmp_path):
-    with pytest.raises(ValueError, match="give fit a data module"):
+def test_precompute_needs_a_data_module(tmp_path):
+    with pytest.raises(UserError, match="needs a data module, found a data loader"):
         fit(tmp_path, DPO(policy=small, precompute=True), toy().train_dataloader())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": 0.0}, "beta must be above 0, found 0.0"),
+        ({"beta": 0.0}, "beta must be above 0, found 0.0. Set --model.beta"),
         ({"beta": math.nan}, "beta must be above 0, found nan"),
-        ({"label_smoothing": 0.5}, "below 0.5, where a preference would say nothing, found 0.5"),
+        (
+            {"label_smoothing": 0.5},
+            "at least 0 and below 0.5, found 0.5. Set --model.label",
+        ),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0"),
-        ({"precompute": True, "reference": tiny}, "leave out reference"),
+        ({"precompute": True, "reference": tiny}, "Remove --model.reference or"),
     ],
 )
 @pytest.mark.parametrize("kind", [DPO, IPO])
-def test_what_makes_no_sense_is_refused(kind, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_invalid_settings_are_refused(kind, settings, message):
+    with pytest.raises(UserError, match=message):
         kind(policy=tiny, **settings)
 
 
 def test_a_reference_with_another_vocabulary_is_refused(tmp_path):
     algorithm = DPO(policy=tiny, reference=small)
-    with pytest.raises(ValueError, match=r"knows 192 tokens and the policy .* 32: they"):
+    with pytest.raises(UserError, match=r"has 192 tokens .* the policy .* has 32. Set"):
         fit(tmp_path, algorithm, RandomPairs(1))

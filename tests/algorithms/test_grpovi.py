@@ -1,4 +1,4 @@
-"""GRPOVI: adjusted scores of the paper's numeric tests, through the algorithm."""
+"""GRPOVI: scores of increased variance on worked examples, bounds and weights."""
 
 import math
 from types import SimpleNamespace
@@ -10,10 +10,11 @@ from tiny_models import RandomPrompts, tiny, trainer
 from lit_align.algorithms import grpovi
 from lit_align.algorithms.grpovi import GRPOVI
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 
 
 def group(probs, scores, lengths=None) -> Experience:
-    """One prompt's responses of one token each, with the reference's probabilities."""
+    """Return the responses to one prompt, with these probabilities under the reference."""
     lengths = lengths or [1] * len(probs)
     width = max(lengths)
     share = torch.tensor(probs, dtype=torch.float64).log() / torch.tensor(lengths)
@@ -26,34 +27,35 @@ def group(probs, scores, lengths=None) -> Experience:
     )
 
 
-def adjusted(algorithm, batch) -> list[float]:
+def shaped(algorithm, batch) -> list[float]:
+    """Return the scores of increased variance of a single group."""
     return algorithm.shape_scores(batch.scores.view(1, -1), batch)[0].tolist()
 
 
-def test_equal_probabilities_push_scores_to_the_bounds():
+def test_equal_probabilities_move_scores_to_the_bounds():
     batch = group([0.25] * 4, [0.9, 0.6, 0.4, 0.1])
-    assert adjusted(GRPOVI(policy=tiny), batch) == pytest.approx([1, 1, 0, 0])
+    assert shaped(GRPOVI(policy=tiny), batch) == pytest.approx([1, 1, 0, 0])
 
 
-def test_the_weighted_mean_is_kept_by_one_value_in_between():
+def test_one_score_between_the_bounds_keeps_the_weighted_mean():
     batch = group([0.1, 0.5, 0.15, 0.25], [0.2, 0.4, 0.9, 0.1])
-    assert adjusted(GRPOVI(policy=tiny), batch) == pytest.approx([0, 0.46, 1, 0])
+    assert shaped(GRPOVI(policy=tiny), batch) == pytest.approx([0, 0.46, 1, 0])
 
 
 def test_equal_scores_stay_equal_unless_ties_are_split():
     batch = group([0.25] * 4, [0.5] * 4)
-    assert adjusted(GRPOVI(policy=tiny), batch) == pytest.approx([0.5] * 4)
-    assert adjusted(GRPOVI(policy=tiny, split_ties=True), batch) == pytest.approx([1, 1, 0, 0])
+    assert shaped(GRPOVI(policy=tiny), batch) == pytest.approx([0.5] * 4)
+    assert shaped(GRPOVI(policy=tiny, split_ties=True), batch) == pytest.approx([1, 1, 0, 0])
 
 
-def test_other_bounds_move_the_result_with_them():
+def test_scores_move_to_other_bounds():
     batch = group([0.25] * 4, [8.0, 2.0, -2.0, -8.0])
-    assert adjusted(GRPOVI(policy=tiny, min_score=-10, max_score=10), batch) == pytest.approx(
+    assert shaped(GRPOVI(policy=tiny, min_score=-10, max_score=10), batch) == pytest.approx(
         [10, 10, -10, -10]
     )
 
 
-def test_weights_are_of_whole_responses_and_have_alternatives():
+def test_response_weights_are_log_probs_of_responses():
     batch = group([0.8, 0.2], [1.0, 0.0], lengths=[1, 2])
     batch.logprobs = torch.tensor([[-1.0, 0.0], [-2.0, -3.0]])
     nats = [math.log(0.8), math.log(0.2)]
@@ -64,27 +66,25 @@ def test_weights_are_of_whole_responses_and_have_alternatives():
     assert grpovi.equal_weights(batch).tolist() == [0.0, 0.0]
 
 
-class Alone(GRPOVI):
-    """One rank without a Trainer."""
+class SingleRankGRPOVI(GRPOVI):
+    """GRPOVI on one rank without a Trainer."""
 
     trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda value, reduce_op: value))
 
 
 def test_running_bounds_are_the_extremes_so_far():
-    algorithm = Alone(policy=tiny, running_bounds=True)
-    first = adjusted(algorithm, group([0.25] * 4, [3.0, 2.0, 1.0, 0.0]))
+    algorithm = SingleRankGRPOVI(policy=tiny, running_bounds=True)
+    first = shaped(algorithm, group([0.25] * 4, [3.0, 2.0, 1.0, 0.0]))
     assert first == pytest.approx([3, 3, 0, 0])
-    second = adjusted(algorithm, group([0.25] * 4, [2.0, 2.0, 1.0, 1.0]))
+    second = shaped(algorithm, group([0.25] * 4, [2.0, 2.0, 1.0, 1.0]))
     assert algorithm.range.bounds.tolist() == [0.0, 3.0]
     assert second == pytest.approx([3, 3, 0, 0])
-    assert adjusted(Alone(policy=tiny, running_bounds=True), group([0.5, 0.5], [2.0, 2.0])) == [
-        2,
-        2,
-    ]
+    at_start = SingleRankGRPOVI(policy=tiny, running_bounds=True)
+    assert shaped(at_start, group([0.5, 0.5], [2.0, 2.0])) == [2, 2]
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_bounds_are_saved_if_they_run(tmp_path, running):
+def test_only_running_bounds_are_saved(tmp_path, running):
     algorithm = GRPOVI(policy=tiny, num_samples=2, running_bounds=running)
     run = trainer(tmp_path)
     run.fit(algorithm, RandomPrompts(2))
@@ -97,29 +97,28 @@ def test_bounds_are_saved_if_they_run(tmp_path, running):
         assert again.range.bounds[1] >= algorithm.range.bounds[1]
 
 
-def test_raw_scores_are_what_is_logged(run):
+def test_the_logged_reward_is_the_raw_score(run):
     logged = run(GRPOVI(policy=tiny, num_samples=2, max_score=100.0)).callback_metrics
     assert logged["reward"] == logged["rewards/count/mean"]
 
 
 @pytest.mark.parametrize(("min_score", "max_score"), [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)])
-def test_bounds_that_are_none_are_refused(min_score, max_score):
-    with pytest.raises(
-        ValueError, match=f"min_score must be below max_score, found {min_score} and {max_score}"
-    ):
+def test_a_min_score_that_is_not_below_max_score_is_refused(min_score, max_score):
+    message = f"min_score must be below max_score, found {min_score} and {max_score}. Set"
+    with pytest.raises(UserError, match=message):
         GRPOVI(policy=tiny, min_score=min_score, max_score=max_score)
 
 
-def test_scores_that_differ_in_the_last_digits_are_no_ties():
-    """In single precision 1e-8 - (-1) is 1; the order is that of the scores."""
+def test_scores_that_differ_in_the_last_digits_are_not_ties():
+    """In float32, 1e-8 - (-1) is 1. The order of the scores must stay."""
     batch = group([0.25] * 4, [3e-8, 2e-8, 1e-8, 0.0])
     batch.scores = batch.scores.float()
-    raised = adjusted(GRPOVI(policy=tiny, min_score=-1.0, max_score=1.0), batch)
+    raised = shaped(GRPOVI(policy=tiny, min_score=-1.0, max_score=1.0), batch)
     assert raised == pytest.approx([1, 1, -1, -1], abs=1e-6)
     assert raised == sorted(raised, reverse=True)
 
 
-def test_bounds_in_single_precision_give_rule_rewards_back():
+def test_scores_at_float32_bounds_stay_bitwise_equal():
     batch = group([0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.7])
     batch.scores = batch.scores.float()
     algorithm = GRPOVI(policy=tiny, min_score=0.1, max_score=0.7)

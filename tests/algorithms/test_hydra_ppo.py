@@ -1,4 +1,4 @@
-"""Hydra: the joint loss of its SFT, updates of one trunk, equality with layouts of more models."""
+"""Hydra: the joint loss of Hydra-SFT, updates of one backbone, equality with separate models."""
 
 import math
 
@@ -16,6 +16,7 @@ from lit_align.algorithms.remax import ReMax
 from lit_align.batches import PreferenceBatch
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
+from lit_align.errors import UserError
 from lit_align.functional.losses import bradley_terry
 from lit_align.models.adapters.lora import LoRA
 from lit_align.models.hydra import ACTOR, CRITIC, Hydra, JointHydra
@@ -40,14 +41,14 @@ def sgd(params):
 
 
 def seeded(kind, *args, **settings):
-    """The same adapters each time."""
+    """Return a network with the same random adapters each time."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         return kind(*args, lora=LoRA(r=4, lora_alpha=8), **settings)
 
 
-def by_base(folder, algorithm, num_batches: int = 2) -> Trainer:
-    """A run whose rewards are the frozen base's."""
+def fit_with_base_rewards(folder, algorithm, num_batches: int = 2) -> Trainer:
+    """Train with the scores of the frozen base and return the trainer."""
     torch.manual_seed(0)
     done = trainer(folder, limit_val_batches=0)
     done.callbacks[1:2] = [Reward(SharedBackboneReward())]
@@ -58,8 +59,8 @@ def by_base(folder, algorithm, num_batches: int = 2) -> Trainer:
 # Hydra-SFT ---------------------------------------------------------------------------------------
 
 
-class Judged:
-    """Stands for a two-headed model: logits [[2,0,0],[0,1,0]], scores 1 and 0.2 (H1)."""
+class FixedOutputs:
+    """A language model with reward head: logits [[2,0,0],[0,1,0]], scores 1 and 0.2."""
 
     def score_pairs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         logits = torch.tensor([[2.0, 0, 0], [0, 1, 0]], dtype=torch.float64)
@@ -68,9 +69,9 @@ class Judged:
 
 
 @pytest.mark.parametrize(("reward_loss_coef", "expected"), [(0.1, 0.4326048), (1.0, 0.7665954)])
-def test_h1_the_joint_loss(reward_loss_coef, expected):
+def test_the_joint_loss_by_hand(reward_loss_coef, expected):
     algorithm = HydraSFT(policy=lambda: None, reward_loss_coef=reward_loss_coef)
-    algorithm.__dict__["policy"] = Judged()
+    algorithm.__dict__["policy"] = FixedOutputs()
     batch = PreferenceBatch(
         chosen_target_mask=torch.tensor([[False, True, True]]),
         margin=torch.zeros(1),
@@ -80,20 +81,20 @@ def test_h1_the_joint_loss(reward_loss_coef, expected):
     assert float(loss) == pytest.approx(expected, abs=1e-6)
 
 
-def test_h1_the_score_is_pulled_as_bradley_and_terry_say():
+def test_the_gradient_of_the_chosen_score_by_hand():
     better = torch.tensor(1.0, requires_grad=True)
     bradley_terry(better, torch.tensor(0.2)).backward()
     assert float(better.grad) == pytest.approx(-0.3100255, abs=1e-6)
 
 
-def test_h1_the_forks_mean_over_tokens():
-    """From the first token that differs on; ours reads the last one alone, as rewards do."""
+def test_the_mean_loss_over_diverging_tokens_by_hand():
+    """The published code averages from the first token that differs. We use the last token."""
     chosen, rejected = torch.tensor([0.5, 1, 1.5]), torch.tensor([0.5, 0.2, 0.1])
     assert float(bradley_terry(chosen, rejected).mean()) == pytest.approx(0.4282218, abs=1e-6)
 
 
 def test_language_loss_is_a_mean_over_tokens_and_reward_loss_over_pairs(tmp_path, base):
-    """Whatever the micro-batches; checked against one pass over the whole batch."""
+    """The loss of any micro-batches equals that of one pass over the batch."""
     data = RandomPairs(1)
     batch, start = data.batch(0), PolicyWithRewardHead(base)
     with torch.no_grad():
@@ -121,9 +122,9 @@ def test_language_loss_is_a_mean_over_tokens_and_reward_loss_over_pairs(tmp_path
 # Hydra-PPO ---------------------------------------------------------------------------------------
 
 
-def test_only_adapters_and_value_head_move(tmp_path, base):
+def test_only_adapters_and_value_head_train(tmp_path, base):
     algorithm = HydraPPO(policy=lambda: seeded(Hydra, base), optimizer=sgd)
-    by_base(tmp_path, algorithm)
+    fit_with_base_rewards(tmp_path, algorithm)
     start, end = (
         dict(n.network.named_parameters()) for n in (seeded(Hydra, base), algorithm.policy)
     )
@@ -133,53 +134,56 @@ def test_only_adapters_and_value_head_move(tmp_path, base):
     assert all(".lora_" in name or "modules_to_save" in name for name in moved)
 
 
-def test_reference_and_reward_stay_while_the_rest_learns(tmp_path, base):
-    seen = []
+def test_reference_and_reward_model_are_constant_in_training(tmp_path, base):
+    errors = []
 
-    class Watched(HydraPPO):
+    class RecordingHydra(HydraPPO):
         def prepare(self, batch):
             batch = super().prepare(batch)
-            untouched = Policy(base).logprobs(batch)
-            seen.append(float((batch.ref_logprobs - untouched).abs().max()))
-            seen.append(float((batch.scores - ScalarHead(base).scores(batch)).abs().max()))
+            expected = Policy(base).logprobs(batch)
+            errors.append(float((batch.ref_logprobs - expected).abs().max()))
+            errors.append(float((batch.scores - ScalarHead(base).scores(batch)).abs().max()))
             return batch
 
-    done = by_base(tmp_path, Watched(policy=lambda: seeded(Hydra, base), optimizer=sgd), 3)
-    assert max(seen) < 1e-5
-    assert len(seen) == 6
+    algorithm = RecordingHydra(policy=lambda: seeded(Hydra, base), optimizer=sgd)
+    done = fit_with_base_rewards(tmp_path, algorithm, 3)
+    assert max(errors) < 1e-5
+    assert len(errors) == 6
     assert float(done.callback_metrics["kl/per_response_k1"]) != 0.0
 
 
-def test_the_first_rollout_has_no_kl_and_values_are_the_rewards_to_come(tmp_path, base):
-    class Stopped(HydraPPO):
+def test_the_first_rollout_has_kl_0_and_values_of_the_reward_head(tmp_path, base):
+    class RecordingHydra(HydraPPO):
         def prepare(self, batch):
-            self.kept = super().prepare(batch)
-            return self.kept
+            self.batch = super().prepare(batch)
+            return self.batch
 
-    algorithm = Stopped(policy=lambda: seeded(Hydra, base), optimizer=sgd)
-    done = by_base(tmp_path, algorithm, num_batches=1)
-    batch = algorithm.kept
+    algorithm = RecordingHydra(policy=lambda: seeded(Hydra, base), optimizer=sgd)
+    done = fit_with_base_rewards(tmp_path, algorithm, num_batches=1)
+    batch = algorithm.batch
     assert float(done.callback_metrics["kl/per_response_k1"]) == 0.0
     assert torch.allclose(batch.values, ScalarHead(base).state_values(batch), atol=1e-5)
 
 
-def test_hydra_computes_what_four_models_with_adapters_compute(tmp_path, base):
-    """Same adapters on one trunk or on two: the same actor, critic, reward and reference."""
+def test_hydra_equals_separate_models_with_equal_adapters(tmp_path, base):
+    """Actor, critic, reward model and reference are equal on one backbone and on two."""
 
-    def apart():
+    def seeded_policy():
         with torch.random.fork_rng():  # Hydra draws the actor's adapter, then the critic's
             torch.manual_seed(2)
             return Policy(base, lora=LoRA(r=4, lora_alpha=8))
 
     settings = {"optimizer": sgd, "score_clip": 5.0, "whiten_advantages": False, "kl_coef": 0.02}
-    four = PPO(
-        policy=apart,
+    separate = PPO(
+        policy=seeded_policy,
         critic=lambda: seeded(ScalarHead, base),
         reference=lambda: Policy(base),
         **settings,
     )
-    one = HydraPPO(policy=lambda: seeded(Hydra, base), **settings)
-    runs = [by_base(tmp_path, algorithm, num_batches=1) for algorithm in (four, one)]
+    hydra = HydraPPO(policy=lambda: seeded(Hydra, base), **settings)
+    runs = [
+        fit_with_base_rewards(tmp_path, algorithm, num_batches=1) for algorithm in (separate, hydra)
+    ]
     metrics = [{k: float(v) for k, v in run.callback_metrics.items()} for run in runs]
     for name in ("reward", "loss/policy_avg", "kl/per_response_k1"):
         assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5, abs=1e-6), name
@@ -187,8 +191,8 @@ def test_hydra_computes_what_four_models_with_adapters_compute(tmp_path, base):
     assert metrics[1]["grad_norm/policy"] == pytest.approx(metrics[0]["grad_norm/policy"], rel=1e-4)
 
 
-def test_a_joint_adapters_gradient_is_the_sum_of_both(tmp_path, base):
-    """Lengths of steps of plain SGD, unclipped: g(c) = g_policy + c g_value for any c."""
+def test_the_gradient_of_a_joint_adapter_is_the_sum_of_both(tmp_path, base):
+    """Steps of SGD without clipping: g(c) = g_policy + c g_value for any coefficient c."""
     steps = {}
     for coef in (0.0, 1.0, 2.0):
         algorithm = HydraPPO(
@@ -197,7 +201,7 @@ def test_a_joint_adapters_gradient_is_the_sum_of_both(tmp_path, base):
             optimizer=sgd,
             max_grad_norm=math.inf,
         )
-        done = by_base(tmp_path, algorithm, num_batches=1)
+        done = fit_with_base_rewards(tmp_path, algorithm, num_batches=1)
         assert "grad_norm" in done.callback_metrics
         start = trained(HydraOnly(seeded(JointHydra, base)))
         steps[coef] = [a - b for a, b in zip(trained(algorithm), start, strict=True)]
@@ -209,40 +213,40 @@ def test_a_joint_adapters_gradient_is_the_sum_of_both(tmp_path, base):
 
 
 class HydraOnly:
-    """Gives `trained` a network's weights."""
+    """Has the one attribute that `trained` reads."""
 
     def __init__(self, network):
         self.roles = {"policy": network}
 
 
-def test_what_one_adapter_cannot_keep_apart_is_refused(base):
+def test_settings_of_a_separate_critic_are_refused_for_a_joint_adapter(base):
     for settings in ({"critic_lr": 1e-3}, {"critic_warmup_iterations": 2}):
         joint = HydraPPO(policy=lambda: seeded(JointHydra, base), **settings)
-        with pytest.raises(ValueError, match="leave out critic_lr and critic_warmup_iterations"):
+        with pytest.raises(UserError, match=r"Remove --model.critic_lr and --model.critic_w"):
             joint.configure_model()
-    with pytest.raises(ValueError, match="its own base with the adapters off: leave out reference"):
+    with pytest.raises(UserError, match=r"in its own base, .* Remove --model.reference"):
         HydraPPO(policy=lambda: seeded(Hydra, base), reference=lambda: Policy(base))
 
 
-def test_shared_backbone_reward_is_refused_where_no_base_judges(tmp_path, base):
-    with pytest.raises(ValueError, match="ReMax trains no reward model's base"):
-        by_base(tmp_path, ReMax(policy=lambda: Policy(base)))
-    whole = PPO(policy=lambda: Policy(base), critic=lambda: ScalarHead(base))
-    with pytest.raises(RewardError, match="trains whole: give the critic"):
-        by_base(tmp_path, whole)
+def test_shared_backbone_reward_needs_an_adapter_on_a_reward_model(tmp_path, base):
+    with pytest.raises(UserError, match="or HydraPPO, found ReMax"):
+        fit_with_base_rewards(tmp_path, ReMax(policy=lambda: Policy(base)))
+    full = PPO(policy=lambda: Policy(base), critic=lambda: ScalarHead(base))
+    with pytest.raises(RewardError, match=r"trains without an adapter. Set --model.critic.path"):
+        fit_with_base_rewards(tmp_path, full)
 
 
-def test_shared_backbone_reward_refuses_a_critic_without_a_trained_head(tmp_path, base):
+def test_shared_backbone_reward_needs_a_trained_reward_head(tmp_path, base):
     Policy(base).save(tmp_path / "language")
     critic = PPO(
         policy=lambda: seeded(Policy, base),
         critic=lambda: seeded(ScalarHead, str(tmp_path / "language")),
     )
-    with pytest.raises(RewardError, match="has no trained reward head: give the critic"):
-        by_base(tmp_path, critic)
+    with pytest.raises(RewardError, match=r"has no trained reward head. Set --model.critic"):
+        fit_with_base_rewards(tmp_path, critic)
 
 
-def test_validation_scores_by_the_base_as_well(tmp_path, base):
+def test_the_base_scores_the_validation_too(tmp_path, base):
     torch.manual_seed(0)
     algorithm = HydraPPO(policy=lambda: seeded(Hydra, base), optimizer=sgd)
     done = trainer(tmp_path)

@@ -1,4 +1,4 @@
-"""Frozen models sleep through the update, and nothing that is computed changes."""
+"""Offloading of frozen models: off the device in the update, with equal results."""
 
 import pytest
 import torch
@@ -33,12 +33,13 @@ ALGORITHMS = {
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What sleeps is NaN on the spot, since a CPU has nowhere to send it."""
+    """Fills offloaded tensors with NaN, since a CPU has no other device to send them to."""
     monkeypatch.setattr(offload.OffloadedTensors, "offload", Poison.offload)
     monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
 
 
-def learnt(folder, algorithm):
+def fit(folder, algorithm):
+    """Return the policy's weights and the metrics of a run of two epochs."""
     torch.manual_seed(0)
     run = trainer(folder, max_epochs=2)
     if isinstance(algorithm, DPO):
@@ -48,44 +49,44 @@ def learnt(folder, algorithm):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_frozen_models_sleep_through_every_update(tmp_path, poisoned, name):
-    algorithm, asleep = ALGORITHMS[name](), []
-    plain = type(algorithm).losses
+def test_frozen_models_are_offloaded_in_every_update(tmp_path, poisoned, name):
+    algorithm, is_offloaded = ALGORITHMS[name](), []
+    losses = type(algorithm).losses
 
-    def watched(self, batch):
+    def record_losses(self, batch):
         for role in self._modules:
             if role in ("reference", "dpo", "dpo_reference"):
                 frozen = next(self._modules[role].parameters())
-                asleep.append(bool(frozen.isnan().all()))
-        yield from plain(self, batch)
+                is_offloaded.append(bool(frozen.isnan().all()))
+        yield from losses(self, batch)
 
-    algorithm.losses = watched.__get__(algorithm)
-    learnt(tmp_path, algorithm)
-    assert len(asleep) >= 4
-    assert all(asleep)
+    algorithm.losses = record_losses.__get__(algorithm)
+    fit(tmp_path, algorithm)
+    assert len(is_offloaded) >= 4
+    assert all(is_offloaded)
 
 
-def test_one_frozen_model_is_awake_at_a_time(tmp_path, poisoned):
+def test_one_frozen_model_is_on_the_device_at_a_time(tmp_path, poisoned):
     algorithm, found = ALGORITHMS["RTO"](), []
     frozen = ("dpo", "dpo_reference", "reference")
 
-    def look(*call):
-        awake = [r for r in frozen if not next(algorithm._modules[r].parameters()).isnan().any()]
-        found.append(awake)
+    def record_loaded(*call):
+        first = {role: next(algorithm._modules[role].parameters()) for role in frozen}
+        found.append([role for role in frozen if not first[role].isnan().any()])
 
     algorithm.configure_model()
     for role in frozen:
-        algorithm._modules[role].register_forward_hook(look)
+        algorithm._modules[role].register_forward_hook(record_loaded)
     torch.manual_seed(0)
     trainer(tmp_path, limit_val_batches=0).fit(algorithm, RandomPrompts(2))
     assert found == [[role] for role in frozen] * 2
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_parking_changes_no_result(tmp_path, monkeypatch, name):
-    awake, metrics = learnt(tmp_path, ALGORITHMS[name](offload_frozen=False))
+def test_offloading_changes_no_result(tmp_path, monkeypatch, name):
+    expected, metrics = fit(tmp_path, ALGORITHMS[name](offload_frozen=False))
     monkeypatch.setattr(offload.OffloadedTensors, "offload", Poison.offload)
     monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
-    parked, others = learnt(tmp_path, ALGORITHMS[name]())
-    assert all(map(torch.equal, awake, parked))
-    assert metrics == others
+    offloaded, offloaded_metrics = fit(tmp_path, ALGORITHMS[name]())
+    assert all(map(torch.equal, expected, offloaded))
+    assert metrics == offloaded_metrics

@@ -1,4 +1,4 @@
-"""The reward model: Bradley-Terry over pairs, accuracy and margin over all pairs."""
+"""Reward model training: Bradley-Terry loss, accuracy and margin over pairs."""
 
 import math
 
@@ -10,30 +10,30 @@ from torch.optim import AdamW
 from lit_align.algorithms.reward_model import RewardModel
 
 
-def quiet(tmp_path, **settings):
+def bare_trainer(tmp_path, **settings):
     run = trainer(tmp_path, **settings)
     run.callbacks.clear()
     return run
 
 
-def test_it_learns_which_text_is_better(tmp_path):
+def test_the_chosen_text_scores_higher_after_training(tmp_path):
     algorithm = RewardModel(reward_model=scalar, optimizer=lambda p: AdamW(p, lr=1e-2))
-    quiet(tmp_path, max_epochs=2, limit_val_batches=0).fit(algorithm, RandomPairs(15))
-    (measured,) = quiet(tmp_path).validate(algorithm, RandomPairs(15), verbose=False)
+    bare_trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(algorithm, RandomPairs(15))
+    (measured,) = bare_trainer(tmp_path).validate(algorithm, RandomPairs(15), verbose=False)
     assert measured["val/accuracy"] == 1.0
     assert measured["val/margin"] > 1.0
 
 
 def test_accuracy_and_margin_count_each_pair_once(tmp_path):
     algorithm = RewardModel(reward_model=scalar)
-    (measured,) = quiet(tmp_path).validate(algorithm, RandomPairs(1), verbose=False)
+    (measured,) = bare_trainer(tmp_path).validate(algorithm, RandomPairs(1), verbose=False)
     pairs = RandomPairs().batch(0).rows([0, 1, 2])
     chosen, rejected = scalar().scores(pairs.texts()).view(-1, 2).unbind(-1)
     assert measured["val/accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
     assert measured["val/margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-5)
 
 
-def test_micro_batches_do_not_change_scores():
+def test_microbatches_do_not_change_scores():
     algorithm = RewardModel(reward_model=scalar)
     algorithm.configure_model()
     pairs = RandomPairs().batch(0)
@@ -43,8 +43,8 @@ def test_micro_batches_do_not_change_scores():
     torch.testing.assert_close(together[1], torch.cat([rejected for _, rejected in alone]))
 
 
-class Fixed:
-    """Stands for a network that gives the chosen text 1 and the rejected -3."""
+class FixedScores:
+    """A network whose score is 1 for the chosen text and -3 for the rejected one."""
 
     def scores(self, texts):
         return torch.tensor([1.0, -3.0]).repeat(len(texts) // 2)
@@ -52,16 +52,16 @@ class Fixed:
 
 def loss_of(pairs, **settings) -> list[float]:
     algorithm = RewardModel(reward_model=scalar, **settings)
-    algorithm.__dict__["reward_model"] = Fixed()
+    algorithm.__dict__["reward_model"] = FixedScores()
     (loss,) = algorithm.losses(pairs)
     return loss.tolist()
 
 
-def test_the_loss_is_bradley_terrys_with_margin_and_centring():
+def test_the_bradley_terry_loss_with_margin_and_centering():
     pairs = RandomPairs().batch(0).rows([0])
     assert loss_of(pairs) == pytest.approx([math.log1p(math.exp(-4))])
     pairs.margin = torch.tensor([1.0])
     assert loss_of(pairs) == pytest.approx([math.log1p(math.exp(-4))])
     assert loss_of(pairs, use_margin=True) == pytest.approx([math.log1p(math.exp(-3))])
-    centred = loss_of(pairs, center_coef=0.5)
-    assert centred == pytest.approx([math.log1p(math.exp(-4)) + 0.5 * 4.0])
+    centered = loss_of(pairs, center_coef=0.5)
+    assert centered == pytest.approx([math.log1p(math.exp(-4)) + 0.5 * 4.0])

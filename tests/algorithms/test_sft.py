@@ -1,4 +1,4 @@
-"""SFT: the mean over all learnt tokens of a batch, whatever the micro-batches."""
+"""SFT: the mean loss over all target tokens of a batch, validation and the schedule."""
 
 import math
 
@@ -18,7 +18,7 @@ def fit(tmp_path, **settings):
     return algorithm, run.callback_metrics
 
 
-def test_the_loss_is_the_mean_over_learnt_tokens(tmp_path):
+def test_the_loss_is_the_mean_over_target_tokens(tmp_path):
     data = RandomTexts()
     policy = tiny()
     for number in (0, 1):
@@ -35,11 +35,11 @@ def test_the_loss_is_the_mean_over_learnt_tokens(tmp_path):
         SGD(policy.parameters(), lr=0.1).step()
     algorithm, logged = fit(tmp_path)
     assert float(logged["loss"]) == pytest.approx(float(loss), rel=1e-5)
-    for mine, plain in zip(weights(algorithm.policy), policy.parameters(), strict=True):
-        torch.testing.assert_close(mine, plain.detach())
+    for ours, expected in zip(weights(algorithm.policy), policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected.detach())
 
 
-def test_micro_batches_do_not_change_the_weights(tmp_path):
+def test_microbatches_do_not_change_the_weights(tmp_path):
     one, _ = fit(tmp_path)
     two, _ = fit(tmp_path, microbatch_tokens=8)
     for a, b in zip(weights(one.policy), weights(two.policy), strict=True):
@@ -64,13 +64,13 @@ def test_a_random_policy_starts_at_the_uniform_loss(tmp_path):
     assert float(logged["loss"]) == pytest.approx(math.log(TINY["vocab_size"]), abs=0.2)
 
 
-def test_the_schedule_rises_and_falls(tmp_path):
+def test_the_learning_rate_rises_and_falls(tmp_path):
     algorithm = SFT(policy=tiny, warmup_ratio=0.5, final_lr_ratio=0.1)
     run = trainer(tmp_path, max_epochs=4, limit_val_batches=0)
     run.callbacks.clear()
     run.fit(algorithm, RandomTexts(2))
-    shares = [algorithm.lr_factor(step) for step in range(8)]
-    assert shares[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert shares[4] == 1.0
-    assert shares[4:] == sorted(shares[4:], reverse=True)
+    fractions = [algorithm.lr_factor(step) for step in range(8)]
+    assert fractions[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert fractions[4] == 1.0
+    assert fractions[4:] == sorted(fractions[4:], reverse=True)
     assert algorithm.lr_factor(8) == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""SPR: what an answer weighs, and that the update is an SFT step."""
+"""SPR: the weights of the responses, and an update that equals an SFT step."""
 
 import math
 
@@ -18,26 +18,27 @@ def sgd(params):
     return SGD(params, lr=0.1)
 
 
-class Kept(SPR):
-    """Keeps what the updates learnt from, and how many answers were stored."""
+class RecordingSPR(SPR):
+    """SPR that keeps the batches of its updates."""
 
     def prepare(self, batch):
-        self.kept = [*getattr(self, "kept", []), super().prepare(batch)]
-        return self.kept[-1]
+        self.batches = [*getattr(self, "batches", []), super().prepare(batch)]
+        return self.batches[-1]
 
 
-def fitted(folder, algorithm, data=RandomPrompts, num_batches=1, **settings):
+def fit(folder, algorithm, data=RandomPrompts, num_batches=1, **settings):
     torch.manual_seed(0)
     run = trainer(folder, limit_val_batches=0, **settings)
     run.fit(algorithm, data(num_batches))
     return {name: float(value) for name, value in run.callback_metrics.items()}
 
 
-def sums(logprobs, batch, size):
+def response_logprobs(logprobs, batch, size):
+    """Return the summed log-probs [B, G] of the responses, in nats."""
     return logprobs.double().where(batch.response_mask, 0.0).sum(-1).view(-1, size)
 
 
-def test_defaults_are_those_of_our_notes():
+def test_default_settings():
     algorithm = SPR(policy=tiny)
     assert (algorithm.kl_coef, algorithm.step_kl_coef, algorithm.max_importance_ratio) == (
         0.1,
@@ -52,9 +53,9 @@ def test_defaults_are_those_of_our_notes():
 
 
 def test_the_first_weights_are_a_softmax_of_the_scores(tmp_path):
-    algorithm = Kept(policy=tiny, kl_coef=0.4, step_kl_coef=0.6)
-    metrics = fitted(tmp_path, algorithm)
-    (batch,) = algorithm.kept
+    algorithm = RecordingSPR(policy=tiny, kl_coef=0.4, step_kl_coef=0.6)
+    metrics = fit(tmp_path, algorithm)
+    (batch,) = algorithm.batches
     assert torch.equal(batch.logprobs, batch.ref_logprobs)
     expected = batch.scores.view(-1, 4).softmax(-1)
     torch.testing.assert_close(batch.weights.view(-1, 4), expected)
@@ -65,18 +66,20 @@ def test_the_first_weights_are_a_softmax_of_the_scores(tmp_path):
     assert metrics["spr/ess"] == pytest.approx(float(ess.mean()), rel=1e-5)
 
 
-def test_later_weights_charge_for_the_nats_above_the_reference(tmp_path):
-    algorithm = Kept(policy=tiny, optimizer=sgd)
-    fitted(tmp_path, algorithm, num_batches=3)
-    batch = algorithm.kept[-1]
-    given = sums(batch.logprobs, batch, 4), sums(batch.ref_logprobs, batch, 4)
-    assert (given[0] - given[1]).abs().max() > 1e-2
-    expected = sample_weights(batch.scores.double().view(-1, 4), *given, kl_coef=0.1, step_coef=0.2)
+def test_later_weights_include_the_kl_penalty(tmp_path):
+    algorithm = RecordingSPR(policy=tiny, optimizer=sgd)
+    fit(tmp_path, algorithm, num_batches=3)
+    batch = algorithm.batches[-1]
+    policy = response_logprobs(batch.logprobs, batch, 4)
+    reference = response_logprobs(batch.ref_logprobs, batch, 4)
+    assert (policy - reference).abs().max() > 1e-2
+    scores = batch.scores.double().view(-1, 4)
+    expected = sample_weights(scores, policy, reference, kl_coef=0.1, step_coef=0.2)
     torch.testing.assert_close(batch.weights.double().view(-1, 4), expected, rtol=1e-6, atol=1e-7)
 
 
 class WeightedSFT(SFT):
-    """SFT with one number per text."""
+    """SFT with a weight per text."""
 
     def losses(self, batch):
         yield -torch.tensor(batch.weights).unsqueeze(-1) * self.policy.logprobs(batch)
@@ -85,25 +88,25 @@ class WeightedSFT(SFT):
         return torch.tensor(4.0)  # prompts
 
 
-class Given(RandomPrompts):
-    """One batch of texts with their weights."""
+class FixedTexts(RandomPrompts):
+    """Data with one given batch of texts."""
 
     def batch(self, number):
         return self.texts
 
 
 @pytest.mark.parametrize("microbatch_tokens", [8192, 40])
-def test_the_update_is_an_sft_step_with_a_number_per_text(tmp_path, microbatch_tokens):
+def test_the_update_is_an_sft_step_with_a_weight_per_text(tmp_path, microbatch_tokens):
     settings = {"microbatch_tokens": microbatch_tokens, "optimizer": lambda p: AdamW(p, lr=1e-2)}
-    algorithm = Kept(policy=tiny, num_samples=2, num_offline_samples=2, **settings)
-    metrics = fitted(tmp_path, algorithm, RandomAnswers)
-    (batch,) = algorithm.kept
-    data = Given(1)
-    not_learnt = torch.zeros_like(batch.prompt_mask)
+    algorithm = RecordingSPR(policy=tiny, num_samples=2, num_offline_samples=2, **settings)
+    metrics = fit(tmp_path, algorithm, RandomAnswers)
+    (batch,) = algorithm.batches
+    data = FixedTexts(1)
+    no_target = torch.zeros_like(batch.prompt_mask)
     data.texts = TextBatch(
         tokens=batch.tokens,
         token_mask=batch.token_mask,
-        target_mask=torch.cat([not_learnt, batch.response_mask], 1),
+        target_mask=torch.cat([no_target, batch.response_mask], 1),
         lengths=batch.lengths,
         weights=batch.weights.tolist(),
     )
@@ -117,58 +120,55 @@ def test_the_update_is_an_sft_step_with_a_number_per_text(tmp_path, microbatch_t
 
 
 @pytest.mark.parametrize("settings", [{"microbatch_tokens": 40}, {"microbatch_tokens": 12}])
-def test_micro_batches_do_not_change_the_result(tmp_path, settings):
+def test_microbatches_do_not_change_the_result(tmp_path, settings):
     results = []
     for more in ({}, settings):
         algorithm = SPR(policy=tiny, num_offline_samples=2, optimizer=sgd, **more)
-        fitted(tmp_path, algorithm, RandomAnswers, num_batches=2)
+        fit(tmp_path, algorithm, RandomAnswers, num_batches=2)
         results.append(weights(algorithm))
     assert distance(results[0], weights(tiny())) > 1e-3
     assert distance(*results) < 1e-5
 
 
 def test_a_constant_added_to_all_rewards_changes_nothing(tmp_path):
-    class More(Count):
+    class CountPlusEight(Count):
         def __call__(self, batch):
             return super().__call__(batch) + 8
 
-    learnt = []
-    for reward in (Count(), More()):
+    results = []
+    for reward in (Count(), CountPlusEight()):
         algorithm = SPR(policy=tiny, optimizer=sgd)
         torch.manual_seed(0)
         run = trainer(tmp_path, limit_val_batches=0)
         run.callbacks[1].weighted_sum.functions["count"] = reward
         run.fit(algorithm, RandomPrompts(2))
-        learnt.append(weights(algorithm))
-    assert distance(*learnt) < 1e-5
+        results.append(weights(algorithm))
+    assert distance(*results) < 1e-5
 
 
-def test_weights_stay_what_they_were_at_the_collection(tmp_path):
-    seen = []
+def test_weights_are_constant_over_the_epochs_of_a_rollout(tmp_path):
+    sums = []
 
-    class Watching(SPR):
+    class RecordingWeights(SPR):
         def losses(self, batch):
-            seen.append(batch.weights.sum())
+            sums.append(batch.weights.sum())
             yield from super().losses(batch)
 
-    fitted(tmp_path, Watching(policy=tiny, update_epochs=3, optimizer=sgd))
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], seen[2])
+    fit(tmp_path, RecordingWeights(policy=tiny, update_epochs=3, optimizer=sgd))
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
 
 
-def test_the_loss_counts_prompts():
+def test_the_loss_denominator_counts_prompts():
     mask = torch.tensor([[True, True, False]] * 4 + [[False] * 3] * 4)
     algorithm = SPR(policy=tiny)
-    assert (
-        algorithm.loss_denominator(Experience(response_mask=mask)) == 1
-    )  # the second prompt was skipped
-    assert (
-        algorithm.loss_denominator(Experience(response_mask=mask[:2])) == 0.5
-    )  # a minibatch of its rows
+    rollout, minibatch = Experience(response_mask=mask), Experience(response_mask=mask[:2])
+    assert algorithm.loss_denominator(rollout) == 1  # the second prompt was skipped
+    assert algorithm.loss_denominator(minibatch) == 0.5  # two of its four rows
 
 
-class Emptied(Kept):
-    """A prompt was skipped, and one answer of another is all padding."""
+class EmptyResponses(RecordingSPR):
+    """A skipped prompt, and another one with a response that is all padding."""
 
     def prepare(self, batch):
         rows = [row for row, group in enumerate(batch.group) if group == 0]
@@ -177,17 +177,17 @@ class Emptied(Kept):
 
 
 @pytest.mark.parametrize("data", [RandomPrompts, RandomAnswers])
-def test_empty_answers_and_equal_scores_give_no_nan(tmp_path, data):
-    class Same(Count):
+def test_empty_responses_and_equal_scores_give_no_nan(tmp_path, data):
+    class EqualScores(Count):
         def __call__(self, batch):
             return torch.ones(len(batch))
 
-    algorithm = Emptied(
+    algorithm = EmptyResponses(
         policy=tiny, num_offline_samples=2 if data is RandomAnswers else 0, optimizer=sgd
     )
     torch.manual_seed(0)
     run = trainer(tmp_path, limit_val_batches=0)
-    run.callbacks[1].weighted_sum.functions["count"] = Same()
+    run.callbacks[1].weighted_sum.functions["count"] = EqualScores()
     run.fit(algorithm, data(2))
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     assert all(map(math.isfinite, metrics.values()))
@@ -195,7 +195,7 @@ def test_empty_answers_and_equal_scores_give_no_nan(tmp_path, data):
     assert metrics["frac_reward_zero_std"] == 1.0
 
 
-def test_metrics_of_samples_alone(run):
+def test_metrics_without_offline_responses(run):
     logged = run(SPR(policy=tiny)).callback_metrics
     assert {"reward", "kl", "entropy", "loss", "grad_norm", "spr/ess", "spr/log_z"} <= set(logged)
     assert 0.25 <= logged["spr/ess"] <= 1
@@ -204,7 +204,7 @@ def test_metrics_of_samples_alone(run):
 
 
 class StopAfter(Callback):
-    """Saves and leaves after the first epoch, as a preempted job does."""
+    """Saves and stops after the first epoch, as a preempted job does."""
 
     def __init__(self, path):
         self.path = path
@@ -215,17 +215,17 @@ class StopAfter(Callback):
             trainer.should_stop = True
 
 
-def test_resuming_with_stored_answers_is_bitwise(tmp_path, monkeypatch):
+def test_a_resume_with_offline_responses_is_bitwise(tmp_path):
     def algorithm():
         settings = {"num_offline_samples": 4, "offline_half_life": 2.0, "num_samples": 2}
-        return Kept(policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), **settings)
+        return RecordingSPR(policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), **settings)
 
-    whole, first, second = algorithm(), algorithm(), algorithm()
-    fitted(tmp_path, whole, RandomAnswers, 3, max_epochs=2)
+    unbroken, first, second = algorithm(), algorithm(), algorithm()
+    fit(tmp_path, unbroken, RandomAnswers, 3, max_epochs=2)
     stop = StopAfter(tmp_path / "part.ckpt")
-    fitted(tmp_path, first, RandomAnswers, 3, max_epochs=2, callbacks=[stop])
+    fit(tmp_path, first, RandomAnswers, 3, max_epochs=2, callbacks=[stop])
     torch.manual_seed(0)
     run = trainer(tmp_path, limit_val_batches=0, max_epochs=2)
     run.fit(second, RandomAnswers(3), ckpt_path=stop.path)
-    assert [batch.is_offline.count(True) // 4 for batch in whole.kept] == [4, 3, 2, 2, 1, 1]
-    assert all(map(torch.equal, weights(whole), weights(second)))
+    assert [batch.is_offline.count(True) // 4 for batch in unbroken.batches] == [4, 3, 2, 2, 1, 1]
+    assert all(map(torch.equal, weights(unbroken), weights(second)))

@@ -1,4 +1,4 @@
-"""SPR's memory: one network is on the device in each phase, and the update is as large as SFT's."""
+"""Memory of SPR: one network on the device in each phase, and an update as large as that of SFT."""
 
 import weakref
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def adam(params):
 
 
 class Poison:
-    """Instead of moving tensors this makes what is parked unusable."""
+    """Fills offloaded tensors with NaN instead of moving them, so that any use shows."""
 
     def offload(self):
         for tensor in self.tensors():
@@ -43,49 +43,49 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
 
 
-class Phases(SPR):
-    """Notes in each phase which of policy, reference and optimizer state can be used."""
+class RecordingSPR(SPR):
+    """Records in each phase which of policy, reference and optimizer state are on the device."""
 
-    def awake(self, phase):
+    def record(self, phase):
         state = [tensor for tensor in self.optimizer_state() if tensor.ndim]
-        parts = [self.policy.parameters(), self.reference.parameters(), state]
-        usable = [all(map(self.usable, part)) for part in parts]
+        groups = [self.policy.parameters(), self.reference.parameters(), state]
+        loaded = [all(map(self.is_loaded, group)) for group in groups]
         found = vars(self).setdefault("found", {}).setdefault(phase, set())
-        found.add((usable[0], usable[1], usable[2] and bool(state)))
+        found.add((loaded[0], loaded[1], loaded[2] and bool(state)))
 
-    def usable(self, tensor):
+    def is_loaded(self, tensor):
         return tensor.device == self.device and bool(tensor.isfinite().all())
 
     def log_equal_groups(self, batch):
         super().log_equal_groups(batch)
-        self.awake("log-probs")
+        self.record("log-probs")
 
     def reference_logprobs(self, batch):
         logprobs = super().reference_logprobs(batch)
-        self.awake("reference")
+        self.record("reference")
         return logprobs
 
     def losses(self, batch):
         for loss in super().losses(batch):
-            self.awake("update")
+            self.record("update")
             yield loss
 
 
-class Watched(Count):
-    """Looks around while it scores."""
+class RecordingCount(Count):
+    """Records the networks on the device during scoring."""
 
     def setup(self, algorithm):
         self.algorithm = algorithm
 
     def __call__(self, batch):
-        self.algorithm.awake("scoring")
+        self.algorithm.record("scoring")
         return super().__call__(batch)
 
 
-def check_phases(folder, accelerator):
-    algorithm = Phases(policy=tiny, optimizer=adam)
+def assert_one_network_per_phase(folder, accelerator):
+    algorithm = RecordingSPR(policy=tiny, optimizer=adam)
     run = trainer(folder, limit_val_batches=0, accelerator=accelerator, devices=1)
-    run.callbacks[1].weighted_sum.functions["count"] = Watched()
+    run.callbacks[1].weighted_sum.functions["count"] = RecordingCount()
     run.fit(algorithm, RandomPrompts(3))
     policy, reference, state = (True, False, False), (False, True, False), (True, False, True)
     assert algorithm.found == {
@@ -96,68 +96,69 @@ def check_phases(folder, accelerator):
     }
 
 
-def test_one_network_is_awake_in_each_phase(tmp_path, poisoned):
-    check_phases(tmp_path, "cpu")
+def test_one_network_is_loaded_in_each_phase(tmp_path, poisoned):
+    assert_one_network_per_phase(tmp_path, "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_network_is_on_the_gpu_in_each_phase(tmp_path):
-    check_phases(tmp_path, "gpu")
+    assert_one_network_per_phase(tmp_path, "gpu")
 
 
 @pytest.mark.parametrize("policy", [tiny, lambda: tiny(lora=LoRA(r=2))])
-def test_parking_changes_no_result(tmp_path, monkeypatch, policy):
-    def learnt():
+def test_offloading_changes_no_result(tmp_path, monkeypatch, policy):
+    def fit():
         algorithm = SPR(policy=policy, optimizer=adam)
         torch.manual_seed(0)
         run = trainer(tmp_path, max_epochs=2)
         run.fit(algorithm, RandomPrompts(2))
         return weights(algorithm.policy), run.callback_metrics
 
-    plain, metrics = learnt()
+    expected, metrics = fit()
     monkeypatch.setattr(offload.OffloadedTensors, "offload", Poison.offload)
     monkeypatch.setattr(offload.OffloadedTensors, "reload", Poison.reload)
-    parked, others = learnt()
-    assert all(map(torch.equal, plain, parked))
-    assert metrics == others
+    offloaded, offloaded_metrics = fit()
+    assert all(map(torch.equal, expected, offloaded))
+    assert metrics == offloaded_metrics
     assert "val/reward" in metrics
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made under it and live."""
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the living tensors that were created inside this context."""
 
     def __init__(self):
         super().__init__()
-        self.living, self.most, self.seen = 0, 0, {}
+        self.num_bytes, self.peak, self.storages = 0, 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.count, made)
-        return made
+        created = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.count, created)
+        return created
 
     def count(self, tensor):
         storage = tensor.untyped_storage()
+        # Private: the address of the storage, which views share. Checked with torch 2.13.
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen[key] = weakref.finalize(storage, self.free, key, size)
-            self.living += size
-            self.most = max(self.most, self.living)
+        if key not in self.storages:
+            self.storages[key] = weakref.finalize(storage, self.free, key, size)
+            self.num_bytes += size
+            self.peak = max(self.peak, self.num_bytes)
         return tensor
 
     def free(self, key, size):
-        del self.seen[key]
-        self.living -= size
+        del self.storages[key]
+        self.num_bytes -= size
 
 
-def peak(kind, batch) -> int:
-    """Bytes at the height of an update, beside weights and optimizer state."""
+def update_peak(kind, batch) -> int:
+    """Return the peak bytes of an update, without weights and optimizer state."""
 
-    class Bare(kind):
+    class WithoutTrainer(kind):
         trainer = SimpleNamespace(
             world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value)
         )
 
-        def set_gradient_sync(self, wanted):
+        def set_gradient_sync(self, is_last):
             pass
 
         def manual_backward(self, loss):
@@ -168,34 +169,36 @@ def peak(kind, batch) -> int:
             self.adam.zero_grad()
             return {}
 
-    algorithm = Bare(policy=tiny)
+    algorithm = WithoutTrainer(policy=tiny)
     algorithm.policy = tiny()
     algorithm.adam = adam(algorithm.policy.parameters())
-    algorithm.update(batch)  # makes the optimizer's state
-    with Peak() as measured:
+    algorithm.update(batch)  # creates the optimizer state
+    with PeakBytes() as measured:
         algorithm.update(batch)
-    return measured.most
+    return measured.peak
 
 
-def test_the_update_takes_the_memory_of_an_sft_step():
-    rows, before, after = 16, 8, 24
-    responses = torch.randint(3, 32, (rows, after), generator=torch.Generator().manual_seed(0))
-    asked, said = torch.ones(rows, before), torch.ones(rows, after, dtype=torch.bool)
+def test_the_update_needs_the_memory_of_an_sft_step():
+    rows, num_prompt, num_response = 16, 8, 24  # N, P and R
+    generator = torch.Generator().manual_seed(0)
+    responses = torch.randint(3, 32, (rows, num_response), generator=generator)
+    prompt_mask = torch.ones(rows, num_prompt, dtype=torch.bool)
+    response_mask = torch.ones(rows, num_response, dtype=torch.bool)
     batch = Experience(
-        prompts=asked.long(),
-        prompt_mask=asked.bool(),
-        prompt_lengths=[before] * rows,
+        prompts=prompt_mask.long(),
+        prompt_mask=prompt_mask,
+        prompt_lengths=[num_prompt] * rows,
         responses=responses,
-        response_mask=said,
-        response_lengths=[after] * rows,
+        response_mask=response_mask,
+        response_lengths=[num_response] * rows,
         weights=torch.full((rows,), 0.25),
     )
     texts = TextBatch(
         tokens=batch.tokens,
         token_mask=batch.token_mask,
-        target_mask=torch.cat([~asked.bool(), said], 1),
+        target_mask=torch.cat([~prompt_mask, response_mask], 1),
         lengths=batch.lengths,
     )
-    step = peak(SFT, texts)  # reads its head for the prompts, too: 7 places more per row
-    assert 0.99 * step < peak(SPR, batch) < 1.005 * step
-    assert peak(SPR, batch.rows(range(8))) < 0.7 * step
+    step = update_peak(SFT, texts)  # its head also reads the prompts: 7 positions more per row
+    assert 0.99 * step < update_peak(SPR, batch) < 1.005 * step
+    assert update_peak(SPR, batch.rows(range(8))) < 0.7 * step

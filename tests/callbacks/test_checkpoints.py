@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and that half a save harms nothing."""
+"""Checkpoints: when they are written, which are kept, and incomplete saves."""
 
 import signal
 import warnings
@@ -15,12 +15,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lit_align.algorithms.grpo import GRPO
 from lit_align.algorithms.remax import ReMax
 from lit_align.callbacks.checkpoint import Checkpoints
+from lit_align.errors import UserError
 from lit_align.runs import checkpoint_files as files
+from lit_align.runs.atomic_io import delete_path, publish
 from lit_align.runs.stop_signals import StopSignals
 
 
 class Scores(Callback):
-    """Gives each validation a value."""
+    """Callback that logs a given value in each validation."""
 
     def __init__(self, *values: float):
         self.values = list(values)
@@ -46,11 +48,11 @@ def fit(folder, checkpoints, num_batches=6, callbacks=(), **settings):
     ("every", "keep", "kept"),
     [(0, 2, [7]), (2, 1, [7]), (2, 2, [6, 7]), (2, 9, [2, 4, 6, 7]), (7, 9, [7]), (50, 2, [7])],
 )
-def test_every_so_many_iterations_and_the_end(tmp_path, every, keep, kept):
+def test_saves_every_n_iterations_and_at_the_end(tmp_path, every, keep, kept):
     assert fit(tmp_path, Checkpoints(every, keep), num_batches=7) == kept
 
 
-def test_an_iteration_is_no_optimizer_step(tmp_path):
+def test_iterations_are_not_optimizer_steps(tmp_path):
     run = trainer(
         tmp_path, callbacks=[Checkpoints(1, 9)], enable_checkpointing=True, limit_val_batches=0
     )
@@ -61,8 +63,10 @@ def test_an_iteration_is_no_optimizer_step(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "best"), [("max", 4), ("min", 2)])
-def test_the_best_by_a_metric_is_kept_too(tmp_path, mode, best):
-    values = Scores(0.5, 0.1, 0.9, 0.3, 0.4)  # of the sanity check, then at 2, 4, 6 and 8
+def test_best_checkpoint_is_kept(tmp_path, mode, best):
+    values = Scores(
+        0.5, 0.1, 0.9, 0.3, 0.4
+    )  # in the sanity check, then at iterations 2, 4, 6 and 8
     kept = fit(
         tmp_path,
         Checkpoints(0, 1, "val/score", mode),
@@ -77,17 +81,25 @@ def test_the_best_by_a_metric_is_kept_too(tmp_path, mode, best):
     assert files.parse_iteration(found) == best
 
 
-def test_a_metric_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"monitors val/scor, but there are only .*val/score"):
+@pytest.mark.parametrize(
+    ("monitor", "message"),
+    [
+        ("val/scor", r"a logged metric, found val/scor\. Set it to one of .*val/score"),
+        ("val/objective/kl", r"^val/objective/kl was renamed to val/kl/per_response_k1\. Set mon"),
+        ("objective/entropy", r"^objective/entropy is no longer logged\. Set monitor of Checkp"),
+    ],
+)
+def test_unknown_monitor_is_refused(tmp_path, monitor, message):
+    with pytest.raises(UserError, match=message):
         fit(
             tmp_path,
-            Checkpoints(monitor="val/scor"),
+            Checkpoints(monitor=monitor),
             callbacks=[Scores(0.0, 1.0)],
             limit_val_batches=1,
         )
 
 
-def test_what_a_killed_save_left_is_swept_away(tmp_path):
+def test_incomplete_saves_are_deleted(tmp_path):
     folder = files.checkpoint_folder(tmp_path)
     (folder / ".iteration_000003.ckpt.part").mkdir(parents=True)
     (folder / ".iteration_000003.ckpt.part" / "__0_0.distcp").write_text("half")
@@ -97,28 +109,28 @@ def test_what_a_killed_save_left_is_swept_away(tmp_path):
     assert not list(folder.glob(".*"))
 
 
-def test_a_checkpoint_gives_way_to_one_of_the_same_iteration(tmp_path):
+def test_checkpoint_of_same_iteration_is_replaced(tmp_path):
     for make in (lambda path: path.mkdir(), lambda path: path.write_text("")):
         old, part = tmp_path / "iteration_000001.ckpt", tmp_path / ".iteration_000001.ckpt.part"
         make(old)
         part.mkdir() if old.is_dir() else part.write_text("")
         (part / "new").write_text("x") if part.is_dir() else part.write_text("new")
-        files.publish(part, old)
+        publish(part, old)
         assert (old / "new").exists() if old.is_dir() else old.read_text() == "new"
-        files.delete_checkpoint(old)
+        delete_path(old)
         assert not list(tmp_path.iterdir())
 
 
-def test_a_fast_dev_run_saves_nothing(tmp_path):
+def test_fast_dev_run_saves_nothing(tmp_path):
     assert fit(tmp_path, Checkpoints(1), fast_dev_run=2) == []
 
 
-def test_numbers_that_mean_nothing_are_refused():
+def test_invalid_checkpoint_settings_are_refused():
     with pytest.raises(ValueError, match="keep_last >= 1, found 5 and 0"):
         Checkpoints(5, 0)
 
 
-def test_handlers_are_given_back():
+def test_signal_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     signals = StopSignals()
     signals.install()
@@ -129,14 +141,12 @@ def test_handlers_are_given_back():
 
 
 @pytest.mark.parametrize(
-    ("number", "asked"), [(signal.SIGUSR1, "requeue 12\n"), (signal.SIGTERM, "")]
+    ("number", "requeued"), [(signal.SIGUSR1, "requeue 12\n"), (signal.SIGTERM, "")]
 )
-def test_a_slurm_job_goes_back_into_the_queue_after_its_warning(
-    tmp_path, monkeypatch, number, asked
-):
-    told = tmp_path / "told"
-    told.write_text("")
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+def test_slurm_job_is_requeued_after_its_warning(tmp_path, monkeypatch, number, requeued):
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -145,11 +155,11 @@ def test_a_slurm_job_goes_back_into_the_queue_after_its_warning(
     signals = StopSignals()
     signals.received = number
     signals.requeue(SimpleNamespace(strategy=strategy, is_global_zero=True))
-    assert told.read_text() == asked
+    assert calls.read_text() == requeued
 
 
 @pytest.mark.parametrize(
-    ("error", "of_the_disk"),
+    ("error", "is_write_error"),
     [
         (OSError(28, "No space left on device"), True),
         (RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos 64"), True),
@@ -158,5 +168,5 @@ def test_a_slurm_job_goes_back_into_the_queue_after_its_warning(
         (CheckpointException("", {0: (ValueError("Failed to validate global plan"), None)}), False),
     ],
 )
-def test_only_what_the_disk_refuses_is_told_as_such(error, of_the_disk):
-    assert files.is_write_error(error) is of_the_disk
+def test_write_errors_are_recognized(error, is_write_error):
+    assert files.is_write_error(error) is is_write_error

@@ -1,4 +1,4 @@
-"""What a run was made with."""
+"""EnvironmentLog: command, versions and git state of each start."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def git(folder, *words: str) -> str:
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with a commit."""
+    """Return a repository with one commit."""
     folder = tmp_path / "tree"
     folder.mkdir()
     git(folder, "init", "--quiet", "--initial-branch", "trunk")
@@ -39,7 +39,7 @@ def start(folder, command: str = "", ckpt_path: str | None = None) -> None:
     EnvironmentLog(tuple(command.split())).on_fit_start(trainer, None)
 
 
-def test_an_entry_per_start_of_a_run_that_goes_on(tmp_path):
+def test_resumed_run_has_one_entry_per_start(tmp_path):
     start(tmp_path, "fit --config remax")
     start(tmp_path, "fit --config remax --ckpt_path last", ckpt_path="x.ckpt")
     entries = read_starts(tmp_path)
@@ -54,17 +54,17 @@ def test_an_entry_per_start_of_a_run_that_goes_on(tmp_path):
     assert [entry["command"] for entry in read_starts(tmp_path)] == ["lit-align fit --config sft"]
 
 
-def test_words_with_spaces_are_quoted(tmp_path):
-    trainer_words = ("fit", "--data.path", "my data.jsonl")
+def test_arguments_with_spaces_are_quoted(tmp_path):
+    arguments = ("fit", "--data.path", "my data.jsonl")
     trainer = SimpleNamespace(
         is_global_zero=True, fast_dev_run=False, default_root_dir=tmp_path, ckpt_path=None,
         world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
-    EnvironmentLog(trainer_words).on_fit_start(trainer, None)
+    EnvironmentLog(arguments).on_fit_start(trainer, None)
     assert read_starts(tmp_path)[0]["command"] == "lit-align fit --data.path 'my data.jsonl'"
 
 
-def test_the_commit_and_what_it_lacks(tree, tmp_path, monkeypatch):
+def test_commit_and_patch_are_recorded(tree, tmp_path, monkeypatch):
     facts, patch = git_state(tree)
     commit = git(tree, "rev-parse", "HEAD")
     assert facts == {"commit": commit, "branch": "trunk", "changed": []}
@@ -82,17 +82,17 @@ def test_the_commit_and_what_it_lacks(tree, tmp_path, monkeypatch):
     assert not kept.exists()
 
 
-def test_a_folder_that_git_does_not_know(tmp_path, monkeypatch):
+def test_folder_without_repository_has_no_git_state(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_state(tmp_path) == (None, b"")
     monkeypatch.setenv("PATH", "")
     assert git_state(tmp_path) == (None, b"")
 
 
-def test_a_file_that_is_broken_is_named(tmp_path):
+def test_invalid_environment_file_is_named(tmp_path):
     assert read_starts(tmp_path) == []
     (tmp_path / "environment.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"environment.json is not JSON: .* Delete it, or restore"):
+    with pytest.raises(ValueError, match=r"environment.json is not JSON .* Delete or restore it"):
         read_starts(tmp_path)
     (tmp_path / "environment.json").write_text(json.dumps([{"command": "a"}, 3]))
     assert read_starts(tmp_path) == [{"command": "a"}]

@@ -1,4 +1,4 @@
-"""Export: folders that transformers loads as if we had never been there."""
+"""Export: folders that transformers and peft load without lit_align."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ STOPS = [3, 5]
 
 
 def export(folder, pad: str = "<pad>", **roles: Backbone) -> None:
-    """What happens at the end of training, on one rank."""
+    """Export networks as at the end of training on one rank."""
     tokenizer = toy_tokenizer()
     tokenizer.pad_token = pad
     data = SimpleNamespace(tokenizer=tokenizer, stop_ids=STOPS)
@@ -39,20 +39,20 @@ def policy(**settings) -> Policy:
 
 
 @torch.no_grad()
-def moved(model: Backbone) -> None:
-    """What training does to the weights that train."""
+def change_weights(model: Backbone) -> None:
+    """Change the trainable weights, in the place of training."""
     for weight in model.parameters():
         weight.add_(0.1 if weight.requires_grad else 0.0)
 
 
 def texts() -> list[str]:
-    """Two reviews of different lengths, each with its stop."""
+    """Return two reviews of different lengths, each with its stop."""
     rows = toy_rows("test")[:2]
     return [f"{row['prompt']} {row['completion']} </s>" for row in rows]
 
 
 def encoded(folder) -> dict[str, torch.Tensor]:
-    """The texts as the exported tokenizer pads them."""
+    """Return the texts, padded by the exported tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = tokenizer(texts(), return_tensors="pt", padding=True, padding_side="right")
     assert found["input_ids"].shape[0] == 2
@@ -65,7 +65,7 @@ def logits(model, folder) -> torch.Tensor:
     return model.eval()(**encoded(folder)).logits
 
 
-def test_a_policy_loads_with_its_logits_tokenizer_and_stops(tmp_path):
+def test_exported_policy_has_equal_logits_tokenizer_and_stops(tmp_path):
     trained = policy()
     export(tmp_path, policy=trained)
     folder = tmp_path / "hf"
@@ -77,8 +77,8 @@ def test_a_policy_loads_with_its_logits_tokenizer_and_stops(tmp_path):
     assert "lit_align" not in (folder / "config.json").read_text()
 
 
-@pytest.mark.parametrize("pad", ["<pad>", "</s>"])  # a stop that pads gives way to another
-def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path, pad):
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])  # a pad token that is a stop is replaced
+def test_exported_reward_model_is_classifier_with_equal_scores(tmp_path, pad):
     torch.manual_seed(0)
     trained = ScalarHead(config=dict(CONFIG))
     export(tmp_path, pad, reward_model=trained)
@@ -94,10 +94,10 @@ def test_a_reward_model_loads_as_a_classifier_with_its_scores(tmp_path, pad):
     assert loaded.config.num_labels == 1
 
 
-def test_an_adapter_loads_over_the_base_that_it_was_trained_on(tmp_path):
+def test_exported_adapter_loads_on_its_base(tmp_path):
     export(tmp_path / "base", policy=policy())
     trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(r=2, lora_alpha=4))
-    moved(trained)
+    change_weights(trained)
     export(tmp_path / "lora", policy=trained)
     folder = tmp_path / "lora" / "hf"
     assert not (folder / "model.safetensors").exists()
@@ -107,39 +107,39 @@ def test_an_adapter_loads_over_the_base_that_it_was_trained_on(tmp_path):
     assert not torch.equal(logits(plain, folder), logits(loaded, folder))
 
 
-def test_whole_weights_replace_an_adapter_of_an_earlier_run(tmp_path):
+def test_full_model_replaces_adapter_of_earlier_run(tmp_path):
     adapted, trained = policy(lora=LoRA(r=2, lora_alpha=4)), policy()
-    moved(adapted)
+    change_weights(adapted)
     export(tmp_path, policy=adapted)
     export(tmp_path, policy=trained)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert torch.equal(logits(loaded, tmp_path / "hf"), logits(trained.network, tmp_path / "hf"))
 
 
-def test_an_adapter_replaces_whole_weights_of_an_earlier_run(tmp_path):
+def test_adapter_replaces_full_model_of_earlier_run(tmp_path):
     export(tmp_path / "base", policy=policy())
     other = policy()
-    moved(other)
+    change_weights(other)
     export(tmp_path / "lora", policy=other)
     trained = policy(path=str(tmp_path / "base" / "hf"), lora=LoRA(r=2, lora_alpha=4))
-    moved(trained)
+    change_weights(trained)
     folder = tmp_path / "lora" / "hf"
     export(tmp_path / "lora", policy=trained)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(loaded, folder), logits(trained.network, folder))
 
 
-def test_an_adapter_may_lie_beside_its_own_base(tmp_path):
+def test_adapter_can_share_folder_with_its_base(tmp_path):
     folder = tmp_path / "hf"
     export(tmp_path, policy=policy())
     trained = policy(path=str(folder), lora=LoRA(r=2, lora_alpha=4))
-    moved(trained)
+    change_weights(trained)
     export(tmp_path, policy=trained)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(loaded, folder), logits(trained.network, folder))
 
 
-def test_several_roles_get_a_folder_each(tmp_path):
+def test_each_role_has_a_folder(tmp_path):
     export(tmp_path, policy=policy(), critic=ScalarHead(config=dict(CONFIG)))
     for role, kind in (
         ("policy", "LlamaForCausalLM"),
@@ -150,6 +150,6 @@ def test_several_roles_get_a_folder_each(tmp_path):
 
 
 @pytest.mark.parametrize("main", [True, False])
-def test_only_the_first_rank_writes(tmp_path, main):
+def test_only_first_rank_writes(tmp_path, main):
     policy().save(tmp_path / "hf", is_main_process=main)
     assert (tmp_path / "hf").exists() == main

@@ -1,4 +1,4 @@
-"""Memory: bytes to the byte, by phase and category, on a CPU from the allocator's own events."""
+"""Memory: exact bytes by phase and category, from the CPU allocator's events."""
 
 import csv
 import socket
@@ -34,12 +34,12 @@ def adam(params):
 
 
 def size(*networks: nn.Module) -> int:
-    """Bytes of their weights, in fp32."""
+    """Return the bytes of the networks' weights in fp32."""
     return 4 * sum(weight.numel() for network in networks for weight in network.parameters())
 
 
 def table(folder) -> dict[str, dict[str, int]]:
-    """memory.csv, by phase."""
+    """Return the rows of memory.csv by phase."""
     with (folder / "memory.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {row.pop("phase"): {name: int(value) for name, value in row.items()} for row in rows}
@@ -56,7 +56,7 @@ def allocations() -> Iterator[CPUAllocations]:
 # The allocator -----------------------------------------------------------------------------------
 
 
-def test_the_peak_counts_what_was_there_at_once(allocations):
+def test_peak_is_most_bytes_at_once(allocations):
     allocations.begin()
     first = torch.empty(1000)
     second = torch.empty(500)
@@ -70,10 +70,10 @@ def test_the_peak_counts_what_was_there_at_once(allocations):
     assert allocations.end() == 0
 
 
-def test_a_view_costs_nothing_and_keeps_all_of_its_storage(allocations):
-    whole_one = torch.empty(1000)
-    part = whole_one[:10]
-    del whole_one
+def test_view_keeps_storage_of_its_base(allocations):
+    base = torch.empty(1000)
+    part = base[:10]
+    del base
     allocations.begin()
     assert allocations.end() == 4000
     del part
@@ -81,7 +81,7 @@ def test_a_view_costs_nothing_and_keeps_all_of_its_storage(allocations):
     assert allocations.end() == 0
 
 
-def test_what_autograd_saves_counts_until_backward(allocations):
+def test_saved_tensors_count_until_backward(allocations):
     weight = torch.ones(1000, requires_grad=True)
     allocations.begin()
     loss = weight.exp().sum()
@@ -92,7 +92,7 @@ def test_what_autograd_saves_counts_until_backward(allocations):
     del loss
 
 
-def test_a_temporary_inside_of_an_operator_counts(allocations):
+def test_temporary_inside_operator_counts(allocations):
     tokens = torch.zeros(100, dtype=torch.int64)  # 800 bytes
     allocations.begin()
     same = torch.isin(tokens, tokens)
@@ -101,18 +101,18 @@ def test_a_temporary_inside_of_an_operator_counts(allocations):
     assert peak >= 800 + 100 + 800  # it sorts a copy
 
 
-def test_nothing_is_heard_in_a_pause(allocations):
+def test_stopped_counter_ignores_allocations(allocations):
     allocations.stop()
-    unheard = torch.empty(1000)
+    uncounted = torch.empty(1000)
     allocations.start()
     allocations.begin()
     kept = torch.empty(10)
-    del unheard
+    del uncounted
     assert allocations.end() == 40
     assert kept.nbytes == 40
 
 
-def test_what_is_known_to_be_there_is_not_counted_twice(allocations):
+def test_floor_is_not_counted_twice(allocations):
     kept = torch.empty(1000)
     allocations.raise_floor(5000)
     allocations.begin()
@@ -123,34 +123,34 @@ def test_what_is_known_to_be_there_is_not_counted_twice(allocations):
     del kept
 
 
-def test_an_accelerators_own_counters_are_set_back_and_read(monkeypatch):
-    said = []
-    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", said.append)
+def test_accelerator_counters_are_reset_and_read(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", resets.append)
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 7)
     device = torch.device("cuda", 0)
     allocations = AcceleratorAllocations(device)
     allocations.start()
     allocations.begin()
     assert allocations.end() == 7
-    assert said == [device]
+    assert resets == [device]
 
 
-def test_a_storage_counts_once_and_on_its_own_device_alone():
+def test_storage_counts_once_on_its_device():
     tensor = torch.empty(100)
     assert storage_bytes([tensor, tensor[:3], tensor.view(10, 10)], CPU) == 400
     assert storage_bytes([tensor, torch.empty(100, device="meta")], CPU) == 400
     assert storage_bytes([tensor], torch.device("cuda", 0)) == 0
 
 
-def test_the_inside_of_a_wrapper_counts():
+def test_tensors_inside_wrapper_count():
     assert storage_bytes([TwoTensor(torch.empty(10), torch.empty(10))], CPU) == 80
 
 
 # A run -------------------------------------------------------------------------------------------
 
 
-def test_static_bytes_are_those_of_the_formula(run, tmp_path):
-    """fp32 and AdamW: 4 bytes a weight, 4 its gradient, 8 its moments, 4 a tensor's step."""
+def test_static_bytes_of_fp32_adamw(run, tmp_path):
+    """Per weight: 4 bytes, 4 of its gradient, 8 of its moments. Per tensor: 4 of the step."""
     ppo = PPO(policy=tiny, optimizer=adam)
     run(ppo, callbacks=[Memory()])
     trained, frozen = size(ppo.policy, ppo.critic), size(ppo.reference)
@@ -168,7 +168,7 @@ def test_static_bytes_are_those_of_the_formula(run, tmp_path):
         assert row["other"] > 0
 
 
-def test_without_momentum_there_is_no_state(run, tmp_path):
+def test_sgd_has_no_optimizer_state(run, tmp_path):
     remax = ReMax(policy=tiny, optimizer=lambda params: SGD(params, lr=0.1))
     run(remax, callbacks=[Memory()])
     update = table(tmp_path)["update"]
@@ -177,7 +177,7 @@ def test_without_momentum_there_is_no_state(run, tmp_path):
 
 
 class Wasteful(ReMax):
-    """Holds a block of so many bytes for a moment in one phase."""
+    """ReMax that allocates and frees a block of `waste` bytes in one phase."""
 
     waste = 0
 
@@ -186,7 +186,7 @@ class Wasteful(ReMax):
         return super().prepare(batch)
 
 
-def test_a_block_raises_the_peak_of_its_own_phase_by_its_size(tmp_path):
+def test_block_raises_peak_of_its_phase_by_its_size(tmp_path):
     peaks = []
     for waste in (1_000_000, 1_234_567):
         wasteful = Wasteful(policy=tiny)
@@ -198,7 +198,7 @@ def test_a_block_raises_the_peak_of_its_own_phase_by_its_size(tmp_path):
     assert differences == {"rollout": 0, "score": 0, "prepare": 234_567, "update": 0}
 
 
-def test_an_offline_algorithm_has_three_phases(tmp_path):
+def test_offline_algorithm_has_three_phases(tmp_path):
     sft = SFT(policy=tiny, optimizer=adam)
     done = trainer(tmp_path, limit_val_batches=0)
     done.callbacks[:] = [Memory()]
@@ -208,8 +208,8 @@ def test_an_offline_algorithm_has_three_phases(tmp_path):
     assert rows["update"]["parameters"] == size(sft.policy)
 
 
-class Judge(Count):
-    """Has a network of its own, which was built before anyone listened."""
+class NetworkReward(Count):
+    """Reward with a network that was built before the counter started."""
 
     def __init__(self):
         super().__init__()
@@ -219,32 +219,32 @@ class Judge(Count):
         return [single_head_role("reward", self.network)]
 
 
-def test_a_reward_model_is_among_the_parameters(tmp_path):
-    judge = Judge()
+def test_parameters_include_reward_model(tmp_path):
+    reward = NetworkReward()
     run = trainer(tmp_path, limit_val_batches=0)
-    run.callbacks[:] = [Memory(), run.callbacks[0], Reward(judge)]
+    run.callbacks[:] = [Memory(), run.callbacks[0], Reward(reward)]
     remax = ReMax(policy=tiny)
     run.fit(remax, RandomPrompts(2))
-    weights = size(remax.policy, remax.reference, judge.network)
+    weights = size(remax.policy, remax.reference, reward.network)
     for row in table(tmp_path).values():
         assert row["parameters"] == weights
         assert row["other"] >= 0
 
 
-class Greed(Callback):
-    """Takes ten megabytes in evaluation."""
+class AllocateInEvaluation(Callback):
+    """Callback that allocates ten megabytes in evaluation."""
 
     def on_validation_batch_start(self, *hook):
         torch.empty(10_000_000, dtype=torch.uint8)
 
 
 def test_evaluation_is_not_measured(run, tmp_path):
-    run(ReMax(policy=tiny), val_check_interval=1, callbacks=[Memory(), Greed()])
+    run(ReMax(policy=tiny), val_check_interval=1, callbacks=[Memory(), AllocateInEvaluation()])
     assert all(row["peak"] < 10_000_000 for row in table(tmp_path).values())
 
 
-def test_a_long_run_does_not_creep(tmp_path):
-    """What is in use between two iterations stays the same, evaluations aside."""
+def test_memory_between_iterations_is_constant(tmp_path):
+    """The bytes in use between two iterations stay equal without evaluations."""
     memory, found = Memory(), []
 
     class Look(Callback):
@@ -258,7 +258,7 @@ def test_a_long_run_does_not_creep(tmp_path):
     assert len(set(found[2:])) == 1
 
 
-def test_the_largest_peak_of_the_run_stays_in_the_file(tmp_path):
+def test_largest_peak_of_run_is_written(tmp_path):
     wasteful = Wasteful(policy=tiny)
 
     class Less(Callback):
@@ -272,7 +272,7 @@ def test_the_largest_peak_of_the_run_stays_in_the_file(tmp_path):
     assert 200_000 < last < 3_000_000
 
 
-def test_metrics_and_the_progress_line_have_the_peaks(run, capsys, tmp_path):
+def test_peaks_are_logged_and_shown(run, capsys, tmp_path):
     done = run(ReMax(policy=tiny), num_batches=1, callbacks=[Memory(), Progress()])
     rows, logged = table(tmp_path), done.callback_metrics
     for phase in PHASES:
@@ -289,7 +289,7 @@ class Failing(ReMax):
         raise RuntimeError("stop")
 
 
-def test_a_run_that_fails_leaves_no_profiler_behind(tmp_path):
+def test_failed_run_stops_the_profiler(tmp_path):
     failing = Failing(policy=tiny)
     with pytest.raises(RuntimeError, match="stop"):
         trainer(tmp_path, callbacks=[Memory()]).fit(failing, RandomPrompts(1))
@@ -297,13 +297,13 @@ def test_a_run_that_fails_leaves_no_profiler_behind(tmp_path):
     assert failing.phase_listeners == []
 
 
-def test_a_second_profiler_is_refused_in_a_sentence(tmp_path):
+def test_second_profiler_is_refused(tmp_path):
     run = trainer(tmp_path, profiler="pytorch", callbacks=[Memory()])
-    with pytest.raises(ValueError, match="of which there is one: leave out"):
+    with pytest.raises(ValueError, match=r"only one profiler can run\. Remove"):
         run.fit(ReMax(policy=tiny), RandomPrompts(1))
 
 
-def test_a_second_fit_counts_the_networks_that_are_there(tmp_path):
+def test_second_fit_counts_existing_networks(tmp_path):
     remax, memory = ReMax(policy=tiny), Memory()
     for phases in (PHASES, PHASES[1:]):
         trainer(tmp_path, limit_val_batches=0, callbacks=[memory]).fit(remax, RandomPrompts(1))
@@ -313,7 +313,7 @@ def test_a_second_fit_counts_the_networks_that_are_there(tmp_path):
     assert remax.phase_listeners == []
 
 
-def test_the_command_line_takes_it_and_the_profiler_is_quiet(tmp_path):
+def test_command_line_accepts_memory_without_profiler_output(tmp_path):
     line = ["fit", "--config", "remax", "--config", "toy", "--trainer.callbacks+", "Memory"]
     line += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
     line += ["--data.batch_size", "4", "--data.max_rows", "8", "--rollout.max_new_tokens", "4"]
@@ -339,7 +339,7 @@ def two_ranks() -> Iterator[Ranks]:
 
 
 def sharded(folder):
-    """Of this rank: the rows of its file, and its metrics."""
+    """Return the rows of this rank's file and its metrics."""
     remax = ReMax(policy=tiny, optimizer=adam)
     run = trainer(folder, limit_val_batches=0, devices=2, strategy="fsdp2", callbacks=[Memory()])
     run.fit(remax, RandomPrompts(2, 2))
@@ -349,7 +349,7 @@ def sharded(folder):
     return table(own), {name: float(value) for name, value in run.callback_metrics.items()}
 
 
-def test_each_rank_counts_its_shards_and_the_log_has_the_most_of_all(two_ranks, tmp_path):
+def test_ranks_count_shards_and_log_has_the_maximum(two_ranks, tmp_path):
     (first, logged), (second, same) = two_ranks(sharded, tmp_path)
     weights, tensors = size(tiny()), sum(1 for _ in tiny().parameters())
     update = [rows["update"] for rows in (first, second)]

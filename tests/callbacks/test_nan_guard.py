@@ -1,4 +1,4 @@
-"""A loss that is no number names the step and the rows, and never reaches the weights."""
+"""NonFiniteGuard: the error names step and rows, and the weights are unchanged."""
 
 import math
 import socket
@@ -18,7 +18,7 @@ from lit_align.optim.galore import GaLore
 
 
 class Poisoned(ReMax):
-    """Its losses of one prompt are NaN from an iteration on."""
+    """ReMax whose losses of one prompt are NaN from an iteration on."""
 
     def __init__(self, since: int, prompt: str, **more):
         settings = {"microbatch_tokens": 30, "optimizer": partial(AdamW, lr=1e-2), **more}
@@ -32,34 +32,34 @@ class Poisoned(ReMax):
 
 
 def prompt_of(iteration: int, row: int, batch_size: int = 4) -> str:
-    """A prompt that training meets."""
+    """Return the prompt of a row in a training iteration."""
     return RandomPrompts(batch_size=batch_size).batch(iteration).columns["prompt"][row]
 
 
-def test_the_step_and_the_rows_are_named_and_the_weights_are_whole(tmp_path):
-    short, whole = Poisoned(9, ""), Poisoned(1, prompt_of(1, 2))
+def test_error_names_step_and_rows_and_weights_are_unchanged(tmp_path):
+    short, poisoned = Poisoned(9, ""), Poisoned(1, prompt_of(1, 2))
     torch.manual_seed(0)
     trainer(tmp_path / "short", limit_train_batches=1, limit_val_batches=0).fit(
         short, RandomPrompts()
     )
     torch.manual_seed(0)
     run = trainer(
-        tmp_path / "whole",
+        tmp_path / "poisoned",
         limit_val_batches=0,
         callbacks=[Checkpoints(every_n_iterations=1), NonFiniteGuard()],
         enable_checkpointing=True,
     )
     with pytest.raises(ValueError, match="The loss is not finite") as error:
-        run.fit(whole, RandomPrompts())
+        run.fit(poisoned, RandomPrompts())
     text = str(error.value)
     assert f"2 ('{prompt_of(1, 2)}')" in text
     assert f"'{prompt_of(1, 0)}'" not in text
     assert "iteration 2, before optimizer step 2" in text
     assert "iteration_000001.ckpt" in text
-    assert distance(trained(whole), trained(short)) == 0
+    assert distance(trained(poisoned), trained(short)) == 0
 
 
-def test_an_infinite_gradient_of_a_finite_loss_is_noticed(tmp_path):
+def test_infinite_gradient_of_finite_loss_stops_run(tmp_path):
     class Steep(ReMax):
         def losses(self, batch):
             (loss,) = super().losses(batch)
@@ -77,19 +77,19 @@ def during_backward(params):
 BACKWARD = {"optimizer": during_backward, "max_grad_norm": math.inf, "microbatch_tokens": 999}
 
 
-def test_weights_that_were_updated_during_backward_are_not_said_to_be_whole(tmp_path):
+def test_error_names_updates_during_backward(tmp_path):
     short, poisoned = Poisoned(9, "", **BACKWARD), Poisoned(1, prompt_of(1, 2), **BACKWARD)
     torch.manual_seed(0)
     trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(short, RandomPrompts())
     torch.manual_seed(0)
     run = trainer(tmp_path, limit_val_batches=0, callbacks=[NonFiniteGuard()])
-    with pytest.raises(ValueError, match=r"optimizer step 2, but after updates during") as error:
+    with pytest.raises(ValueError, match=r"optimizer step 2, after updates during") as error:
         run.fit(poisoned, RandomPrompts())
     assert "The loss is not finite: rows 2" in str(error.value)
     assert distance(trained(poisoned), trained(short)) > 0
 
 
-def test_an_infinite_gradient_is_noticed_where_none_is_left(tmp_path):
+def test_infinite_gradient_stops_run_with_updates_in_backward(tmp_path):
     class Steep(ReMax):
         def losses(self, batch):
             (loss,) = super().losses(batch)
@@ -100,7 +100,7 @@ def test_an_infinite_gradient_is_noticed_where_none_is_left(tmp_path):
         run.fit(Steep(policy=tiny, **BACKWARD), RandomPrompts())
 
 
-def test_a_sound_run_is_left_alone(tmp_path):
+def test_finite_run_is_unchanged(tmp_path):
     plain, watched = Poisoned(9, ""), Poisoned(9, "")
     for algorithm, callbacks in ((plain, []), (watched, [NonFiniteGuard()])):
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_a_sound_run_is_left_alone(tmp_path):
 
 
 def fit_poisoned(folder, prompt):
-    """What each of two ranks says of a NaN that one of them has."""
+    """Return the error message of this rank if one of two ranks has a NaN."""
     torch.manual_seed(0)
     strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
     run = trainer(
@@ -120,7 +120,7 @@ def fit_poisoned(folder, prompt):
     return str(error.value)
 
 
-def test_all_ranks_stop_and_name_the_rank_that_has_the_row(tmp_path):
+def test_all_ranks_stop_and_name_rank_of_row(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

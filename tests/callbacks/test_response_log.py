@@ -1,4 +1,4 @@
-"""ResponseLog: completions as JSON lines that a person and a table program can read."""
+"""ResponseLog: responses as JSON lines and as tables of Weights & Biases."""
 
 import json
 from types import SimpleNamespace
@@ -20,11 +20,11 @@ def read(path) -> list[dict]:
 
 
 def names(folder, kind: str = "[rp]") -> list[str]:
-    """Of rollouts and predictions."""
+    """Return the names of the files of rollouts and predictions."""
     return sorted(path.name for path in folder.glob(f"**/{kind}*.jsonl"))
 
 
-def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, tmp_path):
+def test_first_and_every_second_rollout_are_written(run, tmp_path):
     run(ReMax(policy=tiny), num_batches=5, callbacks=[ResponseLog(every_n_rollouts=2)])
     assert names(tmp_path) == [f"rollout_0000{number}.jsonl" for number in (1, 2, 4)]
     rows = read(tmp_path / "completions" / "rollout_00002.jsonl")
@@ -32,17 +32,17 @@ def test_the_first_and_every_second_rollout_has_a_file_with_a_line_per_row(run, 
     assert [row["greedy"] for row in rows] == [False] * 4 + [True] * 4
     assert [row["prompt"] for row in rows[:4]] == [row["prompt"] for row in rows[4:]]
     for row in rows:
-        said = row["completion"].split()
-        assert row["length"] == len(said) + (not row["truncated"])
-        assert row["score"] == row["scores/count"] == said.count("5")
+        tokens = row["completion"].split()
+        assert row["length"] == len(tokens) + (not row["truncated"])
+        assert row["score"] == row["scores/count"] == tokens.count("5")
 
 
-def test_none_means_no_file(run, tmp_path):
+def test_zero_writes_no_file(run, tmp_path):
     run(ReMax(policy=tiny), callbacks=[ResponseLog(every_n_rollouts=0, num_eval_samples=0)])
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_held_out_prompts_are_answered_before_and_after(run, tmp_path):
+def test_held_out_responses_are_written_before_and_after(run, tmp_path):
     run(ReMax(policy=tiny), num_batches=5, callbacks=[ResponseLog(num_eval_samples=10)])
     assert names(tmp_path, "held") == ["held_out_00000.jsonl", "held_out_00005.jsonl"]
     before, after = (
@@ -54,7 +54,7 @@ def test_held_out_prompts_are_answered_before_and_after(run, tmp_path):
     assert all(row["greedy"] for row in after)
 
 
-def test_a_resumed_run_keeps_the_answers_from_before_it_stopped(tmp_path):
+def test_resumed_run_keeps_earlier_responses(tmp_path):
     first = trainer(tmp_path, callbacks=[ResponseLog()])
     first.fit(ReMax(policy=tiny), RandomPrompts(2))
     first.save_checkpoint(tmp_path / "part.ckpt")
@@ -66,7 +66,7 @@ def test_a_resumed_run_keeps_the_answers_from_before_it_stopped(tmp_path):
 
 
 class LastIsARepeat(RandomPrompts):
-    """The fourth row of a batch only fills up a round."""
+    """Random prompts whose fourth row of each batch is a repeat."""
 
     def batch(self, number: int) -> Experience:
         batch = super().batch(number)
@@ -74,8 +74,8 @@ class LastIsARepeat(RandomPrompts):
         return batch
 
 
-def test_predictions_have_the_kl_and_each_row_once(tmp_path):
-    for _ in range(2):  # the second run begins an empty file
+def test_predictions_have_kl_and_each_row_once(tmp_path):
+    for _ in range(2):  # the second run starts with an empty file
         trainer(tmp_path, callbacks=[ResponseLog()]).predict(ReMax(policy=tiny), LastIsARepeat(2))
     rows = read(tmp_path / "predictions.jsonl")
     assert [list(row) for row in rows] == [[*KEYS, "kl"]] * 6
@@ -83,7 +83,7 @@ def test_predictions_have_the_kl_and_each_row_once(tmp_path):
     assert len({row["prompt"] for row in rows}) == 6
 
 
-def test_each_of_several_ranks_writes_its_own_file(tmp_path):
+def test_each_rank_writes_its_own_file(tmp_path):
     fake = SimpleNamespace(world_size=2, global_rank=1, default_root_dir=tmp_path, loggers=[])
     batch = Experience(
         {"prompt": ["déjà vu"], "completion": ["naïve"]},
@@ -99,20 +99,20 @@ def test_each_of_several_ranks_writes_its_own_file(tmp_path):
     assert "\\u" not in text
 
 
-def test_a_table_without_a_reward_has_no_score(prompts):
+def test_rows_without_reward_have_no_score(prompts):
     fields = {"response_lengths": [1] * 4, "truncated": [True] * 4, "is_greedy": [True] * 4}
     batch = Experience(prompts.columns, **prompts.fields(), **fields)
     assert list(response_rows(batch)[0]) == ["prompt", "length", "truncated", "greedy"]
 
 
-def test_predict_works_without_a_reward(tmp_path):
+def test_predict_works_without_reward(tmp_path):
     run = trainer(tmp_path, callbacks=[ResponseLog()])
     run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Rollout | ResponseLog)]
     run.predict(ReMax(policy=tiny), RandomPrompts(1))
     assert "score" not in read(tmp_path / "predictions.jsonl")[0]
 
 
-def test_cells_of_a_column_have_one_type():
+def test_cells_of_column_have_one_type():
     rows = [
         {"prompt": [{"role": "user", "content": "é"}], "answer": 3, "score": 0.5, "kl": None},
         {"prompt": "b", "answer": "c", "score": 1, "kl": 2.0},
@@ -123,7 +123,7 @@ def test_cells_of_a_column_have_one_type():
     ]
 
 
-def test_weights_and_biases_gets_the_rollout_as_a_table_without_network(tmp_path, monkeypatch):
+def test_weights_and_biases_gets_rollouts_as_tables(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DIR", str(tmp_path))):
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -138,8 +138,8 @@ def test_weights_and_biases_gets_the_rollout_as_a_table_without_network(tmp_path
     assert len(tables) == 3
     found = [json.loads(table.read_text()) for table in tables]
     assert [table["columns"] for table in found] == [KEYS] * 3
-    said = {json.dumps(table["data"]) for table in found}
+    logged = {json.dumps(table["data"]) for table in found}
     for name in written:
         rows = [list(row.values()) for row in read(tmp_path / "completions" / name)]
-        assert json.dumps(rows) in said
+        assert json.dumps(rows) in logged
     assert not list((tmp_path / "completions").glob(".*"))

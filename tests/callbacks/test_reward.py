@@ -1,3 +1,5 @@
+"""Reward: scores, their statistics over ranks, and skipped prompts."""
+
 import math
 from contextlib import nullcontext
 
@@ -15,7 +17,7 @@ from lit_align.rewards.rules import Length
 
 
 class Fixed(RewardFunction):
-    """A reward model in a nutshell: scores of its own, and weights that nobody else sees."""
+    """Reward function with fixed scores and with weights."""
 
     def __init__(self, *scores: float | None):
         self.scores, self.setups = scores, 0
@@ -30,13 +32,13 @@ class Fixed(RewardFunction):
         return [self.scores[row] for row in batch.columns["row"]]
 
 
-class Answer(Callback):
-    """Stands for `Rollout`: two rows per prompt, the second of them greedy."""
+class FakeRollout(Callback):
+    """Replacement of `Rollout` with two rows per prompt, the second one greedy."""
 
-    def answer(self, batch: Experience) -> None:
+    def generate(self, batch: Experience) -> None:
         rows = 4
         columns = {"prompt": ["p"] * rows, "completion": ["c"] * rows, "row": [0, 1, 2, 3]}
-        answered = Experience(
+        rollout = Experience(
             columns,
             prompts=torch.zeros(rows, 1),
             responses=torch.zeros(rows, 2),
@@ -46,20 +48,20 @@ class Answer(Callback):
             group=[0, 0, 1, 1],
             is_new=[True, True, True, False],
         )
-        batch.replace_with(answered)
+        batch.replace_with(rollout)
 
     def on_train_batch_start(self, trainer, algorithm, batch, batch_idx):
-        self.answer(batch)
+        self.generate(batch)
 
     def on_validation_batch_start(self, trainer, algorithm, batch, batch_idx, dataloader_idx=0):
-        self.answer(batch)
+        self.generate(batch)
 
     def on_predict_batch_start(self, trainer, algorithm, batch, batch_idx, dataloader_idx=0):
-        self.answer(batch)
+        self.generate(batch)
 
 
-class Seen(LightningModule):
-    """Keeps the last batch."""
+class KeepBatch(LightningModule):
+    """Module that keeps the last batch."""
 
     phase = nullcontext
 
@@ -87,7 +89,7 @@ class Seen(LightningModule):
 def trainer(reward: Reward, folder, precision: str = "32-true") -> Trainer:
     return Trainer(
         accelerator="cpu",
-        callbacks=[Answer(), reward],
+        callbacks=[FakeRollout(), reward],
         max_epochs=1,
         precision=precision,
         logger=False,
@@ -107,8 +109,11 @@ def numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
     return {name: value.item() for name, value in metrics.items()}
 
 
-def test_training_logs_the_sampled_rows_of_each_source(tmp_path):
-    algorithm, reward = Seen(), Reward([Fixed(1, 9, 3, 9), Fixed(None, 9, 4, 9)], weights=[1, 10])
+def test_training_logs_sampled_rows_of_each_function(tmp_path):
+    algorithm, reward = (
+        KeepBatch(),
+        Reward([Fixed(1, 9, 3, 9), Fixed(None, 9, 4, 9)], weights=[1, 10]),
+    )
     run = trainer(reward, tmp_path)
     run.fit(algorithm, prompts())
     assert numbers(run.logged_metrics) == {
@@ -121,22 +126,22 @@ def test_training_logs_the_sampled_rows_of_each_source(tmp_path):
     assert algorithm.batch.columns["scores/fixed"] == [1.0, 9.0, 3.0, 9.0]
 
 
-def test_validation_logs_the_mean_over_counted_rows_of_all_batches(tmp_path):
+def test_validation_logs_mean_over_new_rows(tmp_path):
     run = trainer(Reward([Fixed(1, 2, 6, 100), Fixed(None, 2, None, None)], [1, 1]), tmp_path)
-    run.validate(Seen(), prompts(2), verbose=False)
+    run.validate(KeepBatch(), prompts(2), verbose=False)
     assert numbers(run.callback_metrics) == {
         "val/rewards/fixed/mean": 3.0,
         "val/rewards/fixed_2/mean": 2.0,
     }
 
 
-def test_prediction_scores_and_logs_nothing(tmp_path):
+def test_predict_scores_and_logs_nothing(tmp_path):
     run = trainer(Reward(Fixed(1, 2, 3, 4)), tmp_path)
-    assert run.predict(Seen(), prompts()) == [[1.0, 2.0, 3.0, 4.0]]
+    assert run.predict(KeepBatch(), prompts()) == [[1.0, 2.0, 3.0, 4.0]]
 
 
-def test_a_skipped_prompt_is_masked_counted_and_left_out_of_the_means(tmp_path):
-    algorithm, reward = Seen(), Reward(Fixed(1, 9, 3, math.nan), skip_failed_prompts=True)
+def test_skipped_prompt_is_masked_and_counted(tmp_path):
+    algorithm, reward = KeepBatch(), Reward(Fixed(1, 9, 3, math.nan), skip_failed_prompts=True)
     run = trainer(reward, tmp_path)
     with pytest.warns(UserWarning, match="returned nan"):
         run.fit(algorithm, prompts())
@@ -149,8 +154,8 @@ def test_a_skipped_prompt_is_masked_counted_and_left_out_of_the_means(tmp_path):
     assert algorithm.batch.response_mask.tolist() == [[True] * 2] * 2 + [[False] * 2] * 2
 
 
-def test_skipped_rows_are_not_counted_in_validation(tmp_path):
-    algorithm, reward = Seen(), Reward(Fixed(1, 2, math.nan, 4), skip_failed_prompts=True)
+def test_skipped_rows_are_not_new_in_validation(tmp_path):
+    algorithm, reward = KeepBatch(), Reward(Fixed(1, 2, math.nan, 4), skip_failed_prompts=True)
     run = trainer(reward, tmp_path)
     with pytest.warns(UserWarning, match="returned nan"):
         run.validate(algorithm, prompts(2), verbose=False)
@@ -161,20 +166,20 @@ def test_skipped_rows_are_not_counted_in_validation(tmp_path):
     }
 
 
-def test_a_source_that_fails_stops_the_run(tmp_path):
+def test_failed_function_stops_run(tmp_path):
     with pytest.raises(RewardError, match="reward 'fixed' returned inf\n  prompt: p\n  compl"):
-        trainer(Reward(Fixed(1, math.inf, 1, 1)), tmp_path).fit(Seen(), prompts())
+        trainer(Reward(Fixed(1, math.inf, 1, 1)), tmp_path).fit(KeepBatch(), prompts())
 
 
 @pytest.mark.parametrize("timeout", [None, 5.0])
-def test_sources_run_in_the_trainer_s_precision_without_gradients(tmp_path, timeout):
+def test_functions_run_in_trainer_precision_without_gradients(tmp_path, timeout):
     source = Fixed(1, 1, 1, 1)
-    trainer(Reward(source, timeout=timeout), tmp_path, "bf16-mixed").fit(Seen(), prompts())
+    trainer(Reward(source, timeout=timeout), tmp_path, "bf16-mixed").fit(KeepBatch(), prompts())
     assert (source.grad, source.autocast, source.dtype) == (False, True, torch.bfloat16)
 
 
-def test_weights_of_a_source_are_in_no_checkpoint(tmp_path):
-    algorithm, source = Seen(), Fixed(1, 1, 1, 1)
+def test_reward_weights_are_not_in_checkpoints(tmp_path):
+    algorithm, source = KeepBatch(), Fixed(1, 1, 1, 1)
     run = trainer(Reward(source), tmp_path)
     run.fit(algorithm, prompts())
     run.save_checkpoint(tmp_path / "last.ckpt")
@@ -183,9 +188,9 @@ def test_weights_of_a_source_are_in_no_checkpoint(tmp_path):
     assert source.setups == 1
 
 
-def test_means_and_deviations_are_over_all_ranks():
+def test_statistics_are_over_all_ranks():
     class TwoRanks:
-        """The other rank holds one row, of score 6."""
+        """Trainer whose other rank has one row with score 6."""
 
         strategy: "TwoRanks"
 
@@ -204,12 +209,12 @@ def test_means_and_deviations_are_over_all_ranks():
 
 
 @pytest.mark.parametrize("batch", [Experience(prompts=torch.zeros(1, 1)), TextBatch()])
-def test_a_batch_without_responses_is_left_alone(batch):
+def test_batch_without_responses_is_ignored(batch):
     Reward(Fixed(1.0)).on_train_batch_start(None, None, batch, 0)
     assert "scores" not in vars(batch)
 
 
-def test_it_is_built_from_a_configuration():
+def test_reward_is_built_from_config():
     parser = ArgumentParser()
     parser.add_class_arguments(Reward, "reward")
     length = {"class_path": "lit_align.rewards.rules.Length", "init_args": {"target": 3}}

@@ -1,4 +1,4 @@
-"""Seconds by phase and tokens per second, by a clock that is set by hand."""
+"""Timing: seconds by phase and tokens per second, with a fake clock."""
 
 import pytest
 from tiny_models import RandomTexts, tiny, trainer
@@ -11,12 +11,12 @@ from lit_align.callbacks.timing import Timing
 
 @pytest.fixture
 def slow_clock(monkeypatch):
-    """Every look at the clock is 3 s after the one before."""
+    """Replace the clock by one that advances 3 s per call."""
     moments = iter(range(0, 10**6, 3))
     monkeypatch.setattr(timing.time, "monotonic", lambda: float(next(moments)))
 
 
-def test_phases_of_one_name_add_up(run, slow_clock):
+def test_seconds_of_repeated_phase_are_summed(run, slow_clock):
     grpo = GRPO(policy=tiny, num_samples=2, update_epochs=2)
     done = run(grpo, num_batches=2, limit_val_batches=0, callbacks=[Timing()])
     values = done.callback_metrics
@@ -27,7 +27,7 @@ def test_phases_of_one_name_add_up(run, slow_clock):
     assert not grpo.phase_listeners
 
 
-def test_an_offline_step_goes_through_the_tokens_of_its_texts(tmp_path, slow_clock):
+def test_offline_speed_counts_tokens_of_texts(tmp_path, slow_clock):
     run = trainer(tmp_path, limit_val_batches=0, callbacks=[Timing()])
     run.callbacks[:] = [each for each in run.callbacks if isinstance(each, Timing)]
     run.fit(SFT(policy=tiny), RandomTexts(1))

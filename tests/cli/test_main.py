@@ -178,7 +178,7 @@ def test_the_batch_plan_is_printed(tmp_path, monkeypatch, capsys):
           "--trainer.limit_train_batches", "2"])  # fmt: skip
     said = capsys.readouterr().out
     assert "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in said
-    assert "answers end at token ids [3]" in said
+    assert "stop token ids: [3]" in said
     run = tmp_path / "runs" / "remax"
     assert {"metrics.csv", "config.yaml", "curves.png", "hf"} <= {p.name for p in run.iterdir()}
 

@@ -1,4 +1,4 @@
-"""Tokenizers small enough to read their ids: one token per byte, and a chat template for them."""
+"""Byte tokenizer for tests, with one token per byte, and two chat templates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKED = (
 
 
 def byte_tokenizer(merges: list[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
-    """Bytes, then `merges`, then <|eos|>, <|im_start|>, <|im_end|>; no pad token."""
+    """Return a tokenizer of bytes, `merges`, <|eos|>, <|im_start|> and <|im_end|>, without pad."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = letters + [one + other for one, other in merges or []]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges or []))

@@ -1,4 +1,4 @@
-"""Fixtures of the data tests."""
+"""Fixtures of the data tests: byte tokenizers and the shared data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chat() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def chat_path(tmp_path: pathlib.Path) -> str:
-    """A local folder with the chat tokenizer, whose pad token is its eos once loaded."""
+    """Return a local folder with the chat tokenizer. Loading sets its pad token to eos."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path / "tokenizer")

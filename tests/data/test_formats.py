@@ -1,4 +1,4 @@
-"""Every form of rows in, one vocabulary out."""
+"""Conversion of published row formats to TRL's columns."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def pair(row):
     return row["prompt"], row["chosen"], row["rejected"]
 
 
-def test_trl_forms_stay_as_they_are():
+def test_trl_formats_are_unchanged():
     for row in (
         {"text": "a b"},
         {"prompt": "a", "completion": " b"},
@@ -25,11 +25,11 @@ def test_trl_forms_stay_as_they_are():
         assert canonical_row(row) == row
 
 
-def test_other_columns_stay_and_absent_values_go():
+def test_other_columns_are_kept_and_missing_values_removed():
     assert canonical_row({"text": "a", "level": 3, "prompt": None}) == {"text": "a", "level": 3}
 
 
-def test_sharegpt_conversations():
+def test_sharegpt_conversation_becomes_messages():
     row = canonical_row(
         {
             "conversations": [
@@ -43,7 +43,7 @@ def test_sharegpt_conversations():
     assert extract_prompt(row) == row["messages"][:2]
 
 
-def test_sharegpt_preferences():
+def test_sharegpt_preference_pairs():
     row = {
         "conversations": [{"from": "human", "value": "hi"}],
         "chosen": {"from": "gpt", "value": "yes"},
@@ -77,7 +77,7 @@ def test_alpaca_with_system_history_and_preferences():
     assert (chosen, rejected) == ([YES], [NO])
 
 
-def test_hh_rlhf_texts_share_everything_through_the_last_assistant():
+def test_hh_rlhf_prompt_ends_with_last_shared_assistant_turn():
     shared = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: is it late?\n\nAssistant:"
     row = {"chosen": shared + " It is noon.", "rejected": shared + " It is night."}
     assert pair(row) == (shared, " It is noon.", " It is night.")
@@ -92,33 +92,33 @@ def test_hh_rlhf_texts_share_everything_through_the_last_assistant():
         ("It is so", "It is so late", ("It is", " so", " so late")),
     ],
 )
-def test_implicit_prompts_of_texts_end_before_the_first_other_word(chosen, rejected, expected):
+def test_implicit_prompt_of_texts_ends_before_first_different_word(chosen, rejected, expected):
     assert pair({"chosen": chosen, "rejected": rejected}) == expected
 
 
-def test_implicit_prompts_of_messages():
+def test_implicit_prompt_of_messages():
     system = {"role": "system", "content": "be brief"}
     row = {"chosen": [system, QUESTION, YES], "rejected": [system, QUESTION, NO]}
     assert pair(row) == ([system, QUESTION], [YES], [NO])
-    # a prompt that repeats what the messages begin with, as text or as messages
+    # the prompt column repeats the first messages, as text or as messages
     assert pair({**row, "prompt": "hi"}) == ([system, QUESTION], [YES], [NO])
     assert pair({**row, "prompt": [system, QUESTION]}) == ([system, QUESTION], [YES], [NO])
     assert pair({"prompt": "hi", "chosen": [YES], "rejected": [NO]}) == ([QUESTION], [YES], [NO])
 
 
-def test_the_last_message_is_an_answer_even_if_one_conversation_begins_the_other():
+def test_last_message_is_response_if_one_conversation_starts_the_other():
     row = {"chosen": [QUESTION, YES], "rejected": [QUESTION, YES, QUESTION, NO]}
     assert pair(row) == ([QUESTION], [YES], [YES, QUESTION, NO])
 
 
-def test_renaming_keeps_the_old_column():
+def test_renaming_keeps_old_column():
     row = {"question": "1+1?", "answer": "2"}
     assert add_renamed_columns(row, {"question": "prompt"}) == {**row, "prompt": "1+1?"}
-    with pytest.raises(ValueError, match="no column 'q' to rename, only question, answer"):
+    with pytest.raises(ValueError, match="no column 'q' to rename, found question, answer"):
         add_renamed_columns(row, {"q": "prompt"})
 
 
-def test_what_a_row_asks():
+def test_extract_prompt():
     assert extract_prompt({"prompt": "hi"}) == "hi"
     assert extract_prompt({"messages": [QUESTION, YES, QUESTION, NO]}) == [QUESTION, YES, QUESTION]
     assert extract_prompt({"messages": [QUESTION]}) == [QUESTION]
@@ -131,13 +131,13 @@ def test_what_a_row_asks():
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "the prompt is empty"),
         (
             {"question": "hi", "id": 1},
-            r"columns question, id; wanted: prompt.*data\.rename_columns",
+            r"columns question, id and needs prompt.*Set --data\.rename_columns",
         ),
         ({"prompt": [{"role": "user"}]}, "a message needs role and content"),
         ({"messages": ["hi"]}, "a message needs role and content"),
         ({"chosen": "a", "rejected": [NO]}, "both be texts or both be messages"),
     ],
 )
-def test_rows_that_cannot_be_read(row, message):
+def test_invalid_rows_are_refused(row, message):
     with pytest.raises(ValueError, match=message):
         extract_prompt(canonical_row(row))

@@ -1,4 +1,4 @@
-"""Texts for fine-tuning: what is learnt, where they are cut."""
+"""Texts for fine-tuning: target masks, padding and limits."""
 
 import json
 
@@ -18,15 +18,15 @@ def texts(tmp_path, chat_path):
     return load
 
 
-def learnt(module, batch):
-    """The texts under the loss mask."""
+def target_texts(module, batch):
+    """Return the texts of the target tokens."""
     return [
         module.tokenizer.decode(row[mask])
         for row, mask in zip(batch.tokens, batch.target_mask, strict=True)
     ]
 
 
-def test_completions_are_learnt_and_texts_padded_behind(texts):
+def test_completions_are_targets_and_texts_are_right_padded(texts):
     module, batch = texts({"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bcd"})
     eos = module.tokenizer.eos_token_id
     a, b, c, d = module.tokenizer("abcd")["input_ids"]
@@ -40,18 +40,18 @@ def test_completions_are_learnt_and_texts_padded_behind(texts):
     assert batch.is_new == [True, True]
 
 
-def test_prompts_are_learnt_if_asked(texts):
+def test_train_on_prompt_makes_prompts_targets(texts):
     module, batch = texts({"prompt": "ab", "completion": "c"}, train_on_prompt=True)
-    assert learnt(module, batch) == ["abc<|eos|>"]
+    assert target_texts(module, batch) == ["abc<|eos|>"]
 
 
-def test_plain_texts_are_learnt_whole(texts):
+def test_all_tokens_of_plain_text_are_targets(texts):
     module, batch = texts({"text": "once"})
-    assert learnt(module, batch) == ["once<|eos|>"]
+    assert target_texts(module, batch) == ["once<|eos|>"]
     assert batch.response_mask.tolist() == [[True] * 4]
 
 
-def test_assistant_turns_are_learnt(texts):
+def test_assistant_turns_are_targets(texts):
     talk = [
         {"from": "system", "value": "be brief"},
         {"from": "human", "value": "1+1?"},
@@ -60,51 +60,51 @@ def test_assistant_turns_are_learnt(texts):
         {"from": "gpt", "value": "yes"},
     ]
     module, batch = texts({"conversations": talk})
-    assert learnt(module, batch) == ["2<|im_end|>yes<|im_end|>"]
+    assert target_texts(module, batch) == ["2<|im_end|>yes<|im_end|>"]
 
 
 def test_alpaca_rows_are_conversations(texts):
     module, batch = texts({"instruction": "add", "input": "1 1", "output": "2"})
-    assert learnt(module, batch) == ["2<|im_end|>"]
+    assert target_texts(module, batch) == ["2<|im_end|>"]
     assert module.tokenizer.decode(batch.tokens[0]).startswith(
         "<|im_start|>user\nadd\n1 1<|im_end|>"
     )
 
 
-def test_messages_come_before_other_columns(texts):
+def test_messages_column_has_priority(texts):
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     module, batch = texts({"prompt": "hi", "messages": talk, "text": "no"})
-    assert learnt(module, batch) == ["yes<|im_end|>"]
+    assert target_texts(module, batch) == ["yes<|im_end|>"]
 
 
-def test_cut_answers_have_no_stop(texts):
+def test_cut_response_has_no_stop(texts):
     module, batch = texts({"prompt": "ab", "completion": "cdef"}, max_tokens=4)
-    assert learnt(module, batch) == ["cd"]
+    assert target_texts(module, batch) == ["cd"]
     assert module.truncated == {"texts of more than max_tokens 4": 1}
 
 
-def test_texts_of_which_nothing_would_be_learnt_are_dropped(texts):
+def test_texts_without_target_are_dropped(texts):
     module, batch = texts(
         {"prompt": "abcdef", "completion": "g"}, {"prompt": "a", "completion": "b"}, max_tokens=4
     )
-    assert learnt(module, batch) == ["b<|eos|>"]
-    assert module.dropped == {"texts of which no token would be learnt": 1}
+    assert target_texts(module, batch) == ["b<|eos|>"]
+    assert module.dropped == {"texts without a token to train on": 1}
 
 
-def test_an_empty_completion_learns_to_stop(texts):
+def test_stop_is_target_of_empty_completion(texts):
     module, batch = texts({"prompt": "a", "completion": ""})
-    assert learnt(module, batch) == ["<|eos|>"]
+    assert target_texts(module, batch) == ["<|eos|>"]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a"}, r"row 0 of .*columns question; wanted: messages"),
+        ({"question": "a"}, r"row 0 of .*columns question and needs messages"),
         ({"prompt": "", "completion": "a"}, r"row 0 of .*: the prompt is empty$"),
-        ({"completion": "a"}, r"row 0 of .*columns completion; wanted: prompt"),
+        ({"completion": "a"}, r"row 0 of .*columns completion and needs prompt"),
         ({"messages": [{"role": "user", "content": "a"}]}, "needs an assistant turn"),
     ],
 )
-def test_rows_that_cannot_be_learnt(texts, row, message):
+def test_invalid_instruction_rows_are_refused(texts, row, message):
     with pytest.raises(ValueError, match=message):
         texts(row)

@@ -1,4 +1,4 @@
-"""What all data modules share: splits, mixtures, evaluation, resuming, messages."""
+"""Behavior of all data modules: splits, mixtures, evaluation, resuming, error messages."""
 
 import json
 import multiprocessing
@@ -17,13 +17,13 @@ from lit_align.data.sources import Source
 
 
 def flat(batches) -> list:
-    """The rows of all batches."""
+    """Return the rows of all batches."""
     return list(chain.from_iterable(batches))
 
 
 @pytest.fixture
 def numbers(tmp_path: pathlib.Path):
-    """A file with prompts `the`, repeated 1 to `count` times; the toy tokenizer knows the word."""
+    """Write a file with `count` prompts: the word `the`, repeated 1 to `count` times."""
 
     def write(count: int, name: str = "numbers.jsonl") -> str:
         rows = [{"prompt": " ".join(["the"] * (n + 1)), "n": n} for n in range(count)]
@@ -42,7 +42,7 @@ def taken(loader) -> list[list[int]]:
 
 
 def on_rank(module: PromptData, rank: int, num_ranks: int) -> PromptData:
-    """The module as a trainer of several ranks would hold it."""
+    """Return the module with a fake trainer of several ranks."""
     module.trainer = SimpleNamespace(
         distributed_sampler_kwargs={"num_replicas": num_ranks, "rank": rank},
         limit_train_batches=1.0,
@@ -53,7 +53,7 @@ def on_rank(module: PromptData, rank: int, num_ranks: int) -> PromptData:
     return module
 
 
-def test_training_batches_cover_the_rows_once_in_random_order(numbers):
+def test_training_batches_cover_rows_once_in_random_order(numbers):
     seen = taken(data(numbers(10)).train_dataloader())
     assert [len(batch) for batch in seen] == [4, 4]
     assert len(set(flat(seen))) == 8
@@ -63,18 +63,18 @@ def test_training_batches_cover_the_rows_once_in_random_order(numbers):
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_share_the_batches_of_one_process(numbers, num_ranks):
+def test_ranks_split_batches_of_one_process(numbers, num_ranks):
     path = numbers(35)
-    whole = taken(data(path, batch_size=8).train_dataloader())
+    one_process = taken(data(path, batch_size=8).train_dataloader())
     parts = [
         taken(on_rank(data(path, batch_size=8 // num_ranks), rank, num_ranks).train_dataloader())
         for rank in range(num_ranks)
     ]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(one_process):
         assert [parts[i % num_ranks][step][i // num_ranks] for i in range(8)] == batch
 
 
-def test_evaluation_counts_every_row_once(numbers):
+def test_evaluation_has_each_row_once_as_new(numbers):
     path = numbers(7)
     seen = list(data(path, eval_path=path).val_dataloader())
     assert [b.columns["n"] for b in seen] == [[0, 1, 2, 3], [4, 5, 6]]
@@ -91,23 +91,23 @@ def test_evaluation_counts_every_row_once(numbers):
     assert all(all(b.is_new) for b in ranks[0])
 
 
-def test_training_batches_have_no_counted_field(numbers):
+def test_training_batches_have_no_is_new_field(numbers):
     with pytest.raises(AttributeError, match="'is_new' is not written yet"):
         _ = next(iter(data(numbers(4)).train_dataloader())).is_new
 
 
-def test_a_fraction_is_set_aside(numbers):
+def test_fraction_is_held_out(numbers):
     module = data(numbers(20), eval_fraction=0.25, batch_size=5, eval_batch_size=3)
-    kept, aside = flat(taken(module.train_dataloader())), taken(module.val_dataloader())
-    assert [len(batch) for batch in aside] == [3, 2]
-    assert sorted(kept + flat(aside)) == list(range(20))
+    trained, held_out = flat(taken(module.train_dataloader())), taken(module.val_dataloader())
+    assert [len(batch) for batch in held_out] == [3, 2]
+    assert sorted(trained + flat(held_out)) == list(range(20))
     assert taken(data(numbers(20), eval_fraction=0.25).predict_dataloader()) == [
-        flat(aside)[:4],
-        flat(aside)[4:],
+        flat(held_out)[:4],
+        flat(held_out)[4:],
     ]
 
 
-def test_splits_by_name():
+def test_training_and_evaluation_splits_by_name():
     module = PromptData("toy", tokenizer="toy", split="train", eval_split="test", max_rows=9)
     evaluated = flat(b.columns["prompt"] for b in module.val_dataloader())
     trained = flat(b.columns["prompt"] for b in module.train_dataloader())
@@ -115,7 +115,7 @@ def test_splits_by_name():
     assert not set(evaluated) & set(trained)
 
 
-def test_mixtures_by_weight(numbers):
+def test_mixture_repeats_rows_by_weight(numbers):
     sources = [Source(numbers(8, "a.jsonl"), weight=1.5), Source(numbers(4, "b.jsonl"), weight=2)]
     module = data(sources, batch_size=1, eval_fraction=0)
     seen = flat(taken(module.train_dataloader()))
@@ -127,17 +127,17 @@ def test_mixtures_by_weight(numbers):
     assert all(count in (1, 2) for count in counts[4:])
 
 
-def test_rows_set_aside_are_in_no_part_of_a_mixture(numbers):
+def test_held_out_rows_are_not_in_mixture(numbers):
     sources = [Source(numbers(8), weight=2)]
     module = data(sources, batch_size=1, eval_fraction=0.5)
-    kept, aside = (
+    trained, held_out = (
         flat(taken(loader)) for loader in (module.train_dataloader(), module.val_dataloader())
     )
-    assert (len(kept), len(aside)) == (8, 4)
-    assert not set(kept) & set(aside)
+    assert (len(trained), len(held_out)) == (8, 4)
+    assert not set(trained) & set(held_out)
 
 
-def test_renamed_columns_in_mixtures(tmp_path):
+def test_mixture_with_renamed_columns(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "the", "answer": "4"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": "the the"}\n')
     sources = [
@@ -152,7 +152,7 @@ def test_renamed_columns_in_mixtures(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_goes_on_where_it_was(numbers, num_workers):
+def test_loader_resumes_at_its_position(numbers, num_workers):
     path = numbers(26)
 
     def loader(epoch):
@@ -171,7 +171,7 @@ def test_a_loader_goes_on_where_it_was(numbers, num_workers):
 
 
 class Reader(LightningModule):
-    """Notes the rows it is given."""
+    """Module that records its rows."""
 
     def __init__(self):
         super().__init__()
@@ -190,10 +190,10 @@ class Reader(LightningModule):
 
 
 class SaveAlways(Callback):
-    """A checkpoint after every batch and every epoch.
+    """Callback that saves a checkpoint after every batch and every epoch.
 
     Args:
-        folder: Where they go.
+        folder: Folder of the checkpoints.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -207,7 +207,7 @@ class SaveAlways(Callback):
 
 
 def fit(module, checkpoint=None, limit=1.0, callbacks=()):
-    """The rows that a fit of 2 epochs sees."""
+    """Return the rows of each training batch of a fit of 2 epochs."""
     reader = Reader()
     trainer = Trainer(
         max_epochs=2,
@@ -224,7 +224,7 @@ def fit(module, checkpoint=None, limit=1.0, callbacks=()):
 
 
 @pytest.mark.parametrize(("num_workers", "limit"), [(0, 1.0), (0, 2), (2, 2)])
-def test_a_resumed_fit_sees_the_rows_that_are_left(numbers, tmp_path, num_workers, limit):
+def test_resumed_fit_gets_remaining_rows(numbers, tmp_path, num_workers, limit):
     path = numbers(13)
 
     def module():
@@ -238,14 +238,14 @@ def test_a_resumed_fit_sees_the_rows_that_are_left(numbers, tmp_path, num_worker
         assert fit(module(), checkpoint, limit) == full[done:], checkpoint.stem
 
 
-def test_predicting_sees_every_evaluation_row(numbers):
+def test_predict_gets_every_evaluation_row(numbers):
     path = numbers(7)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     seen = trainer.predict(Reader(), data(path, eval_path=path))
     assert seen == [[0, 1, 2, 3], [4, 5, 6]]
 
 
-def test_tokenizer_stops_and_text():
+def test_tokenizer_stop_ids_and_decoding():
     module = data("toy", max_rows=4)
     assert module.tokenizer is module.tokenizer
     assert module.stop_ids == [module.tokenizer.eos_token_id]
@@ -258,9 +258,11 @@ def test_tokenizer_stops_and_text():
     [
         (
             {"tokenizer": None},
-            r"^data\.tokenizer is not set: the command line gives it the policy's",
+            r"^data\.tokenizer is not set\. Set --data\.tokenizer to a hub id",
         ),
-        ({"eval_fraction": 1.0}, "a share is from 0 to below 1"),
+        ({"eval_fraction": 1.0}, "eval_fraction must be at least 0 and below 1, found 1.0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
+        ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, found -1"),
         ({"batch_size": 8}, "5 rows do not fill one batch of 8 rows"),
         (
             {"max_prompt_tokens": 1},
@@ -273,25 +275,25 @@ def test_tokenizer_stops_and_text():
         ({"split": "test"}, "is one file and has no split 'test'"),
     ],
 )
-def test_settings_that_cannot_work(numbers, settings, message):
+def test_invalid_settings_are_refused(numbers, settings, message):
     with pytest.raises(ValueError, match=message):
         data(numbers(5), **settings).train_dataloader()
 
 
-def test_rows_that_cannot_be_read_are_named(tmp_path):
+def test_error_names_the_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "the"}\n{"prompt": ""}\n')
     with pytest.raises(ValueError, match=r"^row 1 of '.*a.jsonl': the prompt is empty$"):
         data(str(tmp_path / "a.jsonl")).train_dataloader()
 
 
-def test_nothing_to_evaluate(numbers):
-    with pytest.raises(ValueError, match=r"set data\.eval_split, data\.eval_path or"):
+def test_evaluation_without_rows_is_refused(numbers):
+    with pytest.raises(ValueError, match=r"Set --data\.eval_split, --data\.eval_path or"):
         data(numbers(5)).val_dataloader()
     with pytest.raises(ValueError, match="is one file and has no split 'test'"):
         data(numbers(5), eval_split="test").val_dataloader()
 
 
-def test_a_worker_goes_on_after_ctrl_c(numbers):
+def test_worker_ignores_ctrl_c(numbers):
     before = set(multiprocessing.active_children())
     batches = iter(data(numbers(24), batch_size=1, num_workers=1).train_dataloader())
     next(batches)

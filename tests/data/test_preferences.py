@@ -1,4 +1,4 @@
-"""Preference pairs: one width, loss on the answers, limits."""
+"""Preference pairs: padding, target masks on the responses, limits."""
 
 import json
 
@@ -18,13 +18,13 @@ def pairs(tmp_path, chat_path):
     return load
 
 
-def scored(module, batch, side):
-    """The texts under the loss mask."""
+def target_texts(module, batch, side):
+    """Return the texts of the target tokens."""
     tokens, masks = getattr(batch, side), getattr(batch, f"{side}_target_mask")
     return [module.tokenizer.decode(row[mask]) for row, mask in zip(tokens, masks, strict=True)]
 
 
-def test_both_sides_have_one_width_and_loss_on_the_answers(pairs):
+def test_both_sides_have_one_width_and_targets_on_responses(pairs):
     module, batch = pairs(
         {"prompt": "ab", "chosen": "c", "rejected": "defg"},
         {"prompt": "a", "chosen": "bc", "rejected": "d"},
@@ -32,28 +32,28 @@ def test_both_sides_have_one_width_and_loss_on_the_answers(pairs):
     assert batch.chosen.shape == batch.rejected.shape == (2, 7)
     assert (batch.chosen_lengths, batch.rejected_lengths) == ([4, 4], [7, 3])
     assert batch.chosen_mask.sum(1).tolist() == [4, 4]
-    assert scored(module, batch, "chosen") == ["c<|eos|>", "bc<|eos|>"]
-    assert scored(module, batch, "rejected") == ["defg<|eos|>", "d<|eos|>"]
+    assert target_texts(module, batch, "chosen") == ["c<|eos|>", "bc<|eos|>"]
+    assert target_texts(module, batch, "rejected") == ["defg<|eos|>", "d<|eos|>"]
     assert batch.margin.tolist() == [0.0, 0.0]
     assert batch.lengths == [14, 8]
     assert batch.texts().tokens.shape == (4, 7)
     assert batch.is_new == [True, True]
 
 
-def test_margins(pairs):
+def test_margin_column_is_read(pairs):
     batch = pairs({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.5})[1]
     assert batch.margin.tolist() == [1.5]
 
 
-def test_hh_rlhf(pairs):
+def test_hh_rlhf_pairs(pairs):
     shared = "\n\nHuman: hi\n\nAssistant:"
     module, batch = pairs({"chosen": shared + " yes", "rejected": shared + " no"})
-    assert scored(module, batch, "chosen") == [" yes<|eos|>"]
-    assert scored(module, batch, "rejected") == [" no<|eos|>"]
+    assert target_texts(module, batch, "chosen") == [" yes<|eos|>"]
+    assert target_texts(module, batch, "rejected") == [" no<|eos|>"]
     assert module.tokenizer.decode(batch.chosen[0]) == shared + " yes<|eos|>"
 
 
-def test_conversations_end_in_the_end_of_turn(pairs):
+def test_conversations_end_with_end_of_turn(pairs):
     user = {"role": "user", "content": "hi"}
     module, batch = pairs(
         {
@@ -61,18 +61,18 @@ def test_conversations_end_in_the_end_of_turn(pairs):
             "rejected": [user, {"role": "assistant", "content": "no"}],
         }
     )
-    assert scored(module, batch, "chosen") == ["yes<|im_end|>"]
-    assert scored(module, batch, "rejected") == ["no<|im_end|>"]
+    assert target_texts(module, batch, "chosen") == ["yes<|im_end|>"]
+    assert target_texts(module, batch, "rejected") == ["no<|im_end|>"]
 
 
-def test_long_answers_are_cut_and_have_no_stop(pairs):
+def test_long_responses_are_cut_without_stop(pairs):
     module, batch = pairs({"prompt": "ab", "chosen": "cdef", "rejected": "g"}, max_tokens=4)
-    assert scored(module, batch, "chosen") == ["cd"]
-    assert scored(module, batch, "rejected") == ["g<|eos|>"]
+    assert target_texts(module, batch, "chosen") == ["cd"]
+    assert target_texts(module, batch, "rejected") == ["g<|eos|>"]
     assert module.truncated == {"pairs of more than max_tokens 4": 1}
 
 
-def test_pairs_that_say_nothing_are_dropped(pairs):
+def test_equal_and_too_long_pairs_are_dropped(pairs):
     module, batch = pairs(
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"prompt": "a", "chosen": "b", "rejected": "b"},
@@ -82,23 +82,23 @@ def test_pairs_that_say_nothing_are_dropped(pairs):
     )
     assert len(batch) == 1
     assert module.dropped == {
-        "pairs of which both answers are the same": 2,
+        "pairs of equal responses": 2,
         "prompts that fill max_tokens 4": 1,
     }
 
 
 def test_pairs_without_a_prompt(pairs):
     module, batch = pairs({"chosen": "good", "rejected": "bad"})
-    assert scored(module, batch, "chosen") == ["good<|eos|>"]
-    assert scored(module, batch, "rejected") == ["bad<|eos|>"]
+    assert target_texts(module, batch, "chosen") == ["good<|eos|>"]
+    assert target_texts(module, batch, "rejected") == ["bad<|eos|>"]
 
 
-def test_other_columns(pairs):
-    with pytest.raises(ValueError, match=r"row 0 of .*columns better, worse; wanted: chosen and"):
+def test_missing_columns_are_named(pairs):
+    with pytest.raises(ValueError, match=r"row 0 of .*columns better, worse and needs chosen and"):
         pairs({"better": "a", "worse": "b"})
 
 
-def test_a_pair_is_known_again_by_its_texts(pairs):
+def test_fingerprint_depends_only_on_texts(pairs):
     one = {"prompt": "ab", "chosen": "c", "rejected": "de"}
     swapped = {"prompt": "ab", "chosen": "de", "rejected": "c"}
     longer = {"prompt": "a", "chosen": "bc", "rejected": "bde"}
@@ -106,4 +106,4 @@ def test_a_pair_is_known_again_by_its_texts(pairs):
     again = pairs(longer, {**one, "margin": 2.0}, eval_batch_size=2)[1].fingerprints
     assert len(set(first)) == 3
     assert again == [first[2], first[0]]
-    assert first[0] == 6962168136751857140  # in any process
+    assert first[0] == 6962168136751857140  # equal in every process

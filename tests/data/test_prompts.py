@@ -6,6 +6,7 @@ import pytest
 
 from lit_align.batches import Experience
 from lit_align.data.prompts import PromptData
+from lit_align.errors import UserError
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def only_batch(module) -> Experience:
     return next(iter(module.val_dataloader()))
 
 
-def test_prompts_are_padded_in_front(rows, chat_path):
+def test_prompts_are_left_padded(rows, chat_path):
     path = rows({"prompt": "ab", "level": 1}, {"prompt": "abcd", "level": 2})
     module = PromptData(path, eval_path=path, tokenizer=chat_path)
     batch, pad = only_batch(module), module.tokenizer.pad_token_id
@@ -32,14 +33,14 @@ def test_prompts_are_padded_in_front(rows, chat_path):
     assert batch.columns == {"prompt": ["ab", "abcd"], "level": [1, 2]}
 
 
-def test_the_mask_keeps_a_pad_id_that_is_a_real_token(rows, chat_path):
+def test_mask_keeps_real_token_with_pad_id(rows, chat_path):
     path = rows({"prompt": "a<|eos|>"}, {"prompt": "abc"})
     module = PromptData(path, eval_path=path, tokenizer=chat_path)
     assert module.tokenizer.pad_token_id == module.tokenizer.eos_token_id
     assert only_batch(module).prompt_mask.tolist() == [[False, True, True], [True] * 3]
 
 
-def test_columns_are_as_the_data_set_has_them(rows, chat_path):
+def test_columns_of_data_set_are_kept(rows, chat_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     path = rows({"messages": messages, "answer": None})
     module = PromptData(path, eval_path=path, tokenizer=chat_path)
@@ -49,7 +50,7 @@ def test_columns_are_as_the_data_set_has_them(rows, chat_path):
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_long_prompts_are_dropped_or_keep_their_end(rows, chat_path):
+def test_long_prompts_are_dropped_or_cut_in_front(rows, chat_path):
     path = rows({"prompt": "abcd"}, {"prompt": "ab"})
     drops = PromptData(path, eval_path=path, tokenizer=chat_path, max_prompt_tokens=3)
     assert only_batch(drops).columns["prompt"] == ["ab"]
@@ -63,25 +64,27 @@ def test_long_prompts_are_dropped_or_keep_their_end(rows, chat_path):
     assert (cuts.dropped, cuts.truncated) == ({}, {reason: 1})
 
 
-def test_drops_are_said_once(rows, chat_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("lit_align.data.base.rank_zero_info", said.append)
+def test_dropped_rows_are_logged_once(rows, chat_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr("lit_align.data.base.rank_zero_info", logged.append)
     path = rows({"prompt": "abcd"}, {"prompt": "ab"})
     module = PromptData(path, eval_path=path, tokenizer=chat_path, max_prompt_tokens=3)
     only_batch(module)
     only_batch(module)
     end = "(train, 2 rows): dropped 1 prompts of more than max_prompt_tokens 3"
-    assert said == [f"'{path}' {end}"]
+    assert logged == [f"'{path}' {end}"]
 
 
-def test_conversations_without_a_template(rows):
+def test_conversation_without_template_is_refused(rows):
     path = rows({"prompt": [{"role": "user", "content": "hi"}]})
     module = PromptData(path, eval_path=path, tokenizer="toy")
-    with pytest.raises(ValueError, match=r"^row 0 of .*no chat template: set data\.chat_template"):
+    with pytest.raises(
+        ValueError, match=r"^row 0 of .*no chat template\. Set --data\.chat_template"
+    ):
         module.val_dataloader()
 
 
-def test_the_first_words_of_a_text_are_a_prompt(rows, chat_path):
+def test_first_words_of_text_are_prompt(rows, chat_path):
     path = rows({"text": "  once upon\n a time, ago"}, {"text": "too short"}, {"text": "a b c "})
     module = PromptData(path, eval_path=path, tokenizer=chat_path, prompt_words=3)
     batch = only_batch(module)
@@ -90,16 +93,16 @@ def test_the_first_words_of_a_text_are_a_prompt(rows, chat_path):
     assert module.dropped == {"texts of at most prompt_words 3": 2}
 
 
-def test_first_words_need_a_text(rows, chat_path):
+def test_prompt_words_need_text_column(rows, chat_path):
     path = rows({"story": "a b"})
     module = PromptData(path, eval_path=path, tokenizer=chat_path, prompt_words=1)
     with pytest.raises(
-        ValueError, match=r"wanted: text, of which data\.prompt_words makes prompts"
+        ValueError, match=r"story and needs text, because data\.prompt_words is set"
     ):
         module.val_dataloader()
 
 
-def test_the_same_prompt_is_never_trained_on_and_evaluated(rows, chat_path):
+def test_prompt_is_not_both_trained_on_and_evaluated(rows, chat_path):
     path = rows(*({"prompt": f"p{number % 10}", "level": number} for number in range(50)))
     module = PromptData(path, tokenizer=chat_path, eval_fraction=0.2, batch_size=1)
     trained = {batch.columns["prompt"][0] for batch in module.train_dataloader()}
@@ -110,6 +113,6 @@ def test_the_same_prompt_is_never_trained_on_and_evaluated(rows, chat_path):
 
 
 @pytest.mark.parametrize("paths", [{"path": "no.jsonl"}, {"path": "toy", "eval_path": "no.jsonl"}])
-def test_files_that_are_not_there_are_refused_before_a_model_is_loaded(paths):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder 'no.jsonl'"):
+def test_missing_files_are_refused_in_setup(paths):
+    with pytest.raises(UserError, match=r"no file or folder 'no.jsonl'"):
         PromptData(**paths, tokenizer="toy").setup("fit")

@@ -1,4 +1,4 @@
-"""Pairs made from ratings: who is paired with whom, and what is set aside."""
+"""Pairs of rated texts: partners, margins and held-out texts."""
 
 import json
 
@@ -17,7 +17,7 @@ def module(tmp_path, chat_path):
 
 
 def texts(module, batches):
-    """(chosen, rejected, margin) of each pair, without the stop."""
+    """Return (chosen, rejected, margin) of each pair as text without the stop."""
 
     def text(tokens, length):
         return module.decode(tokens[:length].tolist())
@@ -36,22 +36,22 @@ def texts(module, batches):
 LETTERS = [{"text": f"text {i}", "rating": str(i % 10)} for i in range(40)]
 
 
-def test_the_better_rated_text_is_chosen(module):
+def test_better_rated_text_is_chosen(module):
     data = module([{"text": "good", "rating": "1.5"}, {"text": "bad", "rating": -2}], batch_size=1)
     assert texts(data, data.train_dataloader()) == [("good", "bad", 3.5)]
 
 
-def test_ratings_differ_by_the_least_difference_at_least(module):
+def test_ratings_of_pair_differ_by_min_difference(module):
     data = module(LETTERS, min_difference=6, batch_size=1)
     margins = [margin for *_, margin in texts(data, data.train_dataloader())]
     assert min(margins) == 6
     assert len(margins) >= 16  # texts rated 0 to 3 and 6 to 9 have a partner
     equal = module([{"text": str(i), "rating": 1} for i in range(4)], batch_size=1)
-    with pytest.raises(ValueError, match=r"no two of 4 texts .* differ by data.min_difference 0"):
+    with pytest.raises(ValueError, match=r"no two of 4 texts .* differ by min_difference 0"):
         equal.train_dataloader()
 
 
-def test_every_text_is_in_a_pair_and_no_pair_comes_twice(module):
+def test_every_text_is_paired_and_pairs_are_distinct(module):
     data = module(LETTERS, batch_size=1)
     pairs = texts(data, data.train_dataloader())
     assert {text for pair in pairs for text in pair[:2]} == {row["text"] for row in LETTERS}
@@ -60,7 +60,7 @@ def test_every_text_is_in_a_pair_and_no_pair_comes_twice(module):
     assert 60 < len(texts(more, more.train_dataloader())) <= 120
 
 
-def test_the_seed_decides_the_pairs(module):
+def test_pairs_depend_on_seed(module):
     first, again, other = (
         sorted(texts(data, data.train_dataloader()))
         for data in (module(LETTERS, seed=seed, batch_size=1) for seed in (0, 0, 1))
@@ -68,8 +68,8 @@ def test_the_seed_decides_the_pairs(module):
     assert first == again != other
 
 
-def test_no_text_is_trained_on_and_evaluated(module):
-    rows = LETTERS + LETTERS[:20]  # half of the texts are there twice
+def test_text_is_not_both_trained_on_and_evaluated(module):
+    rows = LETTERS + LETTERS[:20]  # half of the texts are repeated
     data = module(rows, eval_fraction=0.25, batch_size=1)
     trained = {text for pair in texts(data, data.train_dataloader()) for text in pair[:2]}
     held_out = {text for pair in texts(data, data.val_dataloader()) for text in pair[:2]}
@@ -78,11 +78,11 @@ def test_no_text_is_trained_on_and_evaluated(module):
     assert not trained & held_out
 
 
-def test_answers_are_paired_within_their_prompt_and_prompts_are_held_out(module):
+def test_responses_are_paired_within_prompts(module):
     rows = [
-        {"prompt": f"{i}: ", "completion": f"{i}{answer}", "rating": j}
+        {"prompt": f"{i}: ", "completion": f"{i}{letter}", "rating": j}
         for i in range(8)
-        for j, answer in enumerate("ab")
+        for j, letter in enumerate("ab")
     ]
     data = module(rows, eval_fraction=0.25, batch_size=1)
     trained, held_out = (
@@ -109,17 +109,21 @@ def test_long_texts_are_cut_and_counted(module):
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"text": "a", "stars": 1}, {}, "wanted: rating, which data.rating names"),
-        ({"text": "a", "stars": "many"}, {"rating": "stars"}, "rating 'many' is no number"),
-        ({"text": "a", "rating": "nan"}, {}, "rating 'nan' is no number"),
-        ({"review": "a", "rating": 1}, {}, "wanted: prompt and completion, or text"),
+        ({"text": "a", "stars": 1}, {}, r"needs rating \(set by data\.rating\)"),
+        (
+            {"text": "a", "stars": "many"},
+            {"rating": "stars"},
+            "stars must be a finite number, found 'many'",
+        ),
+        ({"text": "a", "rating": "nan"}, {}, "rating must be a finite number, found 'nan'"),
+        ({"review": "a", "rating": 1}, {}, "needs prompt and completion, or text"),
     ],
 )
-def test_rows_that_are_refused(module, row, settings, message):
+def test_invalid_rated_rows_are_refused(module, row, settings, message):
     with pytest.raises(ValueError, match=message):
         module([row], **settings).train_dataloader()
 
 
-def test_settings_that_are_refused(module):
+def test_invalid_pair_settings_are_refused(module):
     with pytest.raises(ValueError, match=r"pairs_per_text >= 1, found 0\.0 and 0"):
         module(LETTERS, pairs_per_text=0)

@@ -1,4 +1,4 @@
-"""Real data sets in the forms in which they are published."""
+"""Real data sets in their published formats."""
 
 import pytest
 from byte_tokenizer import SHARED
@@ -9,7 +9,7 @@ from lit_align.data.prompts import PromptData
 from lit_align.data.sources import Source, load_rows
 
 
-def test_gsm8k(shared_data, chat_path):
+def test_gsm8k_prompts(shared_data, chat_path):
     module = PromptData(
         str(shared_data / "gsm8k_train.jsonl"),
         eval_path=str(shared_data / "gsm8k_test.jsonl"),
@@ -23,15 +23,15 @@ def test_gsm8k(shared_data, chat_path):
     assert module.decode(batch.prompts[0].tolist()[-batch.prompt_lengths[0] :]).startswith("Janet")
 
 
-def test_sharegpt_preferences(shared_data, chat_path):
+def test_sharegpt_preference_pairs(shared_data, chat_path):
     path = str(shared_data / "llamafactory_dpo_en_demo.json")
     module = PreferenceData(path, eval_path=path, tokenizer=chat_path, max_tokens=9000)
     batch = next(iter(module.val_dataloader()))
     text = module.tokenizer.decode(batch.chosen[0][: batch.chosen_lengths[0]])
     assert text.startswith("<|im_start|>user\nHi! I'd like to create a new language game")
     assert text.endswith("<|im_end|>")
-    answer = module.tokenizer.decode(batch.chosen[0][batch.chosen_target_mask[0]])
-    assert answer.startswith("That sounds like a fun and engaging idea!")
+    response = module.tokenizer.decode(batch.chosen[0][batch.chosen_target_mask[0]])
+    assert response.startswith("That sounds like a fun and engaging idea!")
     total = sum(module.dropped.values()) + len(next(iter(module.encoded.values())))
     assert total == 300
 
@@ -40,11 +40,11 @@ def test_alpaca(shared_data, chat_path):
     path = str(shared_data / "llamafactory_alpaca_en_demo.json")
     module = InstructionData(path, eval_path=path, tokenizer=chat_path, max_rows=50)
     batch = next(iter(module.val_dataloader()))
-    learnt = module.tokenizer.decode(batch.tokens[0][batch.target_mask[0]])
-    assert learnt.startswith("Making crepes is an easy")
+    target = module.tokenizer.decode(batch.tokens[0][batch.target_mask[0]])
+    assert target.startswith("Making crepes is an easy")
 
 
-def test_parquet_messages(shared_data, chat_path):
+def test_parquet_with_messages_as_prompts(shared_data, chat_path):
     path = str(shared_data / "digit_completion_train.parquet")
     module = PromptData(path, tokenizer=chat_path, batch_size=800)
     (batch,) = module.train_dataloader()
@@ -52,7 +52,7 @@ def test_parquet_messages(shared_data, chat_path):
     assert len(batch) == 800
 
 
-def test_stories_are_lines_between_single_newlines(shared_data):
+def test_stories_with_single_newline_as_separator(shared_data):
     if not (SHARED / "models" / "stories260K").is_dir():
         pytest.skip("the shared real model is not here")
     path = str(shared_data / "tinystories_lower_4MB.txt")

@@ -1,4 +1,4 @@
-"""Rows that are left out for what stands in a column."""
+"""Rows that are dropped by a regular expression."""
 
 import json
 
@@ -8,15 +8,15 @@ from lit_align.data.filters import RowFilter
 from lit_align.data.prompts import PromptData
 
 
-def test_a_pattern_is_searched_in_texts_numbers_and_conversations():
+def test_pattern_is_searched_in_texts_numbers_and_conversations():
     row_filter = RowFilter({"prompt": ",0$", "level": "^3"})
     talk = [{"role": "user", "content": "1,2:9,0"}]
     assert row_filter.drop_reason({"prompt": talk, "level": 1}) == "rows whose prompt matches ,0$"
     assert row_filter.drop_reason({"prompt": "a", "level": 35}) == "rows whose level matches ^3"
     assert row_filter.drop_reason({"prompt": "1,2:9,10", "level": None}) is None
-    with pytest.raises(ValueError, match="there is no column 'level' to search, only prompt"):
+    with pytest.raises(ValueError, match="there is no column 'level' to search, found prompt"):
         row_filter.drop_reason({"prompt": "a"})
-    with pytest.raises(ValueError, match=r"data.drop_matching: '\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"data.drop_matching: '\(' is not a regular expression"):
         RowFilter({"prompt": "("})
 
 

@@ -1,4 +1,4 @@
-"""Which rank takes which row when."""
+"""Order of rows on each rank, and its resume."""
 
 from itertools import chain
 
@@ -8,12 +8,12 @@ from lit_align.data.sampler import IndexedRows, ResumableSampler
 
 
 def flat(lists) -> list:
-    """What is in the lists."""
+    """Return the entries of all lists."""
     return list(chain.from_iterable(lists))
 
 
 def batches(num_rows, batch_size, training=True, num_ranks=1, epoch=0, **settings):
-    """For each rank its batches of positions."""
+    """Return the batches of positions of each rank."""
     ranks = []
     for rank in range(num_ranks):
         sampler = ResumableSampler(
@@ -33,7 +33,7 @@ def batches(num_rows, batch_size, training=True, num_ranks=1, epoch=0, **setting
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_batches_of_all_ranks_are_those_of_one(num_ranks, epoch):
+def test_batches_of_all_ranks_equal_those_of_one_rank(num_ranks, epoch):
     (one,) = batches(35, 8, epoch=epoch)
     several = batches(35, 8 // num_ranks, num_ranks=num_ranks, epoch=epoch)
     assert len(one) == 4
@@ -41,26 +41,26 @@ def test_batches_of_all_ranks_are_those_of_one(num_ranks, epoch):
         assert [several[i % num_ranks][step][i // num_ranks] for i in range(8)] == batch
 
 
-def test_epochs_and_seeds_differ_and_repeat():
+def test_order_depends_on_epoch_and_seed():
     orders = [batches(20, 4, epoch=epoch, seed=seed) for epoch in (0, 1) for seed in (0, 1)]
     assert len({str(order) for order in orders}) == 4
     assert orders[0] == batches(20, 4)
     assert sorted(flat(orders[3][0])) == list(range(20))
 
 
-def test_training_leaves_out_the_last_incomplete_batch_of_all_ranks():
+def test_training_drops_last_incomplete_batch():
     assert [len(rank) for rank in batches(23, 2, num_ranks=4)] == [2] * 4
     taken = flat(flat(batches(23, 2, num_ranks=4)))
     assert len(set(taken)) == 16
 
 
-def test_an_epoch_may_be_shorter_than_the_data():
+def test_max_batches_shortens_epoch():
     (short,), (full,) = batches(23, 2, max_batches=3), batches(23, 2)
     assert short == full[:3]
     assert batches(5, 2, max_batches=9) == batches(5, 2)
 
 
-def test_evaluation_keeps_every_row_and_fills_the_last_round():
+def test_evaluation_keeps_every_row_and_repeats_some():
     assert batches(5, 2, training=False) == [[[0, 1], [2, 3], [4]]]
     assert batches(5, 2, training=False, num_ranks=2) == [[[0, 2], [4]], [[1, 3], [5]]]
     assert batches(1, 2, training=False, num_ranks=4) == [[[0]], [[1]], [[2]], [[3]]]
@@ -77,7 +77,7 @@ def test_repeated_rows_are_marked():
     ]
 
 
-def test_fewer_rows_than_a_batch():
+def test_fewer_rows_than_one_batch_are_refused():
     with pytest.raises(ValueError, match=r"^5 rows do not fill one batch of 4 rows on each of 2"):
         batches(5, 4, num_ranks=2)
     assert len(batches(5, 8, training=False)[0]) == 1
@@ -91,7 +91,7 @@ def make_sampler(num_rows, num_ranks=1, rank=0, epoch=0):
     return sampler
 
 
-def test_a_state_goes_on_where_it_was_on_any_number_of_ranks():
+def test_state_resumes_on_any_number_of_ranks():
     before = iter(make_sampler(16, epoch=2))
     taken = [next(before) for _ in range(8)]
     for rank in (0, 1):
@@ -102,7 +102,7 @@ def test_a_state_goes_on_where_it_was_on_any_number_of_ranks():
         assert list(resumed) == full[8 + rank :: 2]
 
 
-def test_the_state_at_the_end_of_an_epoch_is_the_start_of_the_next():
+def test_state_at_end_of_epoch_resumes_with_next_epoch():
     before = iter(make_sampler(6))
     list(before)
     resumed = iter(make_sampler(6))
@@ -110,7 +110,7 @@ def test_the_state_at_the_end_of_an_epoch_is_the_start_of_the_next():
     assert list(resumed) == list(iter(make_sampler(6, epoch=1)))
 
 
-def test_a_state_of_an_earlier_epoch_is_past():
+def test_state_of_earlier_epoch_is_ignored():
     before = iter(make_sampler(6))
     next(before)
     resumed = iter(make_sampler(6, epoch=1))

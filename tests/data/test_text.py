@@ -1,4 +1,4 @@
-"""Texts and conversations as token ids: prompts, answers, stops, what is learnt."""
+"""Token ids of texts and conversations: prompts, responses, stops and target masks."""
 
 import pathlib
 
@@ -13,6 +13,7 @@ from lit_align.data.text import (
     load_tokenizer,
     stop_ids,
 )
+from lit_align.errors import UserError
 
 USER = [{"role": "user", "content": "hi"}]
 TALK = [
@@ -24,10 +25,10 @@ TALK = [
 ]
 
 
-def learnt_text(tokenizer, ids, learnt):
-    """Runs of learnt tokens as texts."""
+def target_runs(tokenizer, ids, target_mask):
+    """Return each run of target tokens as text."""
     runs, before = [], False
-    for token, now in zip(ids, learnt, strict=True):
+    for token, now in zip(ids, target_mask, strict=True):
         if now and not before:
             runs.append([])
         if now:
@@ -36,20 +37,20 @@ def learnt_text(tokenizer, ids, learnt):
     return [tokenizer.decode(run) for run in runs]
 
 
-def test_plain_prompt_and_answer(plain):
-    prompt, answer = encode_response(plain, "2+2=", "4")
+def test_plain_prompt_and_response(plain):
+    prompt, response = encode_response(plain, "2+2=", "4")
     assert prompt == encode_prompt(plain, "2+2=")
     assert plain.decode(prompt) == "2+2="
-    assert plain.decode(answer) == "4<|eos|>"
+    assert plain.decode(response) == "4<|eos|>"
 
 
-def test_toy_prompts_begin_with_bos_and_do_not_end_with_eos():
+def test_toy_prompts_start_with_bos_and_do_not_end_with_eos():
     toy = load_tokenizer("toy")
     assert toy.decode(encode_prompt(toy, "review of")) == "<s> review of"
     assert toy.decode(encode_response(toy, "review of", "the plot")[1]) == "the plot </s>"
 
 
-def test_special_tokens_behind_a_prompt_are_left_out():
+def test_trailing_special_tokens_of_prompt_are_removed():
     toy = load_tokenizer("toy")
     toy.backend_tokenizer.post_processor = both_ends(toy)
     assert toy.decode(toy("review")["input_ids"]) == "<s> review </s>"
@@ -66,21 +67,21 @@ def both_ends(toy):
     return processors.TemplateProcessing("<s> $A </s>", special_tokens=ids)
 
 
-def test_an_answer_that_brings_its_stop_gets_no_second(plain):
+def test_response_with_stop_gets_no_second_stop(plain):
     assert plain.decode(encode_response(plain, "a", "b<|eos|>")[1]) == "b<|eos|>"
     assert plain.decode(encode_response(plain, "a", "b<|eos|>\n<|eos|>")[1]) == "b<|eos|>"
     assert plain.decode(encode_response(plain, "a", "b\n")[1]) == "b\n<|eos|>"
 
 
-def test_a_token_across_the_border_leaves_the_prompt_as_it_is():
+def test_prompt_is_unchanged_by_token_across_border():
     tokenizer = byte_tokenizer(merges=[("a", "b")])
     assert len(tokenizer("ab")["input_ids"]) == 1
-    prompt, answer = encode_response(tokenizer, "a", "b")
-    assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == ("a", "b<|eos|>")
+    prompt, response = encode_response(tokenizer, "a", "b")
+    assert (tokenizer.decode(prompt), tokenizer.decode(response)) == ("a", "b<|eos|>")
     assert prompt == encode_prompt(tokenizer, "a")
 
 
-def test_stops_are_eos_and_end_of_turn(plain, chat):
+def test_stop_ids_are_eos_and_end_of_turn(plain, chat):
     eos, end = chat.convert_tokens_to_ids(["<|eos|>", "<|im_end|>"])
     assert stop_ids(plain) == [plain.eos_token_id]
     assert stop_ids(chat) == sorted([eos, end])
@@ -90,13 +91,13 @@ def test_stops_are_eos_and_end_of_turn(plain, chat):
     assert stop_ids(chat) == [eos]
 
 
-def test_chat_prompt_and_answer(chat):
-    prompt, answer = encode_response(chat, USER, [{"role": "assistant", "content": "hello"}])
+def test_chat_prompt_and_response(chat):
+    prompt, response = encode_response(chat, USER, [{"role": "assistant", "content": "hello"}])
     assert prompt == encode_prompt(chat, USER)
     assert chat.decode(prompt) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.decode(answer) == "hello<|im_end|>"
-    assert encode_response(chat, USER, "hello") == (prompt, answer)
-    assert encode_response(chat, "hi", [{"role": "assistant", "content": "hello"}])[1] == answer
+    assert chat.decode(response) == "hello<|im_end|>"
+    assert encode_response(chat, USER, "hello") == (prompt, response)
+    assert encode_response(chat, "hi", [{"role": "assistant", "content": "hello"}])[1] == response
 
 
 @pytest.mark.parametrize(
@@ -107,59 +108,59 @@ def test_chat_prompt_and_answer(chat):
         ("\n", "\n<|eos|>"),  # none
     ],
 )
-def test_one_stop_whatever_the_template_writes(chat, end, stop):
+def test_response_has_one_stop_with_any_template(chat, end, stop):
     chat.chat_template = CHATML.replace("<|im_end|>\n", end)
     assert chat.decode(encode_response(chat, USER, "hello")[1]) == "hello" + stop
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_assistant_turns_and_their_stops_are_learnt(chat, template):
+def test_assistant_turns_with_stops_are_targets(chat, template):
     chat.chat_template = template
-    ids, learnt = encode_messages(chat, TALK)
+    ids, target_mask = encode_messages(chat, TALK)
     assert chat.decode(ids) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
         "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
         "<|im_start|>assistant\nyes\n<|im_end|>"
     )
-    assert learnt_text(chat, ids, learnt) == ["2<|im_end|>", "yes\n<|im_end|>"]
+    assert target_runs(chat, ids, target_mask) == ["2<|im_end|>", "yes\n<|im_end|>"]
 
 
-def test_a_stop_behind_the_markers_is_learnt_too(chat):
+def test_stop_after_generation_block_is_target(chat):
     chat.chat_template = MARKED.replace(
         "{{ turn.content + '<|im_end|>' }}{% endgeneration %}",
         "{{ turn.content }}{% endgeneration %}{{ '<|im_end|>' }}",
     )
-    assert learnt_text(chat, *encode_messages(chat, TALK))[0] == "2<|im_end|>"
+    assert target_runs(chat, *encode_messages(chat, TALK))[0] == "2<|im_end|>"
 
 
-def test_what_follows_the_last_answer_is_left_out(chat):
+def test_turns_after_last_assistant_turn_are_left_out(chat):
     assert encode_messages(chat, [*TALK, *USER]) == encode_messages(chat, TALK)
 
 
-def test_the_last_answer_of_a_conversation_is_encoded_as_an_answer(chat):
-    ids, learnt = encode_messages(chat, TALK)
-    prompt, answer = encode_response(chat, TALK[:-1], TALK[-1:])
-    assert ids == prompt + answer
-    assert learnt[-len(answer) :] == [True] * len(answer)
+def test_last_assistant_turn_is_encoded_as_response(chat):
+    ids, target_mask = encode_messages(chat, TALK)
+    prompt, response = encode_response(chat, TALK[:-1], TALK[-1:])
+    assert ids == prompt + response
+    assert target_mask[-len(response) :] == [True] * len(response)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chat):
+def test_template_that_changes_earlier_turns_is_refused(chat):
     chat.chat_template = "{{ messages | length }}" + CHATML
-    with pytest.raises(ValueError, match=r"writes earlier turns anew.*set data\.chat_template"):
+    with pytest.raises(ValueError, match=r"changes earlier turns.*Set --data\.chat_template"):
         encode_messages(chat, TALK)
-    with pytest.raises(ValueError, match="writes earlier turns anew"):
+    with pytest.raises(ValueError, match="changes earlier turns"):
         encode_response(chat, USER, "hello")
 
 
-def test_conversations_need_a_template(plain):
-    with pytest.raises(ValueError, match=r"no chat template: set data\.chat_template"):
+def test_conversations_need_chat_template(plain):
+    with pytest.raises(ValueError, match=r"no chat template\. Set --data\.chat_template"):
         encode_prompt(plain, USER)
     with pytest.raises(ValueError, match="no chat template"):
         encode_messages(plain, TALK)
 
 
-def test_prompts_that_nobody_can_answer(chat):
-    with pytest.raises(ValueError, match="must end in a turn that an assistant can answer"):
+def test_invalid_conversations_are_refused(chat):
+    with pytest.raises(ValueError, match="must end with a turn of another role than assistant"):
         encode_prompt(chat, TALK)
     with pytest.raises(ValueError, match="needs an assistant turn"):
         encode_messages(chat, USER)
@@ -168,7 +169,7 @@ def test_prompts_that_nobody_can_answer(chat):
         encode_prompt(chat, USER)
 
 
-def test_pad_is_a_known_token_and_the_vocabulary_stays(chat_path):
+def test_pad_is_existing_token(chat_path):
     tokenizer = load_tokenizer(chat_path)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert len(tokenizer) == 256 + 3
@@ -176,42 +177,42 @@ def test_pad_is_a_known_token_and_the_vocabulary_stays(chat_path):
     assert toy.pad_token_id != toy.eos_token_id
 
 
-def test_templates_as_text_and_as_file(chat_path, tmp_path: pathlib.Path):
+def test_template_from_text_and_file(chat_path, tmp_path: pathlib.Path):
     assert load_tokenizer(chat_path).chat_template == CHATML
     assert load_tokenizer(chat_path, chat_template=MARKED).chat_template == MARKED
     (tmp_path / "chat.jinja").write_text(MARKED)
     assert load_tokenizer("toy", str(tmp_path / "chat.jinja")).chat_template == MARKED
-    with pytest.raises(FileNotFoundError, match=r"'chatty.jinja' is neither jinja text nor a file"):
+    with pytest.raises(UserError, match=r"'chatty.jinja' is neither jinja text nor a file"):
         load_tokenizer("toy", "chatty.jinja")
 
 
-def test_tokenizers_that_cannot_be_read(tmp_path: pathlib.Path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer folder './nowhere'"):
+def test_invalid_tokenizers_are_refused(tmp_path: pathlib.Path, monkeypatch):
+    with pytest.raises(UserError, match=r"no tokenizer folder './nowhere'"):
         load_tokenizer("./nowhere")
-    with pytest.raises(ValueError, match="no tokenizer can be read from"):
+    with pytest.raises(ValueError, match="no tokenizer can be loaded from"):
         load_tokenizer(str(tmp_path))
 
     def needs_code(*args, **kwargs):
         raise ValueError("pass trust_remote_code=True")
 
     monkeypatch.setattr("lit_align.data.text.AutoTokenizer.from_pretrained", needs_code)
-    with pytest.raises(ValueError, match=r"code of its own: set trust_remote_code to true"):
+    with pytest.raises(ValueError, match=r"its own Python code\. Set trust_remote_code to true"):
         load_tokenizer("someone/model")
 
 
-def test_a_real_tokenizer_writes_answers_where_the_prompt_ends():
+def test_real_tokenizer_joins_prompt_and_response():
     if not (SHARED / "models" / "stories260K").is_dir():
         pytest.skip("the shared real model is not here")
     tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"))
-    prompt, answer = encode_response(tokenizer, "Once upon a time", ", there was a cat.")
-    assert tokenizer.decode(prompt + answer) == "Once upon a time, there was a cat.</s>"
+    prompt, response = encode_response(tokenizer, "Once upon a time", ", there was a cat.")
+    assert tokenizer.decode(prompt + response) == "Once upon a time, there was a cat.</s>"
     assert tokenizer.pad_token_id == 0
 
 
-def test_another_token_may_end_answers(chat_path):
+def test_eos_token_can_be_replaced(chat_path):
     tokenizer = load_tokenizer(chat_path, eos_token="<|im_start|>")
     end = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert end in stop_ids(tokenizer)
     assert encode_text(tokenizer, "story")[-1] == end
-    with pytest.raises(ValueError, match="has no token '<end>' to be its eos"):
+    with pytest.raises(ValueError, match=r"has no token '<end>'\. Set --data\.eos_token"):
         load_tokenizer(chat_path, eos_token="<end>")

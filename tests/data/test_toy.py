@@ -1,4 +1,4 @@
-"""The embedded film reviews: what the grammar writes, and what it accepts."""
+"""Toy film reviews: the rows of the grammar, its check and the sentiment."""
 
 import pytest
 
@@ -27,19 +27,19 @@ def test():
 
 def test_sizes_and_held_out_prompts(train, test):
     assert (len(train), len(test)) == (6000, 500)
-    seen, held_out = ({row["prompt"] for row in rows} for rows in (train, test))
-    assert (len(seen), len(held_out)) == (6000, 500)
-    assert not seen & held_out
-    assert seen | held_out <= set(all_prompts())
+    trained, held_out = ({row["prompt"] for row in rows} for rows in (train, test))
+    assert (len(trained), len(held_out)) == (6000, 500)
+    assert not trained & held_out
+    assert trained | held_out <= set(all_prompts())
 
 
-def test_rows_are_the_same_every_time(test):
+def test_rows_depend_only_on_seed(test):
     assert toy_rows("test") == test
     assert toy_rows("test", seed=1) != test
     assert toy_rows("test", max_rows=7) == test[:7]
 
 
-def test_everything_that_is_written_parses(train, test):
+def test_all_written_reviews_are_grammatical(train, test):
     for row in train + test:
         assert all(
             is_grammatical(row["prompt"], row[name])
@@ -47,7 +47,7 @@ def test_everything_that_is_written_parses(train, test):
         )
 
 
-def test_decoding_gives_the_text_back(test):
+def test_decoding_returns_the_text(test):
     tokenizer = toy_tokenizer()
     assert 100 <= len(tokenizer) <= 300
     for row in test:
@@ -66,7 +66,7 @@ def test_decoding_gives_the_text_back(test):
         "grating, and the plot is thin, and the music is catchy, yet the ending seems open.",
     ],
 )
-def test_reviews_of_the_grammar(review):
+def test_grammatical_reviews_are_accepted(review):
     assert is_grammatical(PROMPT, review)
 
 
@@ -85,7 +85,7 @@ def test_reviews_of_the_grammar(review):
         (PROMPT, ""),
     ],
 )
-def test_texts_outside_the_grammar(prompt, review):
+def test_other_texts_are_not_grammatical(prompt, review):
     assert not is_grammatical(prompt, review)
 
 
@@ -97,15 +97,15 @@ def test_sentiment_by_hand():
     assert sentiment_reward(prompts=[PROMPT] * 2, completions=["grating.", "perfect."]) == [-2, 2]
 
 
-def test_the_better_answer_is_chosen_more_often_but_not_always(train):
+def test_better_review_is_usually_chosen(train):
     better = [sentiment(row["chosen"]) - sentiment(row["rejected"]) for row in train]
     assert 0.8 < sum(gap > 0 for gap in better) / len(better) < 0.95
     clear = [gap for gap in better if abs(gap) > 1.5]
     assert sum(gap > 0 for gap in clear) / len(clear) > 0.98
 
 
-def test_prompts_name_their_aspect_and_splits_their_names():
+def test_prompted_aspect_and_unknown_split():
     assert prompted_aspect(PROMPT) == "music"
     assert prompted_aspect("once upon a time") == ""
-    with pytest.raises(ValueError, match="no split 'dev'; there are train and test"):
+    with pytest.raises(ValueError, match="no split 'dev', found train and test"):
         toy_rows("dev")

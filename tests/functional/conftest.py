@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from golden_files import Golden, read_golden
+from golden_files import Golden
 from torch import Tensor
 
 
 @pytest.fixture
 def golden() -> Callable[[str], Golden]:
-    """The function that reads a golden file by name."""
-    return read_golden
+    """The class that reads a golden file by name."""
+    return Golden
 
 
 @pytest.fixture(autouse=True)

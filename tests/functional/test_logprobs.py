@@ -1,4 +1,4 @@
-"""Log-probabilities in chunks: the naive numbers, without the naive memory."""
+"""Log-probs in chunks: the numbers of the plain formula in less memory."""
 
 import math
 import weakref
@@ -17,14 +17,14 @@ CHUNK = LIMIT // 2
 
 
 def head(*shape, dtype=torch.float32, spread=1.0):
-    """hidden, weight, bias and tokens: the first three ask for gradients."""
+    """Return hidden, weight, bias and tokens; the first three require gradients."""
     hidden = torch.randn(*shape, HIDDEN).to(dtype).requires_grad_()
     weight = (spread * torch.randn(VOCABULARY, HIDDEN)).to(dtype).requires_grad_()
     bias = torch.randn(VOCABULARY).to(dtype).requires_grad_()
     return hidden, weight, bias, torch.randint(VOCABULARY, shape)
 
 
-def naive(hidden, weight, tokens, *, bias=None, temperature=1.0, dtype=torch.float32):
+def formula(hidden, weight, tokens, *, bias=None, temperature=1.0, dtype=torch.float32):
     logits = hidden.to(dtype) @ weight.to(dtype).T
     logits = (logits if bias is None else logits + bias.to(dtype)) / temperature
     table = logits.log_softmax(-1)
@@ -32,8 +32,8 @@ def naive(hidden, weight, tokens, *, bias=None, temperature=1.0, dtype=torch.flo
     return chosen, -(table.exp() * table).sum(-1).detach()
 
 
-def test_numbers_by_hand():
-    """Logits log 1 and log 3: probabilities 1/4 and 3/4; at temperature 1/2, 1/10 and 9/10."""
+def test_temperature_and_bias_change_the_distribution():
+    """Logits 0 and log 3 give probabilities 1/4 and 3/4; at temperature 1/2, 1/10 and 9/10."""
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]])
     tokens = torch.tensor([0, 1])
     logprobs, entropy = chosen_logprobs(hidden, weight, tokens)
@@ -50,13 +50,15 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (CHUNK,), (CHUNK + 1,), (2, 3, 200)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_chunks_give_the_naive_numbers_and_gradients(assert_close, shape, temperature, with_bias):
+def test_chunks_give_the_numbers_and_gradients_of_the_formula(
+    assert_close, shape, temperature, with_bias
+):
     hidden, weight, bias, tokens = head(*shape, spread=2.0)
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     settings = {"temperature": temperature, "bias": bias if with_bias else None}
     upstream = torch.randn(shape) / max(tokens.numel(), 1)
     results = []
-    for function in (chosen_logprobs, naive):
+    for function in (chosen_logprobs, formula):
         logprobs, entropy = function(hidden, weight, tokens, **settings)
         gradients = torch.autograd.grad((upstream * logprobs).sum(), inputs)
         assert not entropy.requires_grad
@@ -65,16 +67,16 @@ def test_chunks_give_the_naive_numbers_and_gradients(assert_close, shape, temper
         assert_close(actual, expected.detach(), 1e-6 if actual.shape != shape else 5e-6)
 
 
-def test_exact_to_1e_6():
-    """Against float64: what the chunks add to fp32's own rounding is nothing."""
+def test_chunks_do_not_add_rounding_errors():
+    """The difference from the plain fp32 formula is at most 1e-6 of the largest number."""
     hidden, weight, bias, tokens = head(3000)
     logprobs, entropy = chosen_logprobs(hidden, weight, tokens, bias=bias)
-    expected, expected_entropy = naive(hidden, weight, tokens, bias=bias)
+    expected, expected_entropy = formula(hidden, weight, tokens, bias=bias)
     assert (logprobs - expected).abs().max() <= 1e-6 * expected.abs().max()
     assert (entropy - expected_entropy).abs().max() <= 1e-6 * expected_entropy.abs().max()
 
 
-def test_gradients_against_finite_differences():
+def test_gradients_agree_with_finite_differences():
     hidden, weight, bias, tokens = head(2, 3, dtype=torch.double)
     _, analytic = torch.autograd.functional.vjp(
         lambda *inputs: chosen_logprobs(*inputs[:2], tokens, bias=inputs[2], temperature=0.7)[0],
@@ -87,7 +89,7 @@ def test_gradients_against_finite_differences():
         for step in (1e-6, -1e-6):
             moved = {id(x): x for x in (hidden, weight, bias)}
             moved[id(inputs)] = inputs + step * direction
-            logprobs, _ = naive(
+            logprobs, _ = formula(
                 moved[id(hidden)],
                 moved[id(weight)],
                 tokens,
@@ -103,19 +105,19 @@ def test_gradients_against_finite_differences():
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True)]
 )
-def test_only_what_asks_gets_a_gradient(assert_close, wanted):
+def test_only_inputs_that_require_gradients_get_them(assert_close, wanted):
     hidden, weight, bias, tokens = head(1500)
     inputs = (hidden, weight, bias)
-    for tensor, asks in zip(inputs, wanted, strict=True):
-        tensor.requires_grad_(asks)
+    for tensor, requires_grad in zip(inputs, wanted, strict=True):
+        tensor.requires_grad_(requires_grad)
     chosen_logprobs(hidden, weight, tokens, bias=bias)[0].mean().backward()
     assert tuple(tensor.grad is not None for tensor in inputs) == wanted
-    (asking,) = (tensor for tensor in inputs if tensor.requires_grad)
-    expected = naive(hidden, weight, tokens, bias=bias)[0].mean()
-    assert_close(asking.grad, torch.autograd.grad(expected, asking)[0], 1e-6)
+    (trained,) = (tensor for tensor in inputs if tensor.requires_grad)
+    expected = formula(hidden, weight, tokens, bias=bias)[0].mean()
+    assert_close(trained.grad, torch.autograd.grad(expected, trained)[0], 1e-6)
 
 
-def test_nothing_asks_for_gradients_under_no_grad():
+def test_results_under_no_grad_require_no_gradients():
     hidden, weight, _, tokens = head(5)
     with torch.no_grad():
         logprobs, entropy = chosen_logprobs(hidden, weight, tokens)
@@ -124,11 +126,11 @@ def test_nothing_asks_for_gradients_under_no_grad():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_result_is_fp32_and_gradients_are_of_their_inputs(assert_close, dtype):
+def test_results_are_fp32_and_gradients_have_the_dtype_of_their_inputs(assert_close, dtype):
     hidden, weight, bias, tokens = head(2, 700, dtype=dtype)
     logprobs, entropy = chosen_logprobs(hidden, weight, tokens, bias=bias)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    expected, expected_entropy = naive(hidden, weight, tokens, bias=bias)
+    expected, expected_entropy = formula(hidden, weight, tokens, bias=bias)
     assert_close(logprobs, expected.detach(), 5e-6)
     assert_close(entropy, expected_entropy, 5e-6)
     gradients = torch.autograd.grad(logprobs.mean(), (hidden, weight, bias))
@@ -138,13 +140,13 @@ def test_the_result_is_fp32_and_gradients_are_of_their_inputs(assert_close, dtyp
         torch.testing.assert_close(actual, reference, rtol=1e-2, atol=1e-6)
 
 
-def same_as_naive_in_half_precision(device):
+def assert_equal_to_formula_in_half_precision(device):
     hidden, weight, bias, tokens = (
         tensor.detach().to(device) for tensor in head(700, dtype=torch.bfloat16)
     )
     inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     logprobs, _ = chosen_logprobs(hidden, weight, tokens, bias=bias)
-    expected, _ = naive(hidden, weight, tokens, bias=bias)
+    expected, _ = formula(hidden, weight, tokens, bias=bias)
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(logprobs.mean(), inputs)
     references = torch.autograd.grad(expected.mean(), inputs)
@@ -153,7 +155,7 @@ def same_as_naive_in_half_precision(device):
 
 
 def test_half_precision_factors_with_fp32_sums(monkeypatch):
-    """What a GPU does, with a matrix product that takes its place."""
+    """The code path of a GPU, with a replacement of its matrix product."""
 
     def mm(left, right, out_dtype):
         assert left.dtype == right.dtype == torch.bfloat16
@@ -161,16 +163,16 @@ def test_half_precision_factors_with_fp32_sums(monkeypatch):
 
     monkeypatch.setattr("lit_align.functional.logprobs._matmul_dtype", lambda hidden: hidden.dtype)
     monkeypatch.setattr(torch, "mm", mm)
-    same_as_naive_in_half_precision("cpu")
+    assert_equal_to_formula_in_half_precision("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_half_precision_on_a_gpu():
-    same_as_naive_in_half_precision("cuda")
+    assert_equal_to_formula_in_half_precision("cuda")
 
 
 def test_the_weight_gradient_is_summed_in_fp32():
-    """8,000 equal tokens: a bfloat16 sum over chunks would stop growing."""
+    """A bfloat16 sum over 8,192 equal tokens would stop growing."""
     hidden = torch.ones(8192, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     tokens = torch.zeros(8192, dtype=torch.long)
@@ -188,7 +190,7 @@ def test_autocast_does_not_lower_the_precision():
     assert torch.equal(gradient, torch.autograd.grad(plain.sum(), hidden)[0])
 
 
-def test_large_and_forbidden_logits_stay_finite():
+def test_large_and_infinite_logits_give_finite_entropy():
     hidden, tokens = torch.full((2, 1), 100.0), torch.tensor([0, 1])
     weight = torch.tensor([[100.0], [99.0], [0.0]])
     bias = torch.tensor([0.0, 0.0, -math.inf])
@@ -198,7 +200,7 @@ def test_large_and_forbidden_logits_stay_finite():
 
 
 class Watch(TorchDispatchMode):
-    """Notes every tensor that is made, and how many of a chunk's size live at once."""
+    """Record all new tensors, and how many of the size of a chunk exist at once."""
 
     def __init__(self):
         super().__init__()
@@ -217,8 +219,8 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_more_than_1024_tokens_of_logits_ever_exist(dtype):
-    """And nothing with the vocabulary in it is kept, save the weight and the bias themselves."""
+def test_at_most_1024_tokens_of_logits_exist_at_once(dtype):
+    """Nothing of vocabulary size is saved for backward, except the weight and the bias."""
     hidden, weight, bias, tokens = head(3, 1500, dtype=dtype)
     kept = []
 
@@ -232,15 +234,15 @@ def test_no_more_than_1024_tokens_of_logits_ever_exist(dtype):
         watch.peak = 0
         logprobs.sum().backward()
     assert watch.peak == 1
-    with_vocabulary = [shape for _, shape in watch.made if VOCABULARY in shape]
-    assert max(shape.numel() for shape in with_vocabulary) <= LIMIT * VOCABULARY
+    of_vocabulary_size = [shape for _, shape in watch.made if VOCABULARY in shape]
+    assert max(shape.numel() for shape in of_vocabulary_size) <= LIMIT * VOCABULARY
     parameters = {weight.data_ptr(), bias.data_ptr()}
     others = [tensor for tensor in kept if tensor.data_ptr() not in parameters]
     assert not any(VOCABULARY in tensor.shape for tensor in others)
     assert sum(tensor.numel() for tensor in others) <= hidden.numel() + 2 * tokens.numel()
 
 
-def test_half_precision_inputs_are_never_widened_as_a_whole():
+def test_half_precision_inputs_are_converted_in_chunks():
     hidden, weight, _, tokens = head(3000, dtype=torch.bfloat16)
     with Watch() as watch:
         chosen_logprobs(hidden, weight, tokens)[0].sum().backward()
@@ -249,7 +251,7 @@ def test_half_precision_inputs_are_never_widened_as_a_whole():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_runs_on_tensors_without_data(dtype):
+def test_it_runs_on_fake_tensors(dtype):
     with FakeTensorMode():
         hidden, weight, bias, tokens = head(2, 1500, dtype=dtype)
         logprobs, entropy = chosen_logprobs(hidden, weight, tokens, bias=bias)
@@ -260,7 +262,7 @@ def test_runs_on_tensors_without_data(dtype):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_agree_with_openrlhf(assert_close, golden, temperature):
-    """A head that is the identity takes logits as they are."""
+    """An identity weight makes the hidden states the logits."""
     file = golden("openrlhf_misc")
     suffix = "" if temperature == 1 else f",temperature={temperature}"
     logprobs, _ = chosen_logprobs(
@@ -269,8 +271,8 @@ def test_logprobs_agree_with_openrlhf(assert_close, golden, temperature):
     assert_close(logprobs, file.cases[f"log_probs_from_logits{suffix}"])
 
 
-def test_summed_logprobs_agree_with_the_authors_of_dpo(assert_close, golden):
-    """The label at t is scored by the logits at t - 1."""
+def test_summed_logprobs_agree_with_the_released_code_of_dpo(assert_close, golden):
+    """The logits at t - 1 score the label at t."""
     file = golden("dpo_reference")
     case = file.cases["get_batch_logps,average=False"]
     logits, labels = file["logits"].requires_grad_(), file["labels"][:, 1:]

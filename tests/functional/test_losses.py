@@ -1,4 +1,4 @@
-"""Losses per element, against numbers by hand and other people's code."""
+"""Losses per element: numbers by hand, and agreement with other libraries."""
 
 import math
 
@@ -23,23 +23,23 @@ def grad(loss, x):
 
 
 def mean_of_rows(loss, mask):
-    """Each row's own mean, and their mean."""
+    """Return the mean over rows of the mean over their tokens."""
     return (torch.where(mask, loss, 0).sum(-1) / mask.sum(-1)).mean()
 
 
 def numbers(name):
-    """The values of 'a=1,b=2' as floats."""
+    """Return the values of 'a=1,b=2' as floats."""
     return [float(part.split("=")[1]) for part in name.split(",")]
 
 
-def test_the_ratio_stops_earning_at_the_clip():
+def test_the_ratio_is_clipped_below_and_above():
     ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5])
     advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     loss = clipped_surrogate(ratio.log(), torch.zeros(6), advantages, 0.2, 0.3)
     torch.testing.assert_close(loss, torch.tensor([-0.5, -1.0, -1.3, 0.8, 1.0, 1.5]))
 
 
-def test_on_policy_the_gradient_is_that_of_reinforce():
+def test_the_gradient_at_ratio_1_is_the_gradient_of_reinforce():
     logprobs = torch.randn(4, 1, requires_grad=True)
     advantages = torch.randn(4, 1)
     loss = clipped_surrogate(logprobs, logprobs.detach(), advantages)
@@ -52,14 +52,14 @@ def test_a_clipped_element_has_no_gradient():
     assert grad(loss.sum(), logprobs).tolist() == [0, 0]
 
 
-def test_a_value_stops_earning_at_the_clip():
-    """Towards a return of 1 from 0: at 0.1 (1 - 0.1)^2 / 2, at 0.5 still (1 - 0.2)^2 / 2."""
+def test_the_value_is_clipped_around_the_old_value():
+    """From 0 to a return of 1: 0.1 loses (1 - 0.1)^2 / 2 and 0.5 loses (1 - 0.2)^2 / 2."""
     loss = clipped_value(torch.tensor([0.1, 0.5]), torch.zeros(2), torch.ones(2))
     torch.testing.assert_close(loss, torch.tensor([0.405, 0.32]))
 
 
-def test_a_preference_by_hand():
-    """At the reference -log(1/2); a margin of 10 nats at beta 0.1 gives log(1 + 1/e)."""
+def test_preference_losses_at_margins_of_0_and_1():
+    """A margin of 0 loses log 2; a margin of 10 nats at beta 0.1 loses log(1 + 1/e)."""
     zero, ten = torch.zeros(2), torch.tensor([0.0, 10.0])
     expected = torch.tensor([math.log(2), math.log1p(math.exp(-1))])
     torch.testing.assert_close(dpo(ten, zero, zero, zero), expected)
@@ -67,28 +67,28 @@ def test_a_preference_by_hand():
 
 
 @pytest.mark.parametrize("loss", [dpo, ipo])
-def test_smoothing_mixes_both_directions(loss):
+def test_label_smoothing_mixes_both_directions(loss):
     sides = torch.randn(4, 3)
     right, wrong = loss(*sides), loss(sides[1], sides[0], sides[3], sides[2])
     torch.testing.assert_close(loss(*sides, label_smoothing=0.25), 0.75 * right + 0.25 * wrong)
 
 
-def test_a_target_by_hand():
-    """At beta 0.1 the log-ratios are to differ by 5 nats: 0, 5 and 7 of them lose 25, 0 and 4."""
+def test_ipo_is_the_squared_distance_from_its_target():
+    """The target at beta 0.1 is 5 nats, so that 0, 5 and 7 nats lose 25, 0 and 4."""
     differences = torch.tensor([0.0, 5.0, 7.0])
     assert ipo(differences, *torch.zeros(3, 3)).tolist() == [25.0, 0.0, 4.0]
     assert ipo(*torch.zeros(2, 3), torch.zeros(3), differences).tolist() == [25.0, 0.0, 4.0]
 
 
-def test_the_target_shrinks_with_the_share_of_wrong_labels():
-    """Of two answers with P(better) = p, h is (p - (1 - p)) / (2 beta): here 0.6 / 0.4."""
+def test_label_smoothing_shrinks_the_target_of_ipo():
+    """With correct labels of probability p, the target is (p - (1 - p)) / (2 beta) = 0.6 / 0.4."""
     h = torch.tensor(1.5, dtype=torch.double, requires_grad=True)
     zero = torch.zeros(3, dtype=torch.double)
     assert grad(ipo(h, *zero, beta=0.2, label_smoothing=0.2), h).item() == pytest.approx(0)
     assert grad(ipo(h, *zero, beta=0.2), h).item() == pytest.approx(2 * (1.5 - 2.5))
 
 
-def test_a_margin_is_to_be_won_on_top():
+def test_a_margin_is_subtracted_from_the_lead():
     chosen, rejected, margin = torch.randn(3, 5)
     assert torch.equal(
         bradley_terry(chosen, rejected, margin), bradley_terry(chosen - rejected, margin)
@@ -105,7 +105,7 @@ def test_large_differences_stay_finite():
     ("function", "num_inputs"),
     [(clipped_surrogate, 3), (clipped_value, 3), (dpo, 4), (ipo, 4), (bradley_terry, 2)],
 )
-def test_gradients_against_finite_differences(function, num_inputs):
+def test_gradients_agree_with_finite_differences(function, num_inputs):
     inputs = [0.3 * torch.randn(6, dtype=torch.double) for _ in range(num_inputs)]
     inputs[0].requires_grad_()
     assert function(*inputs).dtype == torch.double
@@ -113,15 +113,15 @@ def test_gradients_against_finite_differences(function, num_inputs):
 
 
 class TestReMaxReductions:
-    """papers/remax.md R4 and R11: what a sum over tokens weighs, and what a mean does."""
+    """Sums and means over tokens weigh short and long responses differently (arXiv:2310.10505)."""
 
-    def test_r4_sum_and_mean_of_tokens(self):
+    def test_sum_and_mean_over_tokens(self):
         loss = -0.7 * torch.tensor([[-0.4, -0.8, -0.2]])
         assert loss.sum().item() == pytest.approx(0.98)
         mean = masked_mean(loss, torch.ones(1, 3, dtype=torch.bool))
         assert mean.item() == pytest.approx(0.3266667)
 
-    def test_r11_a_token_mean_can_turn_a_short_and_a_long_answer_around(self):
+    def test_a_token_mean_can_reverse_the_order_of_a_short_and_a_long_response(self):
         logprobs = torch.tensor([[-1.0, 0.0, 0.0], [-0.5, -0.5, -0.5]])
         mask = torch.tensor([[True, False, False], [True, True, True]])
         loss = -torch.tensor([[1.0], [-1.0]]) * logprobs
@@ -138,7 +138,9 @@ BY_TOKEN = [(True, masked_mean), (False, mean_of_rows)]
 
 @pytest.mark.parametrize(("token_level", "mean"), BY_TOKEN)
 @pytest.mark.parametrize(("source", "high"), [("logp", 0.2), ("logp", 0.28), ("logp_wild", 0.28)])
-def test_the_surrogate_agrees_with_openrlhf(assert_close, golden, source, high, token_level, mean):
+def test_the_policy_loss_agrees_with_openrlhf(
+    assert_close, golden, source, high, token_level, mean
+):
     file = golden("openrlhf_policy_loss")
     wild = "logp_wild," if source == "logp_wild" else ""
     case = file.cases[f"ppo,{wild}low=0.2,high={high},dual_clip=None,token_level={token_level}"]
@@ -148,8 +150,8 @@ def test_the_surrogate_agrees_with_openrlhf(assert_close, golden, source, high, 
     assert_close(grad(loss, logprobs), case["grad_logp"])
 
 
-def test_the_surrogate_of_sequences_agrees_with_openrlhf(assert_close, golden):
-    """GSPO's ratio: mean log-ratio of a response, one advantage per response."""
+def test_the_policy_loss_of_sequences_agrees_with_openrlhf(assert_close, golden):
+    """GSPO has one ratio per response, from the mean log-ratio, and one advantage."""
     file = golden("openrlhf_policy_loss")
     case = file.cases["gspo,low=0.2,high=0.28,adv=adv_seq"]
     logprobs = file["logp"].requires_grad_()
@@ -179,8 +181,8 @@ def test_both_clipped_losses_agree_with_torchtune(assert_close, golden, name):
 
 @pytest.mark.parametrize(("token_level", "mean"), BY_TOKEN)
 @pytest.mark.parametrize("clip", ["None", "0.2", "0.5"])
-def test_values_agree_with_openrlhf(assert_close, golden, clip, token_level, mean):
-    """Without a clip it is an infinite one."""
+def test_the_value_loss_agrees_with_openrlhf(assert_close, golden, clip, token_level, mean):
+    """Our loss without a clip is the loss with an infinite one."""
     file = golden("openrlhf_value_loss")
     case = file.cases[f"clip={clip},token_level={token_level}"]
     values = file["new_values"].requires_grad_()
@@ -190,7 +192,7 @@ def test_values_agree_with_openrlhf(assert_close, golden, clip, token_level, mea
     assert_close(grad(loss, values), case["grad_new_values"])
 
 
-def test_grpo_agrees_with_torchtune(assert_close, golden):
+def test_the_loss_of_grpo_agrees_with_torchtune(assert_close, golden):
     file = golden("torchtune_grpo_loss")
     case = file.cases["GRPOLoss,epsilon=0.2,kl=0.1"]
     logprobs = file["logp"].requires_grad_()
@@ -201,7 +203,9 @@ def test_grpo_agrees_with_torchtune(assert_close, golden):
     assert_close(loss, case["loss"])
     assert_close(grad(loss, logprobs), case["grad_logp"])
 
-    case = file.cases["GRPOSimpleLoss,epsilon=0.2,kl=0.1"]  # on-policy, each response by itself
+    case = file.cases[
+        "GRPOSimpleLoss,epsilon=0.2,kl=0.1"
+    ]  # ratio 1, mean over the tokens of each response
     surrogate = clipped_surrogate(logprobs, logprobs.detach(), file["adv_seq"].unsqueeze(-1))
     loss = mean_of_rows(surrogate + 0.1 * k3(logprobs, file["ref_logp"]), file.mask)
     assert_close(loss, case["loss"])
@@ -216,7 +220,7 @@ def test_grpo_agrees_with_torchtune(assert_close, golden):
         "beta=0.1,label_smoothing=0.1",
     ],
 )
-def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(assert_close, golden, name):
+def test_dpo_agrees_with_its_released_code_torchtune_and_openrlhf(assert_close, golden, name):
     beta, label_smoothing = numbers(name)
     for source, suffix, loss_key, grad_key in (
         ("dpo_reference", ",ipo=False,reference_free=False", "mean", "_of_mean"),
@@ -240,7 +244,7 @@ def test_dpo_agrees_with_its_authors_torchtune_and_openrlhf(assert_close, golden
         ("openrlhf_dpo_loss", "", "loss", ""),
     ],
 )
-def test_ipo_agrees_with_dpos_authors_and_openrlhf(
+def test_ipo_agrees_with_the_released_code_of_dpo_and_openrlhf(
     assert_close, golden, source, suffix, loss_key, grad_key
 ):
     file = golden(source)

@@ -1,4 +1,4 @@
-"""Weights of SPR (our reconstruction): papers/spr.md section 6, and the theory behind them."""
+"""Sample weights of SPR: examples with three actions, and off-policy samples."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def weights_of(scores, logprobs, ref_logprobs, **settings):
 
 
 def exact_update(policy, kl_coef, step_coef):
-    """Each action once: drawn uniformly, the weights are the whole next policy."""
+    """Return the next policy: the weights of a group with each action once, sampled uniformly."""
     uniform = torch.full((1, 3), 1 / 3, dtype=torch.double).log()
     settings = {"kl_coef": kl_coef, "step_coef": step_coef, "behaviour_logprobs": uniform}
     return weights_of(SCORES, policy.log(), REF.log(), **settings)
@@ -36,7 +36,7 @@ def objective(policy, kl_coef=1.0):
     return (policy * SCORES).sum().item() - kl_coef * kl(policy, REF)
 
 
-def test_s1_at_the_reference_the_weights_are_a_softmax(assert_close):
+def test_weights_at_the_reference_are_a_softmax_of_scores(assert_close):
     settings = {"kl_coef": 0.4, "step_coef": 0.6}
     zero = row(0, 0)
     assert_close(
@@ -47,14 +47,14 @@ def test_s1_at_the_reference_the_weights_are_a_softmax(assert_close):
     assert_close(weights, row(0.85326667, 0.11547709, 0.01562812, 0.01562812), 1e-8)
 
 
-def test_s3_nats_above_the_reference_cost(assert_close):
+def test_nats_above_the_reference_lower_the_weight(assert_close):
     weights = sample_weights(
         row(1, 0.5, 0), row(-2, -3, -1), row(-2.5, -2.5, -2), kl_coef=0.2, step_coef=0.3
     )
     assert_close(weights, row(0.60254946, 0.33068616, 0.06676438), 1e-8)
 
 
-def test_s5_at_the_optimum_all_samples_weigh_the_same(assert_close):
+def test_weights_at_the_optimum_are_equal(assert_close):
     for step_coef in (0.0, 1.0, 7.0):
         optimum = (REF.log() + SCORES).softmax(-1)
         assert_close(optimum, OPTIMUM, 1e-8)
@@ -62,7 +62,7 @@ def test_s5_at_the_optimum_all_samples_weigh_the_same(assert_close):
         assert_close(weights_of(SCORES, optimum.log(), REF.log(), **settings), [1 / 3] * 3, 1e-12)
 
 
-def test_s6_the_exact_update_halves_the_way_to_the_optimum(assert_close):
+def test_exact_updates_approach_the_optimum(assert_close):
     first = exact_update(REF, 1.0, 1.0)
     second = exact_update(first, 1.0, 1.0)
     assert_close(first, [0.32503989, 0.32154011, 0.35342001], 1e-8)
@@ -78,7 +78,7 @@ def test_s6_the_exact_update_halves_the_way_to_the_optimum(assert_close):
 
 
 def test_the_gain_of_an_exact_update():
-    """papers/spr.md identity (2)."""
+    """It is step KL(new || old) + (kl + step) KL(old || new), with the two coefficients."""
     kl_coef, step_coef = 0.3, 0.7
     policy = torch.tensor([0.2, 0.2, 0.6], dtype=torch.double)
     updated = exact_update(policy, kl_coef, step_coef)
@@ -87,68 +87,68 @@ def test_the_gain_of_an_exact_update():
     assert gain == pytest.approx(expected, abs=1e-12)
 
 
-def test_without_step_coef_one_update_reaches_the_optimum(assert_close):
+def test_one_update_without_step_coef_reaches_the_optimum(assert_close):
     policy = torch.tensor([0.2, 0.2, 0.6], dtype=torch.double)
     assert_close(exact_update(policy, 1.0, 0.0), (REF.log() + SCORES).softmax(-1), 1e-12)
 
 
-def test_without_kl_coef_the_reference_is_not_needed(assert_close):
+def test_weights_without_kl_coef_ignore_the_reference(assert_close):
     settings = {"kl_coef": 0.0, "step_coef": 2.0}
     assert_close(
         sample_weights(row(4, 0), row(-9, -1), row(-1, -5), **settings), row(2, 0).softmax(-1)
     )
 
 
-def test_s9_the_balance_heuristic():
-    """Equal scores leave the ratios: 2 for the first action and 4/7 for the second."""
-    policy, behaviour = row(0.6, 0.4, 0.4, 0.4).log(), row(0.2, 0.8, 0.8, 0.8).log()
+def test_weights_of_equal_scores_are_the_ratios_of_the_balance_heuristic():
+    """They are 2 for the first action and 4/7 for the second."""
+    policy, behavior = row(0.6, 0.4, 0.4, 0.4).log(), row(0.2, 0.8, 0.8, 0.8).log()
     weights = sample_weights(
         policy * 0,
         policy,
         policy,
         kl_coef=0.1,
         step_coef=0.2,
-        behaviour_logprobs=behaviour,
+        behaviour_logprobs=behavior,
         num_online=1,
     )
     ratios = row(2, 4 / 7, 4 / 7, 4 / 7)
     torch.testing.assert_close(4 * weights, ratios)
 
 
-def test_samples_of_the_policy_alone_need_no_ratio(assert_close):
-    scores, logprobs, ref, behaviour = torch.randn(4, 2, 5, dtype=torch.double)
+def test_groups_of_online_samples_have_ratio_1(assert_close):
+    scores, logprobs, ref, behavior = torch.randn(4, 2, 5, dtype=torch.double)
     settings = {"kl_coef": 0.1, "step_coef": 0.2}
     mixed = sample_weights(
-        scores, logprobs, ref, behaviour_logprobs=behaviour, num_online=5, **settings
+        scores, logprobs, ref, behaviour_logprobs=behavior, num_online=5, **settings
     )
     assert_close(mixed, sample_weights(scores, logprobs, ref, **settings), 1e-12)
 
 
-def test_a_row_sums_to_the_mean_of_its_capped_ratios(assert_close):
-    scores, logprobs, ref, behaviour = torch.randn(4, 3, 4, dtype=torch.double)
+def test_a_row_sums_to_the_mean_of_its_bounded_ratios(assert_close):
+    scores, logprobs, ref, behavior = torch.randn(4, 3, 4, dtype=torch.double)
     for num_online, max_ratio in itertools.product([None, 0, 1, 3], [None, 0.9, 2.0]):
         online = num_online or 0
-        mixture = (online * logprobs.exp() + (4 - online) * behaviour.exp()) / 4
+        mixture = (online * logprobs.exp() + (4 - online) * behavior.exp()) / 4
         rho = logprobs.exp() / mixture
         rho = rho if max_ratio is None else rho.clamp(max=max_ratio)
         shaped = ((scores - 0.1 * (logprobs - ref)) / 0.3).exp()
-        normaliser = (rho * shaped).sum(-1, keepdim=True) / rho.sum(-1, keepdim=True)
+        normalizer = (rho * shaped).sum(-1, keepdim=True) / rho.sum(-1, keepdim=True)
         weights = sample_weights(
             scores,
             logprobs,
             ref,
             kl_coef=0.1,
             step_coef=0.2,
-            behaviour_logprobs=behaviour,
+            behaviour_logprobs=behavior,
             num_online=num_online,
             max_ratio=max_ratio,
         )
-        assert_close(weights, rho * shaped / normaliser / 4, 1e-12)
+        assert_close(weights, rho * shaped / normalizer / 4, 1e-12)
         assert_close(weights.sum(-1), rho.mean(-1), 1e-12)
 
 
 def test_the_optimum_is_a_fixed_point_of_mixed_groups(assert_close):
-    """One sample of the policy, two of another: the expected target is the policy itself."""
+    """With one sample of the policy and two of another, the expected target is the policy."""
     optimum = (REF.log() + SCORES).softmax(-1)
     other = torch.tensor([0.1, 0.6, 0.3], dtype=torch.double)
     target = torch.zeros(3, dtype=torch.double)
@@ -167,7 +167,7 @@ def test_the_optimum_is_a_fixed_point_of_mixed_groups(assert_close):
     assert_close(target, optimum, 1e-12)
 
 
-def test_s10_the_gradient_is_policy_less_target(assert_close):
+def test_the_gradient_is_policy_minus_target(assert_close):
     logits = torch.tensor([0.2, -0.1, 0.4, 0], dtype=torch.double, requires_grad=True)
     logprobs = logits.log_softmax(-1)[[0, 2, 2, 3]].unsqueeze(0)
     weights = sample_weights(
@@ -180,15 +180,15 @@ def test_s10_the_gradient_is_policy_less_target(assert_close):
     assert_close(logits.grad, [-0.42347291, 0.19593432, 0.04524901, 0.18228958], 1e-8)
 
 
-def test_a_score_shift_of_a_prompt_changes_nothing(assert_close):
+def test_weights_ignore_a_shift_of_all_scores_of_a_prompt(assert_close):
     scores, logprobs, ref = torch.randn(3, 2, 4, dtype=torch.double)
     settings = {"kl_coef": 0.1, "step_coef": 0.2}
     shifted = sample_weights(scores + row(7).T, logprobs, ref, **settings)
     assert_close(shifted, sample_weights(scores, logprobs, ref, **settings), 1e-12)
 
 
-def test_sums_of_long_texts_do_not_overflow():
-    logprobs, behaviour = torch.tensor([[-900.0, -1500.0]]), torch.tensor([[-1400.0, -1000.0]])
+def test_summed_log_probs_of_long_texts_do_not_overflow():
+    logprobs, behavior = torch.tensor([[-900.0, -1500.0]]), torch.tensor([[-1400.0, -1000.0]])
     for num_online in (0, 1, 2):
         weights = sample_weights(
             torch.tensor([[3.0, -80.0]]),
@@ -196,7 +196,7 @@ def test_sums_of_long_texts_do_not_overflow():
             logprobs - 5,
             kl_coef=0.1,
             step_coef=0.1,
-            behaviour_logprobs=behaviour,
+            behaviour_logprobs=behavior,
             num_online=num_online,
             max_ratio=2.0,
         )
@@ -205,9 +205,9 @@ def test_sums_of_long_texts_do_not_overflow():
 
 
 @pytest.mark.parametrize("num_online", [-1, 3])
-def test_no_more_online_samples_than_samples(num_online):
+def test_num_online_must_be_between_0_and_the_group_size(num_online):
     x = row(0, 0)
-    with pytest.raises(ValueError, match=f"num_online {num_online} must lie between 0 and the 2"):
+    with pytest.raises(ValueError, match=f"num_online must be between 0 and 2, found {num_online}"):
         sample_weights(
             x, x, x, kl_coef=0.1, step_coef=0.1, behaviour_logprobs=x, num_online=num_online
         )

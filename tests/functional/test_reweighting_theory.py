@@ -1,4 +1,4 @@
-"""What SPR's weights promise, by enumeration of all groups: papers/spr.md sections 2 and 6."""
+"""Fixed points, rates and gains of SPR, by enumeration of all groups of samples."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def objective(policy, kl_coef=1.0):
 
 
 def exact_update(policy, kl_coef, step_coef):
-    """Each action once, as if drawn uniformly: the weights are the whole next policy."""
+    """Return the next policy: the weights of a group with each action once, sampled uniformly."""
     uniform = torch.full((1, 3), 1 / 3, dtype=torch.double).log()
     given = (x.unsqueeze(0) for x in (SCORES, policy.log(), REF.log()))
     coefs = {"kl_coef": kl_coef, "step_coef": step_coef}
@@ -37,15 +37,15 @@ def exact_update(policy, kl_coef, step_coef):
 
 
 class Groups:
-    """All groups of a policy's own samples and, behind them, samples of another."""
+    """All groups of online samples, followed by offline samples of another policy."""
 
-    def __init__(self, policy, own: int, foreign: int = 0):
-        places = itertools.product(range(3), repeat=own + foreign)
+    def __init__(self, policy, num_online: int, num_offline: int = 0):
+        places = itertools.product(range(3), repeat=num_online + num_offline)
         self.actions = torch.tensor(list(places))
-        drawn_from = torch.stack([policy] * own + [OTHER] * foreign)
-        columns = torch.arange(own + foreign)
+        drawn_from = torch.stack([policy] * num_online + [OTHER] * num_offline)
+        columns = torch.arange(num_online + num_offline)
         self.probs = drawn_from[columns, self.actions].prod(-1)
-        self.policy, self.own = policy, own
+        self.policy, self.num_online = policy, num_online
 
     def rows(self, values):
         return values[self.actions]
@@ -58,39 +58,39 @@ class Groups:
             kl_coef=1.0,
             step_coef=step_coef,
             behaviour_logprobs=self.rows(OTHER.log()),
-            num_online=self.own,
+            num_online=self.num_online,
         )
 
     def target(self, weights):
-        """The policy that SFT with these weights leads to, in expectation."""
+        """Return the expected target of SFT with these weights, a policy."""
         share = (self.probs.unsqueeze(-1) * weights).flatten()
         return torch.zeros_like(REF).index_add(0, self.actions.flatten(), share)
 
 
-SIZES = [(2, 0), (3, 0), (1, 1), (2, 1), (1, 3)]  # own and foreign samples of a group
+SIZES = [(2, 0), (3, 0), (1, 1), (2, 1), (1, 3)]  # online and offline samples of a group
 
 
-@pytest.mark.parametrize(("own", "foreign"), SIZES)
-def test_the_optimum_is_a_fixed_point_of_any_group(own, foreign):
-    groups = Groups(OPTIMUM, own, foreign)
+@pytest.mark.parametrize(("num_online", "num_offline"), SIZES)
+def test_the_optimum_is_a_fixed_point_of_any_group(num_online, num_offline):
+    groups = Groups(OPTIMUM, num_online, num_offline)
     torch.testing.assert_close(groups.target(groups.weights()), OPTIMUM, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("own", "foreign"), SIZES)
-def test_the_expected_iteration_reaches_the_optimum(own, foreign):
+@pytest.mark.parametrize(("num_online", "num_offline"), SIZES)
+def test_the_expected_iteration_reaches_the_optimum(num_online, num_offline):
     policy = POLICY
     for _ in range(100):
-        groups = Groups(policy, own, foreign)
+        groups = Groups(policy, num_online, num_offline)
         target = groups.target(groups.weights())
         assert float(target.sum()) == pytest.approx(1, abs=1e-12)
         policy = target / target.sum()  # rounding of the sum would grow with each step
     torch.testing.assert_close(policy, OPTIMUM, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("own", [2, 3, 4])
-def test_no_other_policy_is_a_fixed_point_of_its_own_samples(own):
-    """E[G w | y] rises in ell, so a policy that is off moves, and towards the optimum."""
-    groups = Groups(POLICY, own)
+@pytest.mark.parametrize("num_online", [2, 3, 4])
+def test_no_other_policy_is_a_fixed_point_of_its_own_samples(num_online):
+    """E[G w | y] rises in ell, so any other policy moves, towards the optimum."""
+    groups = Groups(POLICY, num_online)
     target = groups.target(groups.weights())
     assert kl(target, OPTIMUM) < kl(POLICY, OPTIMUM)
     ell = shaped_scores(SCORES, POLICY.log(), REF.log(), 1.0, 2.0)
@@ -99,54 +99,54 @@ def test_no_other_policy_is_a_fixed_point_of_its_own_samples(own):
 
 
 @pytest.mark.parametrize("step_coef", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize("own", [2, 3, 4])
-def test_the_local_rate_of_groups(own, step_coef):
-    """Near the optimum an error shrinks by 1 - a (1 - 1/n), a = kl / (kl + step)."""
+@pytest.mark.parametrize("num_online", [2, 3, 4])
+def test_errors_near_the_optimum_shrink_by_a_known_rate(num_online, step_coef):
+    """The rate is 1 - a (1 - 1/n), a = kl / (kl + step)."""
     error = torch.tensor([1.0, -0.4, 0.2], dtype=torch.double)
     error -= (OPTIMUM * error).sum()
     moved = []
     for size in (1e-4, -1e-4):
-        groups = Groups((OPTIMUM.log() + size * error).softmax(-1), own)
+        groups = Groups((OPTIMUM.log() + size * error).softmax(-1), num_online)
         moved.append(groups.target(groups.weights(step_coef)).log())
     slope = (moved[0] - moved[1]) / 2e-4
-    rate = 1 - (1 - 1 / own) / (1 + step_coef)
+    rate = 1 - (1 - 1 / num_online) / (1 + step_coef)
     torch.testing.assert_close(slope, rate * error, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(("own", "foreign"), [(1, 1), (2, 1), (1, 3)])
-def test_full_self_normalisation_would_move_the_fixed_point(own, foreign):
-    groups = Groups(OPTIMUM, own, foreign)
-    normalised = groups.weights() / groups.weights().sum(-1, keepdim=True)
-    assert (groups.target(normalised) - OPTIMUM).abs().max() > 5e-3
+@pytest.mark.parametrize(("num_online", "num_offline"), [(1, 1), (2, 1), (1, 3)])
+def test_full_self_normalization_would_move_the_fixed_point(num_online, num_offline):
+    groups = Groups(OPTIMUM, num_online, num_offline)
+    normalized = groups.weights() / groups.weights().sum(-1, keepdim=True)
+    assert (groups.target(normalized) - OPTIMUM).abs().max() > 5e-3
 
 
-@pytest.mark.parametrize(("own", "foreign"), [(1, 1), (1, 3)])
-def test_leaving_out_the_ratio_would_move_it_more(own, foreign):
-    groups = Groups(OPTIMUM, own, foreign)
-    normalised = groups.weights() / groups.weights().sum(-1, keepdim=True)
+@pytest.mark.parametrize(("num_online", "num_offline"), [(1, 1), (1, 3)])
+def test_weights_without_the_ratio_would_move_the_fixed_point_more(num_online, num_offline):
+    groups = Groups(OPTIMUM, num_online, num_offline)
+    normalized = groups.weights() / groups.weights().sum(-1, keepdim=True)
     given = map(groups.rows, (SCORES, OPTIMUM.log(), REF.log()))
     blind = sample_weights(*given, kl_coef=1.0, step_coef=2.0)
-    far, near = (kl(OPTIMUM, groups.target(each)) for each in (blind, normalised))
+    far, near = (kl(OPTIMUM, groups.target(each)) for each in (blind, normalized))
     assert far > 3 * near
 
 
-def test_a_single_sample_says_nothing():
+def test_a_single_sample_does_not_change_the_policy():
     groups = Groups(POLICY, 1)
     torch.testing.assert_close(groups.target(groups.weights()), POLICY)
 
 
-@pytest.mark.parametrize(("own", "foreign"), [(1, 1), (1, 3), (3, 1), (0, 2)])
-def test_the_ratios_average_to_one_over_who_drew_the_samples(own, foreign):
-    size = own + foreign
-    ratios = log_ratios(*[x.log().expand(size, 3).T for x in (POLICY, OTHER)], own).exp()
-    mixture = (own * POLICY + foreign * OTHER) / size
+@pytest.mark.parametrize(("num_online", "num_offline"), [(1, 1), (1, 3), (3, 1), (0, 2)])
+def test_the_mean_ratio_over_all_samplers_is_1(num_online, num_offline):
+    size = num_online + num_offline
+    ratios = log_ratios(*[x.log().expand(size, 3).T for x in (POLICY, OTHER)], num_online).exp()
+    mixture = (num_online * POLICY + num_offline * OTHER) / size
     assert float((mixture * ratios[:, 0]).sum()) == pytest.approx(1, abs=1e-12)
-    if own:
-        assert ratios.max() <= size / own
+    if num_online:
+        assert ratios.max() <= size / num_online
 
 
-def test_a_wrong_behaviour_moves_the_mean_ratio_away_from_one():
-    """Answers of another that are taken for the reference's: ratios .2/.35, .2/.25 and .6/.4."""
+def test_wrong_behavior_log_probs_move_the_mean_ratio_away_from_1():
+    """The reference is assumed to be the sampler: the ratios are .2/.35, .2/.25 and .6/.4."""
     assumed = log_ratios(*[x.log().expand(2, 3).T for x in (POLICY, REF)], 1).exp()[:, 0]
     assert assumed.tolist() == pytest.approx([4 / 7, 0.8, 1.5])
     mean = float(((POLICY + OTHER) / 2 * assumed).sum())
@@ -154,28 +154,28 @@ def test_a_wrong_behaviour_moves_the_mean_ratio_away_from_one():
     assert mean > 1.05
 
 
-def test_s9_the_mixture_and_its_ratios():
-    policy, behaviour = (torch.tensor([p], dtype=torch.double).T for p in ([0.6, 0.4], [0.2, 0.8]))
-    rho = log_ratios(policy.log().expand(2, 4), behaviour.log().expand(2, 4), 1).exp()[:, 0]
+def test_the_ratios_of_a_mixture_by_hand():
+    policy, behavior = (torch.tensor([p], dtype=torch.double).T for p in ([0.6, 0.4], [0.2, 0.8]))
+    rho = log_ratios(policy.log().expand(2, 4), behavior.log().expand(2, 4), 1).exp()[:, 0]
     assert rho.tolist() == pytest.approx([2, 0.57142857])
     assert float(torch.tensor([0.3, 0.7], dtype=torch.double) @ rho) == pytest.approx(1)
 
 
-def test_s5_the_normaliser_is_the_best_objective():
-    """All samples of the reference: with kl_coef 1 log Z is F, 1.02722218."""
+def test_log_z_is_the_best_objective():
+    """All samples are from the reference and kl_coef is 1."""
     shaped = shaped_scores(SCORES, REF.log(), REF.log(), 1.0, 0.0)
     log_z = float(log_normalizer(shaped, REF.log()))
     assert log_z == pytest.approx(1.02722218, abs=1e-8)
     assert float(objective(OPTIMUM)) == pytest.approx(log_z, abs=1e-12)
 
 
-def test_the_normaliser_is_what_the_weights_are_divided_by():
+def test_weights_are_divided_by_the_normalizer():
     shaped, log_rho = torch.randn(2, 3, 4, dtype=torch.double)
     weights = ((shaped + log_rho).exp() / log_normalizer(shaped, log_rho).exp().unsqueeze(-1)) / 4
     torch.testing.assert_close(weights.sum(-1), log_rho.exp().mean(-1))
 
 
-def test_identity_1_log_odds_errors_shrink_by_the_same_factor_in_every_step():
+def test_errors_of_log_odds_shrink_by_the_same_factor_in_each_step():
     """log pi_(t+1) - log pi* = (1 - a) (log pi_t - log pi*) + const."""
     policy = POLICY
     for _ in range(4):
@@ -185,21 +185,22 @@ def test_identity_1_log_odds_errors_shrink_by_the_same_factor_in_every_step():
         policy = updated
 
 
-def test_identity_2_the_first_gain_of_s6():
+def test_the_first_gain_of_an_exact_update():
     first = exact_update(REF, 1.0, 1.0)
     gain = float(objective(first) - objective(REF))
     assert gain == pytest.approx(0.24485025, abs=1e-8)
     assert float(kl(first, REF) + 2 * kl(REF, first)) == pytest.approx(gain, abs=1e-12)
 
 
-def test_identity_2_the_gap_to_the_optimum_is_its_kl():
+def test_the_gap_to_the_optimum_is_its_kl():
     for kl_coef in (0.3, 1.0):
         optimum = (REF.log() + SCORES / kl_coef).softmax(-1)
         gap = objective(optimum, kl_coef) - objective(POLICY, kl_coef)
         assert float(gap) == pytest.approx(float(kl_coef * kl(POLICY, optimum)), abs=1e-12)
 
 
-def test_identity_3_what_any_candidate_gains():
+def test_the_gain_of_any_candidate_policy():
+    """It is (kl + step) (KL(old || q) - KL(new || q)) + step KL(new || old), q the exact target."""
     kl_coef, step_coef = 0.3, 0.7
     target = exact_update(POLICY, kl_coef, step_coef)
     for candidate in (OTHER, REF, target, POLICY):
@@ -209,8 +210,8 @@ def test_identity_3_what_any_candidate_gains():
         assert float(objective(candidate, kl_coef)) == pytest.approx(float(expected), abs=1e-12)
 
 
-def test_without_kl_coef_steps_add_up():
-    """Pure mirror descent: T steps give the start times exp(T score / step_coef)."""
+def test_steps_without_kl_coef_add_up():
+    """Mirror descent: T steps multiply the start by exp(T score / step_coef)."""
     policy = REF
     for _ in range(5):
         policy = exact_update(policy, 0.0, 4.0)
@@ -218,7 +219,7 @@ def test_without_kl_coef_steps_add_up():
     torch.testing.assert_close(policy, expected, rtol=0, atol=1e-12)
 
 
-def test_the_effective_share_lies_between_one_sample_and_all():
+def test_the_effective_sample_fraction_is_between_one_sample_and_all():
     weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 3.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
     assert effective_sample_fraction(weights).tolist() == [1.0, 0.25, 0.5]
     random = effective_sample_fraction(torch.rand(100, 5) + 1e-3)

@@ -1,4 +1,4 @@
-"""Reward variance increase: papers/grpovi.md section 6, and what must hold for any group."""
+"""Reward variance increase (arXiv:2505.23247): examples by hand, and properties of all groups."""
 
 import itertools
 import math
@@ -33,14 +33,14 @@ def mean_and_variance(scores, probs):
         (EQUAL, [0.5] * 4, [0.5] * 4),
         (EQUAL, [0.502, 0.501, 0.5, 0.499], [1, 1, 0.002, 0]),
     ],
-    ids=["G1", "G3", "G5", "G6", "G11"],
+    ids=["equal", "unequal", "at the bounds", "ties", "small gaps"],
 )
-def test_numbers_of_the_paper(assert_close, probs, scores, expected):
+def test_the_maximizer_by_hand(assert_close, probs, scores, expected):
     assert_close(increased(scores, probs), expected, 1e-12)
 
 
-def test_g1_and_g3_as_advantages(assert_close):
-    """Over the population's standard deviation, and without it; raw scores first."""
+def test_group_advantages_of_raw_and_of_increased_scores(assert_close):
+    """Scaled by the biased standard deviation, then without scaling."""
     population = math.sqrt(4 / 3)
     raw = group_relative(torch.tensor([[0.9, 0.6, 0.4, 0.1]], dtype=torch.double))
     assert_close(raw * population, [[1.371989, 0.342997, -0.342997, -1.371989]], 5e-6)
@@ -52,7 +52,7 @@ def test_g1_and_g3_as_advantages(assert_close):
     assert_close(group_relative(adjusted, scale=False), [[-0.365, 0.095, 0.635, -0.365]], 1e-12)
 
 
-def test_g1_g3_and_g11_variances():
+def test_the_variance_increases():
     for probs, scores, before, after in (
         (EQUAL, [0.9, 0.6, 0.4, 0.1], 0.085, 0.25),
         ([0.1, 0.5, 0.15, 0.25], [0.2, 0.4, 0.9, 0.1], 0.0636, 0.1114),
@@ -82,7 +82,7 @@ def test_scores_outside_the_range_are_clipped_to_it():
     assert increased([5.0, 2.0, 0.0], [0.25, 0.25, 0.5]).tolist() == [1, 1, 0]
 
 
-def test_single_scores_and_single_precision_come_back():
+def test_a_single_score_and_the_dtype_are_kept():
     assert increased([0.3], [1.0]).tolist() == pytest.approx([0.3])
     scores = torch.rand(3, 5)
     assert increase_variance(scores, torch.full((3, 5), 0.2), 0.0, 1.0).dtype == torch.float32
@@ -98,15 +98,15 @@ def test_single_scores_and_single_precision_come_back():
         ([0, 0, 1], [0.9, 0.5, 0], [0.9, 0.5, 0]),
     ],
 )
-def test_responses_without_weight(assert_close, probs, scores, expected):
-    """They follow their place in the order, and keep their score where nothing decides."""
+def test_responses_of_probability_0_keep_their_rank(assert_close, probs, scores, expected):
+    """They keep their score if the others do not determine it."""
     for split_ties in (False, True):
         assert_close(increased(scores, probs, split_ties=split_ties), expected, 1e-12)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (0.1, 0.7)])
-def test_scores_at_the_bounds_come_back_exactly(low, high):
-    """The float trap: the mean meets a partial sum of the weights up to the last bit."""
+def test_scores_at_the_bounds_are_returned_exactly(low, high):
+    """The mean must equal a partial sum of the probabilities to the last bit."""
     probs = torch.randn(2000, 8, dtype=torch.double).mul(4).softmax(-1)
     scores = torch.tensor([low, high], dtype=torch.double)[torch.randint(2, (2000, 8))]
     assert torch.equal(increase_variance(scores, probs, low, high), scores)
@@ -126,8 +126,8 @@ def random_groups(num_groups, size, spread=2.0, levels=6):
     st.sampled_from([1, 4, 300]),
     st.sampled_from([1, 30]),
 )
-def test_mean_order_box_and_variance(size, seed, split_ties, spread, levels):
-    """For any weights, down to exact zeros."""
+def test_mean_order_and_range_are_kept_and_variance_grows(size, seed, split_ties, spread, levels):
+    """For any probabilities, down to exact zeros."""
     torch.manual_seed(seed)
     scores, probs = random_groups(200, size, spread, levels)
     adjusted = increase_variance(scores, probs, 0.0, 1.0, split_ties)
@@ -145,23 +145,24 @@ def test_mean_order_box_and_variance(size, seed, split_ties, spread, levels):
         assert (gap[scores.unsqueeze(-1) == scores.unsqueeze(-2)] == 0).all()
 
 
-def test_idempotent_permutation_and_affine():
+def test_it_is_idempotent_and_commutes_with_permutations_and_affine_maps():
     scores, probs = random_groups(500, 9, spread=1.0)
     adjusted = increase_variance(scores, probs, 0.0, 1.0)
 
-    def same(actual, expected):
+    def assert_equal(actual, expected):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
-    same(increase_variance(adjusted, probs, 0.0, 1.0), adjusted)
-    shuffle = torch.randperm(9)
-    same(increase_variance(scores[:, shuffle], probs[:, shuffle], 0.0, 1.0), adjusted[:, shuffle])
-    same(increase_variance(3 * scores - 5, probs, -5.0, -2.0), 3 * adjusted - 5)
+    assert_equal(increase_variance(adjusted, probs, 0.0, 1.0), adjusted)
+    order = torch.randperm(9)
+    shuffled = increase_variance(scores[:, order], probs[:, order], 0.0, 1.0)
+    assert_equal(shuffled, adjusted[:, order])
+    assert_equal(increase_variance(3 * scores - 5, probs, -5.0, -2.0), 3 * adjusted - 5)
 
 
 @pytest.mark.parametrize("split_ties", [True, False])
 @pytest.mark.parametrize("size", [2, 7, 12])
-def test_at_most_one_block_lies_between_the_bounds(size, split_ties):
-    """And Var(z) = (M - c) (c - m) - P (M - m)^2 f (1 - f) of that block's weight P, fraction f."""
+def test_at_most_one_block_is_between_the_bounds(size, split_ties):
+    """With its probability P and fraction f, Var = (M - c) (c - m) - P (M - m)^2 f (1 - f)."""
     low, high = -1.0, 3.0
     scores, probs = random_groups(2000, size, spread=1.0)
     adjusted = increase_variance(low + (high - low) * scores, probs, low, high, split_ties)
@@ -179,8 +180,8 @@ def test_at_most_one_block_lies_between_the_bounds(size, split_ties):
 
 
 @pytest.mark.parametrize("size", [6, 50])
-def test_no_vertex_of_the_problem_does_better(size):
-    """The paper's algorithm 1: a top block `high`, one value for the next, the rest `low`."""
+def test_no_vertex_of_the_problem_has_a_larger_variance(size):
+    """Algorithm 1 of the paper: a top block at `high`, one value for the next, the rest `low`."""
     scores, probs = random_groups(100, size, levels=1000)
     scores = scores.sort(-1, descending=True).values
     adjusted = increase_variance(scores, probs, 0.0, 1.0, split_ties=True)
@@ -195,7 +196,7 @@ def test_no_vertex_of_the_problem_does_better(size):
     torch.testing.assert_close(variance, best, rtol=0, atol=1e-12)
 
 
-def test_a_group_that_is_not_finite_comes_back():
+def test_a_group_with_a_nan_is_returned_unchanged():
     scores = torch.tensor([[0.2, math.nan, 0.4]])
     adjusted = increase_variance(scores, torch.full((1, 3), 1 / 3), 0.0, 1.0)
     assert torch.equal(adjusted.nan_to_num(9), scores.nan_to_num(9))

@@ -94,7 +94,7 @@ def test_hydra_requires_a_trained_reward_head(tmp_path):
 
 def test_disabled_adapters_give_the_base_bit_for_bit(base, answered):
     network, untouched = perturb(hydra(base)), PolicyWithRewardHead(base)
-    with network.adapters.disabled(), torch.no_grad():
+    with network.adapters.disable_all(), torch.no_grad():
         assert torch.equal(network.logprobs(answered), untouched.logprobs(answered))
     scores, logprobs = network.scores_and_ref_logprobs(answered)
     assert torch.equal(logprobs, untouched.logprobs(answered))

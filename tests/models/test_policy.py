@@ -147,7 +147,7 @@ def test_a_disabled_adapter_gives_the_base(prompts):
             if "lora_B" in name:
                 weight.normal_()
     assert (policy.logprobs(batch) - before).abs().max() > 0.1
-    with policy.adapters.disabled():
+    with policy.adapters.disable_all():
         torch.testing.assert_close(policy.logprobs(batch), before)
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert trained

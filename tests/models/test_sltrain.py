@@ -19,7 +19,7 @@ IDS = torch.randint(3, 32, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def layer(inputs=6, outputs=10, rank=2, density=0.2, alpha=1.0, dtype=torch.float64, **more):
-    """Return a layer whose B is not zero, as after training."""
+    """Return a layer with a random B, as after training."""
     torch.manual_seed(0)
     new = SparseLowRankLinear(inputs, outputs, rank, density, alpha, **more).to(dtype)
     new.lora_B.data.normal_()
@@ -276,7 +276,7 @@ def test_blocks_without_targeted_layers_are_refused():
 
 
 def test_pretrained_weights_and_adapters_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"would discard those of .* Set config and"):
+    with pytest.raises(ValueError, match=r"would discard the weights of .* Set config and"):
         Policy(str(tmp_path), sltrain=SMALL)
     with pytest.raises(ValueError, match="sltrain and lora cannot be combined"):
         Policy(config=dict(TINY), lora=LoRA(r=2), sltrain=SMALL)

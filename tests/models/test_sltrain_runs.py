@@ -140,7 +140,7 @@ def policy_of_seed(seed):
 
 
 def sft(folder, seed, epochs, **more):
-    """Train a policy whose random weights and supports have this seed."""
+    """Train a policy with random weights and supports of this seed."""
     torch.manual_seed(0)
     algorithm = SFT(policy=partial(policy_of_seed, seed), microbatch_tokens=9, optimizer=adam)
     run = trainer(folder, max_epochs=epochs, limit_val_batches=0)

@@ -1,4 +1,4 @@
-"""GaLoreAdamW: the paper's rule in numbers that one can follow by hand."""
+"""GaLoreAdamW: the update rule of arXiv:2403.03507 in numbers that can be checked by hand."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_the_moments_are_as_long_as_the_larger_side(shape, low):
     assert state["projector"].shape == (min(shape), 1)
 
 
-def test_the_reversed_side_has_the_shorter_moments():
+def test_projection_on_the_other_side_has_shorter_moments():
     assert project(TALL.mT, leading_singular_vectors(TALL.mT, 1, right=True), right=True).shape == (
         2,
         1,
@@ -75,7 +75,7 @@ def test_the_reversed_side_has_the_shorter_moments():
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_the_basis_is_of_singular_vectors_largest_first(right):
+def test_the_basis_holds_singular_vectors_largest_first(right):
     gradient = random(7, 5)
     left, sizes, others = torch.linalg.svd(gradient, full_matrices=False)
     basis = leading_singular_vectors(gradient, 3, right)
@@ -95,7 +95,7 @@ def test_the_largest_entry_of_each_vector_is_positive(right):
         assert torch.equal(basis, leading_singular_vectors(-random(7, 5, seed=seed), 3, right))
 
 
-def test_the_sign_of_entries_of_one_size_does_not_hang_on_rounding():
+def test_the_sign_of_equal_entries_does_not_depend_on_rounding():
     rounded = torch.tensor([[1.0, -1.0], [1.0, -1.0]], dtype=torch.float64)
     for change in (-1e-9, 0.0, 1e-9):
         rounded[0, 1] = -1.0 + change
@@ -103,7 +103,7 @@ def test_the_sign_of_entries_of_one_size_does_not_hang_on_rounding():
         assert basis[0, 0] > 0 > basis[1, 0]
 
 
-def test_the_singular_vectors_of_half_precision_are_of_the_float32_gradient():
+def test_half_precision_gradients_have_the_singular_vectors_of_float32():
     gradient = random(9, 6, dtype=torch.bfloat16)
     basis = leading_singular_vectors(gradient, 2, right=True)
     assert basis.dtype == torch.bfloat16
@@ -113,7 +113,7 @@ def test_the_singular_vectors_of_half_precision_are_of_the_float32_gradient():
 # Steps ------------------------------------------------------------------------------------------
 
 
-def test_the_first_step():
+def test_the_first_step_moves_the_leading_entry_by_lr_times_scale():
     param = weight(3, 2)
     optimizer = galore(param, scale=0.25)
     step(optimizer, param, TALL)
@@ -125,33 +125,33 @@ def test_the_first_step():
     torch.testing.assert_close(state["exp_avg_sq"], torch.tensor([[0.0], [0.016], [0.0]]), **EXACT)
 
 
-def switched(carried: bool) -> list[Tensor]:
-    """Weights after steps 1, 2 and 3; the third one is in another subspace."""
+def weights_over_a_switch(carried: bool) -> list[Tensor]:
+    """Return the weights after steps 1, 2 and 3; the third step is in another subspace."""
     param = weight(2, 2)
     optimizer = galore(param, update_gap=2, scale=1.0)
-    places = []
+    weights = []
     for number, sizes in enumerate(([4.0, 3.0], [3.0, 4.0], [3.0, 4.0])):
         if number == 2 and not carried:
             optimizer.state[param]["exp_avg"].zero_()
             optimizer.state[param]["exp_avg_sq"].zero_()
         step(optimizer, param, torch.tensor(sizes).diag())
-        places.append(param.data.clone())
+        weights.append(param.data.clone())
     assert int(optimizer.state[param]["step"]) == 3
-    return places
+    return weights
 
 
 def test_moments_are_carried_into_the_next_subspace():
-    places = switched(carried=True)
-    assert float(places[0][0, 0]) == pytest.approx(-0.099999, abs=1e-6)
-    assert float(places[1][0, 0]) == pytest.approx(-0.198256, abs=1e-6)
+    weights = weights_over_a_switch(carried=True)
+    assert float(weights[0][0, 0]) == pytest.approx(-0.099999, abs=1e-6)
+    assert float(weights[1][0, 0]) == pytest.approx(-0.198256, abs=1e-6)
     expected = torch.tensor([[-0.198256, -0.075953], [0.0, -0.063881]])
-    torch.testing.assert_close(places[2], expected, **EXACT)
+    torch.testing.assert_close(weights[2], expected, **EXACT)
 
 
-def test_moments_that_start_anew_would_move_the_new_vector_alone():
-    places = switched(carried=False)
-    assert float(places[2][0, 1]) == 0.0
-    torch.testing.assert_close(places[2][0], places[1][0])
+def test_moments_reset_to_0_would_move_only_the_new_vector():
+    weights = weights_over_a_switch(carried=False)
+    assert float(weights[2][0, 1]) == 0.0
+    torch.testing.assert_close(weights[2][0], weights[1][0])
 
 
 @pytest.mark.parametrize("gap", [1, 2, 3])
@@ -176,18 +176,18 @@ def test_the_update_is_linear_in_the_scale():
     torch.testing.assert_close(changes[0] * 4, changes[1])
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_from_the_paper():
     group = galore(weight(3, 2)).param_groups[0]
     assert (group["update_gap"], group["scale"]) == (200, 0.25)
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-6, 0.0)
 
 
-def test_several_steps_are_the_formula():
+def test_several_steps_follow_the_formula():
     """W -= lr a sqrt(1 - b2^t) / (1 - b1^t) N P^T, then W -= lr wd W; two periods."""
     param, start = nn.Parameter(random(6, 4)), random(6, 4)
     group = {"params": [param], "rank": 2, "update_gap": 2, "scale": 0.5}
     optimizer = GaLoreAdamW([group], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3)
-    mean, square, here = torch.zeros(6, 2).double(), torch.zeros(6, 2).double(), start.clone()
+    mean, square, expected = torch.zeros(6, 2).double(), torch.zeros(6, 2).double(), start.clone()
     for number in range(4):
         gradient = random(6, 4, seed=10 + number)
         step(optimizer, param, gradient)
@@ -198,13 +198,13 @@ def test_several_steps_are_the_formula():
         low, t = gradient @ basis, number + 1
         mean, square = 0.8 * mean + 0.2 * low, 0.9 * square + 0.1 * low**2
         rate = 0.1 * math.sqrt(1 - 0.9**t) / (1 - 0.8**t)
-        here = here - rate * 0.5 * (mean / (square.sqrt() + 1e-3)) @ basis.mT
-        here = here - 0.1 * 0.3 * here
-    torch.testing.assert_close(param.data, here, rtol=1e-10, atol=1e-12)
+        expected = expected - rate * 0.5 * (mean / (square.sqrt() + 1e-3)) @ basis.mT
+        expected = expected - 0.1 * 0.3 * expected
+    torch.testing.assert_close(param.data, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_within_a_period_the_sign_of_a_vector_does_not_matter():
-    def go(sign: float) -> Tensor:
+    def train(sign: float) -> Tensor:
         param = nn.Parameter(random(5, 4))
         optimizer = galore(param)
         step(optimizer, param, random(5, 4))
@@ -215,11 +215,11 @@ def test_within_a_period_the_sign_of_a_vector_does_not_matter():
             step(optimizer, param, random(5, 4, seed=number))
         return param.data
 
-    assert torch.equal(go(1.0), go(-1.0))
+    assert torch.equal(train(1.0), train(-1.0))
 
 
 def test_within_a_period_the_rotation_of_the_basis_matters():
-    def go(turn: Tensor) -> Tensor:
+    def train(turn: Tensor) -> Tensor:
         param = nn.Parameter(random(5, 4))
         optimizer = GaLoreAdamW([{"params": [param], "rank": 2}], lr=0.1)
         step(optimizer, param, random(5, 4))
@@ -231,7 +231,7 @@ def test_within_a_period_the_rotation_of_the_basis_matters():
         return param.data
 
     half = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
-    assert (go(torch.eye(2).double()) - go(half)).norm() > 1e-3
+    assert (train(torch.eye(2).double()) - train(half)).norm() > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7)])
@@ -273,7 +273,7 @@ def test_an_accumulated_gradient_makes_one_step():
     assert float(param.detach()) == pytest.approx(-0.1, abs=1e-6)
 
 
-def test_a_step_per_micro_batch_would_be_another_one():
+def test_a_step_per_micro_batch_would_give_another_weight():
     param = nn.Parameter(torch.zeros(()))
     optimizer = GaLoreAdamW([param], lr=0.1, eps=1e-8)
     for part in (4.0, -2.0, 1.0, 1.0):
@@ -282,7 +282,7 @@ def test_a_step_per_micro_batch_would_be_another_one():
 
 
 def test_steps_need_no_values():
-    """Shapes alone are enough: nothing waits for what a device computes."""
+    """Shapes are enough, so nothing waits for a device."""
     with FakeTensorMode():
         param = weight(6, 4)
         optimizer = galore(param, update_gap=2)
@@ -294,18 +294,18 @@ def test_steps_need_no_values():
 
 
 @pytest.mark.parametrize("strange", [math.nan, math.inf])
-def test_a_gradient_that_is_no_number_says_so_in_the_weights(strange):
+def test_a_nan_or_infinite_gradient_makes_weights_nan(strange):
     param, gradient = weight(6, 4), random(6, 4, dtype=torch.float32)
     gradient[2, 1] = strange
     step(galore(param), param, gradient)
-    assert param[2].isnan().any()  # as AdamW's would be, for whoever watches
+    assert param[2].isnan().any()  # as with AdamW, so that a NaN guard can see it
 
 
 # What is not projected --------------------------------------------------------------------------
 
 
 def plain_step(weight_decay: float = 0.0) -> Tensor:
-    """One step of a vector with the released conventions, from 1 with gradient 1e-4."""
+    """Return a vector of 1 after a step with gradient 1e-4."""
     param = nn.Parameter(torch.ones(1).double())
     optimizer = GaLoreAdamW([param], lr=0.1, weight_decay=weight_decay)
     step(optimizer, param, torch.full((1,), 1e-4, dtype=torch.float64))
@@ -328,7 +328,7 @@ def test_the_decay_comes_after_the_update():
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 4), ()])
-def test_what_is_no_matrix_is_not_projected(shape):
+def test_only_matrices_are_projected(shape):
     one, other = nn.Parameter(random(*shape)), nn.Parameter(random(*shape))
     optimizers = galore(one), GaLoreAdamW([other], lr=0.1)
     for number in range(3):
@@ -339,7 +339,7 @@ def test_what_is_no_matrix_is_not_projected(shape):
 
 
 @pytest.mark.parametrize(("rank", "projected"), [(42, True), (43, False), (64, False), (99, False)])
-def test_a_matrix_is_projected_where_that_saves_memory(rank, projected):
+def test_a_matrix_is_projected_if_that_saves_memory(rank, projected):
     """64 x 64: 3 * 64 r < 2 * 64 * 64 up to r = 42."""
     param = weight(64, 64)
     optimizer = GaLoreAdamW([{"params": [param], "rank": rank}], lr=0.1)
@@ -359,8 +359,8 @@ def test_a_group_without_rank_is_not_projected():
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": 1, "update_gap": 0}])
-def test_a_rank_or_gap_of_nothing_is_refused(wrong):
-    with pytest.raises(ValueError, match="rank and an update_gap of at least 1"):
+def test_rank_and_update_gap_must_be_at_least_1(wrong):
+    with pytest.raises(ValueError, match=r"must be at least 1, found 0\. Set (rank|update_gap) to"):
         GaLoreAdamW([{"params": [weight(3, 2)], **wrong}], lr=0.1)
 
 
@@ -375,12 +375,12 @@ def test_a_rank_or_gap_of_nothing_is_refused(wrong):
         ((1024, 4096), 1024, 2 * 1024 * 4096),  # the projection would take 9,437,184
     ],
 )
-def test_the_numbers_kept_of_a_matrix(shape, rank, expected):
+def test_the_number_of_state_values_of_a_matrix(shape, rank, expected):
     assert num_state_values(*shape, rank) == expected
 
 
-def kept(optimizer: GaLoreAdamW) -> int:
-    """Numbers in the projectors and moments of the state."""
+def num_kept_values(optimizer: GaLoreAdamW) -> int:
+    """Return how many numbers the projectors and moments of the state have."""
     states = optimizer.state.values()
     return sum(v.numel() for state in states for key, v in state.items() if key != "step")
 
@@ -389,32 +389,32 @@ LLAMA = [(64, 64)] * 4 + [(176, 64)] * 2 + [(64, 176)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_state_is_the_formulas_bytes(dtype):
-    """Llama of hidden 64, MLP 176, 2 layers, rank 16: 64,512 numbers against 200,704."""
+def test_the_state_has_the_bytes_of_the_formula(dtype):
+    """Llama of hidden size 64, MLP 176, 2 layers, rank 16: 64,512 numbers instead of 200,704."""
     matrices = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in LLAMA * 2]
     norms = [nn.Parameter(torch.zeros(64, dtype=dtype)) for _ in range(5)]
     optimizer = GaLoreAdamW([{"params": [*matrices, *norms], "rank": 16}], lr=0.1)
     for param in (*matrices, *norms):
         param.grad = random(*param.shape, dtype=dtype)
     optimizer.step()
-    assert kept(optimizer) == 64_512 + 2 * 5 * 64
+    assert num_kept_values(optimizer) == 64_512 + 2 * 5 * 64
     size = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
-    assert size == kept(optimizer) * dtype.itemsize
+    assert size == num_kept_values(optimizer) * dtype.itemsize
     assert 2 * sum(param.numel() for param in matrices) == 200_704
 
 
 def state_of(model: list[tuple[int, ...]], rank: int) -> int:
-    """Numbers that a step makes for the shapes of a model, without their memory."""
+    """Return how many numbers a step adds for the shapes of a model, on the meta device."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in model]
     optimizer = GaLoreAdamW([{"params": params, "rank": rank}], lr=0.1)
     for param in params:
         param.grad = torch.empty_like(param)
     optimizer.step()
-    return kept(optimizer)
+    return num_kept_values(optimizer)
 
 
-def test_the_state_of_llama_7b_is_the_papers():
-    """All in bfloat16, rank 1024: 25.10 GiB of AdamW become 8.76 GiB, 65.1 % less."""
+def test_the_state_of_llama_7b_is_as_in_the_paper():
+    """In bfloat16 at rank 1024, 25.10 GiB of AdamW become 8.76 GiB, 65.1 % less."""
     block = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     outside = [(32000 * 4096,)] * 2 + [(4096,)] * 65  # embedding and head are not projected
     adam, lean = (2 * state_of(block * 32 + outside, rank) / 2**30 for rank in (4096, 1024))
@@ -424,7 +424,7 @@ def test_the_state_of_llama_7b_is_the_papers():
 
 
 def llama(hidden: int, narrow: int, middle: int, layers: int) -> tuple[list[tuple[int, int]], int]:
-    """(matrices of the blocks, numbers outside of them) with 32,000 tokens; norms are left out."""
+    """Return the matrices of the blocks and the numbers outside of them, without norms."""
     block = [(hidden, hidden)] * 2 + [(narrow, hidden)] * 2
     block += [(middle, hidden)] * 2 + [(hidden, middle)]
     return block * layers, 2 * 32000 * hidden
@@ -439,21 +439,21 @@ def llama(hidden: int, narrow: int, middle: int, layers: int) -> tuple[list[tupl
     ],
     ids=["1B", "7B", "70B"],
 )
-def test_the_papers_table_of_bytes(model, rank, billions, table):
+def test_the_bytes_are_as_in_the_table_of_the_paper(model, rank, billions, table):
     """GB of 12 N; of 4 N + 2 P + 4 S + 8 o; and, in 8 bits, of 4 N + 2 P + 1.016 (S + 2 o)."""
     matrices, outside = model
     number = outside + sum(rows * columns for rows, columns in matrices)
     assert number == pytest.approx(billions * 1e9, rel=5e-4)
     projector = moments = plain = 0
     for rows, columns in matrices:
-        kept = num_state_values(rows, columns, rank)
-        if kept < 2 * rows * columns:
+        values = num_state_values(rows, columns, rank)
+        if values < 2 * rows * columns:
             projector += rank * min(rows, columns)
-            moments += kept - rank * min(rows, columns)
+            moments += values - rank * min(rows, columns)
         else:
             plain += rows * columns
     plain += outside
-    whole = 4 * number + 2 * projector + 4 * moments + 8 * plain
+    float32 = 4 * number + 2 * projector + 4 * moments + 8 * plain
     eight = 4 * number + 2 * projector + 1.016 * (moments + 2 * plain)
-    found = [size / 1e9 for size in (12 * number, whole, eight)]
+    found = [size / 1e9 for size in (12 * number, float32, eight)]
     assert found == pytest.approx(list(table), abs=0.0501)

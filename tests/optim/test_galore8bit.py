@@ -1,4 +1,4 @@
-"""GaLore with 8-bit moments: bytes, accuracy, resuming, steps during backward, shards."""
+"""GaLore with 8-bit moments: bytes, accuracy, resume, steps during backward, shards."""
 
 from typing import Any
 
@@ -25,14 +25,14 @@ CODED = {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"}
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Matrices 512 x 64 and 64 x 512, whose projections hold 4,096 numbers, and biases."""
+    """Return a network of matrices 512 x 64 and 64 x 512: each moment has 4,096 numbers."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 64)).to(dtype)
 
 
 def train(model: nn.Sequential, optimizer: GaLore, first: int = 0, last: int = STEPS) -> None:
-    """Steps on this rank's rows of batches of 16."""
+    """Make steps on the rows of this rank in batches of 16."""
     rank, world = 0, 1
     if isinstance(model[0].weight, DTensor):
         rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -51,7 +51,7 @@ def run(kind: type[GaLore], last: int = STEPS, **settings: Any) -> tuple[nn.Sequ
 
 
 def test_a_moment_takes_a_byte_per_number_and_a_scale_per_block():
-    """P of 64 x 8 in float32; M and V of 512 x 8 in bytes, with 16 scales each."""
+    """P is 64 x 8 in float32; M and V are 512 x 8 bytes, with 16 scales each."""
     model, optimizer = run(GaLore8bit, 1)
     for layer in (model[0], model[2]):
         state = optimizer.state[layer.weight]
@@ -63,7 +63,7 @@ def test_a_moment_takes_a_byte_per_number_and_a_scale_per_block():
     assert sum(sizes[name] for name in CODED) / numbers == pytest.approx(1.016, abs=5e-4)
 
 
-def test_small_moments_keep_the_type_of_the_weights():
+def test_small_moments_keep_the_dtype_of_the_weights():
     model, optimizer = run(GaLore8bit, 1)
     state = optimizer.state[model[0].bias]
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
@@ -71,7 +71,7 @@ def test_small_moments_keep_the_type_of_the_weights():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_numbers_that_a_code_stands_for_are_kept_exactly(signed):
+def test_numbers_of_the_quantization_map_are_stored_exactly(signed):
     _, optimizer = run(GaLore8bit, 0)
     values = torch.stack(
         [optimizer.quantization_map(signed, torch.zeros(())) * size for size in (0.5, 8.0)]
@@ -88,19 +88,19 @@ def test_the_first_step_is_exact():
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
-def test_later_steps_stay_near_those_of_whole_moments():
+def test_later_steps_are_close_to_steps_with_float32_moments():
     (exact, _), (coded, _) = run(GaLore), run(GaLore8bit)
     start = weights(network())
     moved = [a - b for a, b in zip(weights(exact), start, strict=True)]
-    beside = [a - b for a, b in zip(weights(coded), start, strict=True)]
-    assert 0 < distance(beside, moved) < 0.03
+    coded_moves = [a - b for a, b in zip(weights(coded), start, strict=True)]
+    assert 0 < distance(coded_moves, moved) < 0.03
 
 
-def test_a_large_moment_is_taken_in_pieces(monkeypatch):
-    whole, _ = run(GaLore8bit)
+def test_chunks_of_a_moment_give_the_same_steps(monkeypatch):
+    unsplit, _ = run(GaLore8bit)
     monkeypatch.setattr("lit_align.optim.galore8bit.FLOAT_CHUNK_SIZE", 1024)
-    pieces, _ = run(GaLore8bit)
-    assert all(map(torch.equal, whole.parameters(), pieces.parameters()))
+    split, _ = run(GaLore8bit)
+    assert all(map(torch.equal, unsplit.parameters(), split.parameters()))
 
 
 def test_steps_during_backward_are_the_same_steps():
@@ -111,7 +111,7 @@ def test_steps_during_backward_are_the_same_steps():
 
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_run_goes_on_bit_by_bit(tmp_path, dtype, per_layer):
+def test_a_resumed_run_is_equal_to_the_bit(tmp_path, dtype, per_layer):
     model = network(dtype)
     optimizer = GaLore8bit(model.named_parameters(), **SETTINGS, per_layer=per_layer)
     train(model, optimizer, 0, 4)
@@ -123,12 +123,12 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path, dtype, per_layer):
     resumed.load_state_dict(saved)
     again.load_state_dict(state)
     train(resumed, again, 4)
-    for mine, whole in zip(resumed.parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, whole)
-        for key, value in optimizer.state[whole].items():
+    for actual, expected in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+        for key, value in optimizer.state[expected].items():
             assert type(value) is Tensor
-            assert again.state[mine][key].dtype == value.dtype
-            assert torch.equal(again.state[mine][key], value)
+            assert again.state[actual][key].dtype == value.dtype
+            assert torch.equal(again.state[actual][key], value)
 
 
 # Shards -----------------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def sharded(**settings: Any) -> tuple[nn.Sequential, GaLore8bit]:
     return model, GaLore8bit(model.named_parameters(), **{**SETTINGS, **settings})
 
 
-def one_gradient(rank: int | None) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Weights and state of a matrix after three steps on gradients that are the same."""
+def train_on_equal_gradients(rank: int | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return weights and state of a matrix after three steps with equal gradients on all ranks."""
     model, optimizer = sharded(rank=rank)
     matrix = model[0].weight
     for number in range(3):
@@ -151,25 +151,25 @@ def one_gradient(rank: int | None) -> tuple[list[Tensor], dict[str, Tensor]]:
         optimizer.step()
     state = optimizer.state[matrix]
     assert state["exp_avg"].to_local().numel() * 2 == state["exp_avg"].numel()
-    whole = {key: value.full_tensor() for key, value in state.items() if key != "step"}
-    return [matrix.full_tensor().detach()], whole
+    gathered = {key: value.full_tensor() for key, value in state.items() if key != "step"}
+    return [matrix.full_tensor().detach()], gathered
 
 
-def test_the_codes_of_two_ranks_are_those_of_one(two_ranks):
+def test_two_ranks_have_the_codes_of_one(two_ranks):
     model = network()
     optimizer = GaLore8bit(model.parameters(), **{**SETTINGS, "rank": None})
     matrix = model[0].weight
     for number in range(3):
         matrix.grad = torch.randn(512, 64, generator=torch.Generator().manual_seed(number))
         optimizer.step()
-    for (mine,), state in two_ranks(one_gradient, None):
-        assert torch.equal(mine, matrix)
+    for (actual,), state in two_ranks(train_on_equal_gradients, None):
+        assert torch.equal(actual, matrix)
         assert state.keys() == CODED
         assert all(torch.equal(value, optimizer.state[matrix][key]) for key, value in state.items())
 
 
-def save_the_middle(path: str, stop: int, per_layer: bool) -> list[Tensor]:
-    """The weights of a whole run, which is saved after some steps."""
+def run_and_save(path: str, stop: int, per_layer: bool) -> list[Tensor]:
+    """Return the weights of an uninterrupted run, which is saved after `stop` steps."""
     model, optimizer = sharded(per_layer=per_layer)
     train(model, optimizer, 0, stop)
     kept = optimizer.state[model[2].weight]  # projected from the left
@@ -183,8 +183,8 @@ def save_the_middle(path: str, stop: int, per_layer: bool) -> list[Tensor]:
     return weights(model)
 
 
-def go_on(path: str, stop: int, per_layer: bool) -> list[Tensor]:
-    """The weights of a run that starts from what was saved, in new objects."""
+def resume(path: str, stop: int, per_layer: bool) -> list[Tensor]:
+    """Return the weights of a run that resumes in new objects."""
     model, optimizer = sharded(per_layer=per_layer)
     saved, state = torch.load(path, weights_only=True)
     with torch.no_grad():
@@ -197,8 +197,8 @@ def go_on(path: str, stop: int, per_layer: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_a_sharded_run_goes_on_bit_by_bit(two_ranks, tmp_path, per_layer):
+def test_a_resumed_sharded_run_is_equal_to_the_bit(two_ranks, tmp_path, per_layer):
     path = str(tmp_path / "middle.pt")
-    runs = two_ranks(save_the_middle, path, 4, per_layer)
-    for whole, resumed in zip(runs, two_ranks(go_on, path, 4, per_layer), strict=True):
-        assert all(map(torch.equal, whole, resumed))
+    runs = two_ranks(run_and_save, path, 4, per_layer)
+    for expected, resumed in zip(runs, two_ranks(resume, path, 4, per_layer), strict=True):
+        assert all(map(torch.equal, expected, resumed))

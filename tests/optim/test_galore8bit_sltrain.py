@@ -37,7 +37,7 @@ def optimizer_of(model: nn.Module, **settings) -> GaLore8bit:
 
 
 def learn(model: Policy, optimizer, steps: int) -> list[float]:
-    """Mean negative log-probs, nats, before each step."""
+    """Return the mean negative log-prob in nats before each step."""
     losses = []
     for _ in range(steps):
         loss = -model.logprobs(TEXTS).mean()
@@ -53,13 +53,13 @@ def size(tensors) -> int:
 
 
 def formula(weight: Tensor) -> int:
-    """Bytes of two moments, and 8 of the step."""
+    """Return the bytes of two moments and of the step, which has 8."""
     n = weight.numel()
     return 8 + 2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_state_is_of_the_formula_for_each_part(per_layer):
+def test_each_part_has_the_state_of_the_formula(per_layer):
     model = network()
     optimizer = optimizer_of(model, per_layer=per_layer)
     learn(model, optimizer, 1)
@@ -75,8 +75,8 @@ def test_state_is_of_the_formula_for_each_part(per_layer):
     assert optimizer.state[layer.sparse_value]["exp_avg_scale"].shape == (21,)  # 5,324 = 20.8 x 256
 
 
-def test_state_is_a_third_of_adams_where_half_of_the_moments_are_short():
-    """A quarter, 1.016 / 4, if all were long."""
+def test_the_state_is_a_third_of_adam_if_half_of_the_moments_are_small():
+    """It would be a quarter, 1.016 / 4, if all were large."""
     model, plain = network(), network()
     optimizer, adam = optimizer_of(model), AdamW(plain.parameters(), lr=1e-2)
     learn(model, optimizer, 1)
@@ -100,30 +100,30 @@ def test_steps_during_backward_are_the_same_steps():
     assert all(weight.grad is None for weight in during.parameters())
 
 
-def test_no_gradient_waits_while_another_is_computed():
-    """The most that gradients hold during backward is one parameter's."""
+def test_each_gradient_is_freed_before_the_next_is_complete():
+    """At most one parameter has a gradient during backward."""
     model = network()
     optimizer = optimizer_of(model, per_layer=True)
-    weights, most = list(model.parameters()), []
+    weights, counts = list(model.parameters()), []
 
-    def look(_: Tensor) -> None:
-        most.append(sum(weight.grad is not None for weight in weights))
+    def count_gradients(_: Tensor) -> None:
+        counts.append(sum(weight.grad is not None for weight in weights))
 
     for weight in weights:
-        weight.register_post_accumulate_grad_hook(look)  # after the optimizer's own
+        weight.register_post_accumulate_grad_hook(count_gradients)  # after the optimizer's hook
     learn(model, optimizer, 1)
-    assert len(most) == len(weights)
-    assert set(most) == {0}
+    assert len(counts) == len(weights)
+    assert set(counts) == {0}
 
 
-def test_the_support_stays_and_the_loss_goes_down_as_with_whole_moments():
+def test_positions_are_fixed_and_the_loss_falls_as_with_float32_moments():
     model, plain = network(), network()
     before = [layer.sparse_index.clone() for layer in layers(model)]
     coded = learn(model, optimizer_of(model, per_layer=True), 40)
-    whole = learn(plain, AdamW(plain.parameters(), lr=1e-2, eps=1e-6, weight_decay=0.0), 40)
-    assert coded[0] == whole[0] > 4.0
+    exact = learn(plain, AdamW(plain.parameters(), lr=1e-2, eps=1e-6, weight_decay=0.0), 40)
+    assert coded[0] == exact[0] > 4.0
     assert coded[-1] < 0.5
-    assert whole[-1] < 0.5
+    assert exact[-1] < 0.5
     assert all(map(torch.equal, before, [layer.sparse_index for layer in layers(model)]))
 
 
@@ -131,17 +131,17 @@ def layers(model: nn.Module) -> list[SparseLowRankLinear]:
     return [module for module in model.modules() if isinstance(module, SparseLowRankLinear)]
 
 
-def test_the_first_step_is_adams():
-    """The moments are coded after they have been used; eps stands before the bias correction."""
+def test_the_first_step_is_the_step_of_adam():
+    """Moments are coded after use, and eps is added before the bias correction."""
     model, plain = network(), network()
     learn(model, optimizer_of(model), 1)
     adam = AdamW(plain.parameters(), lr=1e-2, eps=1e-6 / math.sqrt(1 - 0.999), weight_decay=0.0)
     learn(plain, adam, 1)
-    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
+def test_a_resumed_run_is_equal_to_the_bit(tmp_path):
     model = network()
     optimizer = optimizer_of(model, per_layer=True)
     learn(model, optimizer, 3)
@@ -173,5 +173,5 @@ def test_a_second_backward_is_refused():
     optimizer = optimizer_of(model, per_layer=True)
     assert optimizer.per_layer
     model.logprobs(TEXTS).sum().backward()
-    with pytest.raises(ValueError, match="raise microbatch_tokens until a batch is one"):
+    with pytest.raises(ValueError, match="Set a larger microbatch_tokens so that a batch is one"):
         model.logprobs(TEXTS).sum().backward()

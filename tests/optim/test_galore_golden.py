@@ -1,25 +1,21 @@
-"""The projections of the released code, recorded: 8 gradients, rank 3, gap 4, scale 0.25."""
-
-import json
+"""Projections agree with the released code: rank 3, gap 4, scale 0.25 (see tests/golden)."""
 
 import pytest
 import torch
-from tiny_models import SHARED
+from golden_files import read_golden_json
 from torch import Tensor, nn
 
 from lit_align.optim.galore import GaLoreAdamW, leading_singular_vectors, project, project_back
 
-RECORD = SHARED / "golden" / "galore_projector.json"
-pytestmark = pytest.mark.skipif(not RECORD.is_file(), reason=f"{RECORD} is not there")
 SHAPES = ("12x6", "6x12", "8x8")
 SIDES = ("std", "reverse_std", "right", "left")
 
 
 def golden(shape: str, side: str) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """([8, out, in] gradients, what was recorded of each: the basis of two of them)."""
-    record = json.loads(RECORD.read_text())
-    case = record["cases"][f"{shape},{side}"]
-    gradients = torch.tensor(record["inputs"][f"grads_{shape}"])
+    """Return gradients [steps, out, in] and the stored outputs of each step."""
+    content = read_golden_json("galore_projector")
+    case = content["cases"][f"{shape},{side}"]
+    gradients = torch.tensor(content["inputs"][f"grads_{shape}"])
     bases = case.pop("basis_at_steps_0_and_4")
     if side != "full":
         case["basis"] = bases
@@ -27,37 +23,39 @@ def golden(shape: str, side: str) -> tuple[Tensor, dict[str, list[Tensor]]]:
 
 
 def is_right(shape: str, side: str) -> bool:
+    """Return True if the released code projects this shape from the right."""
     tall = shape != "6x12"
     return {"std": tall, "reverse_std": not tall}.get(side, side == "right")
 
 
-def close(mine: Tensor, recorded: Tensor) -> None:
-    """Equal to 2e-6 of the recorded tensor's norm."""
-    assert mine.shape == recorded.shape
-    assert float((mine - recorded).norm() / recorded.norm()) < 2e-6
+def assert_close(actual: Tensor, stored: Tensor) -> None:
+    """Equal up to 2e-6 of the norm of the stored tensor."""
+    assert actual.shape == stored.shape
+    assert float((actual - stored).norm() / stored.norm()) < 2e-6
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_projections_are_the_released_ones(shape, side):
-    gradients, recorded = golden(shape, side)
+def test_projections_agree_with_the_released_code(shape, side):
+    gradients, stored = golden(shape, side)
     right = is_right(shape, side)
     for number, gradient in enumerate(gradients):
         if number % 4 == 0:
             basis = leading_singular_vectors(gradient, 3, right)
-            theirs = recorded["basis"][number // 4]
-            theirs = theirs.mT if right else theirs
-            signs = (basis * theirs).sum(0).sign()
-            close(basis * signs, theirs)
+            released = stored["basis"][number // 4]
+            released = released.mT if right else released
+            # singular vectors are unique up to their sign
+            signs = (basis * released).sum(0).sign()
+            assert_close(basis * signs, released)
         low = project(gradient, basis, right)
         flips = signs if right else signs[:, None]
-        close(low * flips, recorded["low_rank"][number])
-        close(project_back(low, basis, right) * 0.25, recorded["projected_back"][number])
+        assert_close(low * flips, stored["low_rank"][number])
+        assert_close(project_back(low, basis, right) * 0.25, stored["projected_back"][number])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_projections_on_both_sides_are_the_released_ones(shape):
-    gradients, recorded = golden(shape, "full")
+def test_projections_on_both_sides_agree_with_the_released_code(shape):
+    gradients, stored = golden(shape, "full")
     for number, gradient in enumerate(gradients):
         if number % 4 == 0:
             left, right = (
@@ -65,20 +63,20 @@ def test_projections_on_both_sides_are_the_released_ones(shape):
                 leading_singular_vectors(gradient, 3, True),
             )
         low = project(project(gradient, left, False), right, True)
-        assert low.shape == recorded["low_rank"][number].shape
+        assert low.shape == stored["low_rank"][number].shape
         back = project_back(project_back(low, right, True), left, False) * 0.25
-        close(back, recorded["projected_back"][number])
+        assert_close(back, stored["projected_back"][number])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_optimizer_projects_on_the_standard_side_and_schedule(shape):
-    """With betas 0 and a large eps Adam's direction is the projected gradient over eps."""
-    gradients, recorded = golden(shape, "std")
+def test_the_optimizer_uses_the_standard_side_and_schedule(shape):
+    """With betas 0 and a large eps, the direction is the projected gradient over eps."""
+    gradients, stored = golden(shape, "std")
     param = nn.Parameter(torch.zeros_like(gradients[0]))
     group = {"params": [param], "rank": 3, "update_gap": 4, "scale": 0.25}
     optimizer = GaLoreAdamW([group], lr=1e8, betas=(0.0, 0.0), eps=1e8)
-    for gradient, change in zip(gradients, recorded["projected_back"], strict=True):
+    for gradient, change in zip(gradients, stored["projected_back"], strict=True):
         param.data.zero_()
         param.grad = gradient.clone()
         optimizer.step()
-        close(-param.data, change)
+        assert_close(-param.data, change)

@@ -1,4 +1,4 @@
-"""GaLore for a whole model: what it projects, what it saves, and steps during backward."""
+"""GaLore for a model: projected matrices, saved state, and steps during backward."""
 
 import math
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def build(policy: Policy, **settings) -> GaLore:
 
 
 def projected(model: nn.Module, **settings) -> set[str]:
-    """Names of the matrices that have a projector after a step."""
+    """Return the names of the matrices that have a projector after a step."""
     optimizer = GaLore(model.named_parameters(), lr=1e-2, **settings)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
@@ -44,10 +44,10 @@ def projected(model: nn.Module, **settings) -> set[str]:
     }
 
 
-# What is projected ------------------------------------------------------------------------------
+# Projected matrices -----------------------------------------------------------------------------
 
 
-def test_the_matrices_of_the_blocks_are_projected_and_nothing_else(tiny_policy):
+def test_only_the_matrices_of_the_blocks_are_projected(tiny_policy):
     names = projected(tiny_policy, rank=4)
     assert len(names) == 2 * MATRICES
     assert all("attn" in name or "mlp" in name for name in names)
@@ -65,7 +65,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "v
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
-def test_other_architectures_need_no_other_names(settings, expected):
+def test_the_default_targets_match_other_architectures(settings, expected):
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     names = projected(network, rank=2)
     assert len(names) == expected
@@ -78,8 +78,8 @@ def test_targets_choose_by_name(tiny_policy):
     assert len(names) == 3
 
 
-def test_narrow_matrices_of_grouped_queries_fall_back(tiny_policy):
-    """k and v are 16 x 32 and save up to rank 12; q and o are 32 x 32 and save up to 21."""
+def test_narrow_matrices_of_grouped_queries_are_not_projected(tiny_policy):
+    """k and v are 16 x 32 and save memory up to rank 12; q and o, 32 x 32, up to rank 21."""
     names = projected(tiny_policy, rank=13)
     assert len(names) == 2 * (MATRICES - 2)
     assert not any("k_proj" in name or "v_proj" in name for name in names)
@@ -87,26 +87,26 @@ def test_narrow_matrices_of_grouped_queries_fall_back(tiny_policy):
 
 @pytest.mark.parametrize("settings", [{"rank": 32}, {"rank": 4, "targets": "no_such_layer"}])
 def test_an_optimizer_that_would_project_nothing_is_refused(tiny_policy, settings):
-    with pytest.raises(ValueError, match="would project none of 21 parameters: take a smaller"):
+    with pytest.raises(ValueError, match="would project none of 21 parameters, found rank"):
         GaLore(tiny_policy.named_parameters(), lr=1e-2, **settings)
 
 
 def test_parameters_without_names_are_refused(tiny_policy):
-    with pytest.raises(ValueError, match="chooses by name what it projects"):
+    with pytest.raises(ValueError, match="by parameter name, found parameters without names"):
         GaLore(tiny_policy.parameters(), lr=1e-2, rank=4)
 
 
-def test_without_a_rank_it_is_adam_for_any_parameters(tiny_policy):
+def test_rank_none_is_adam_for_parameters_without_names(tiny_policy):
     other = tiny()
     train(tiny_policy, GaLore(tiny_policy.parameters(), lr=1e-2, rank=None))
     train(other, GaLoreAdamW(other.parameters(), lr=1e-2))
-    for mine, plain in zip(tiny_policy.parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, plain)
+    for actual, plain in zip(tiny_policy.parameters(), other.parameters(), strict=True):
+        assert torch.equal(actual, plain)
 
 
-def test_eight_bits_without_their_library_are_refused(tiny_policy, monkeypatch):
+def test_8_bit_moments_without_torchao_are_refused(tiny_policy, monkeypatch):
     monkeypatch.setattr("lit_align.optim.galore8bit.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="through torchao: pip install torchao"):
+    with pytest.raises(ValueError, match="needs torchao, found none"):
         GaLore8bit(tiny_policy.named_parameters(), lr=1e-2, rank=4)
 
 
@@ -121,10 +121,10 @@ def test_groups_keep_their_own_settings(tiny_policy):
     assert (second["lr"], second["rank"], second["update_gap"]) == (1e-2, 2, 7)
 
 
-# What is saved ----------------------------------------------------------------------------------
+# Saved state ------------------------------------------------------------------------------------
 
 
-def test_the_state_is_tensors(tiny_policy):
+def test_the_state_is_made_of_plain_tensors(tiny_policy):
     optimizer = build(tiny_policy)
     train(tiny_policy, optimizer)
     for state in optimizer.state_dict()["state"].values():
@@ -138,7 +138,7 @@ def test_the_state_is_tensors(tiny_policy):
 
 @pytest.mark.parametrize("stop", [1, 2, 5])  # within a period, between two, and in the last one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_run_goes_on_bit_by_bit(tiny_policy, tmp_path, stop, dtype):
+def test_a_resumed_run_is_equal_to_the_bit(tiny_policy, tmp_path, stop, dtype):
     path, policy = tmp_path / "middle.pt", tiny_policy.to(dtype)
     optimizer = build(policy)
     train(policy, optimizer, 0, stop)
@@ -149,11 +149,11 @@ def test_a_saved_run_goes_on_bit_by_bit(tiny_policy, tmp_path, stop, dtype):
     resumed.load_state_dict(saved["weights"])
     again.load_state_dict(saved["optimizer"])
     train(resumed, again, stop)
-    for mine, whole in zip(resumed.parameters(), policy.parameters(), strict=True):
-        assert torch.equal(mine, whole)
-        assert again.state[mine].keys() == optimizer.state[whole].keys()
-        for key, value in optimizer.state[whole].items():
-            assert torch.equal(again.state[mine][key], value)
+    for actual, expected in zip(resumed.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+        assert again.state[actual].keys() == optimizer.state[expected].keys()
+        for key, value in optimizer.state[expected].items():
+            assert torch.equal(again.state[actual][key], value)
 
 
 # Steps during backward --------------------------------------------------------------------------
@@ -163,13 +163,13 @@ def test_steps_during_backward_are_the_same_steps(tiny_policy):
     other = tiny()
     train(tiny_policy, build(tiny_policy))
     train(other, build(other, per_layer=True))
-    for plain, mine in zip(tiny_policy.parameters(), other.parameters(), strict=True):
-        assert torch.equal(plain, mine)
+    for plain, during in zip(tiny_policy.parameters(), other.parameters(), strict=True):
+        assert torch.equal(plain, during)
 
 
 @contextmanager
 def gradients_at_a_time(policy: Policy):
-    """Yields a list that receives the number of gradients whenever one is complete."""
+    """Yield a list that gets the number of existing gradients whenever one is complete."""
     numbers: list[int] = []
     handles = [
         param.register_post_accumulate_grad_hook(
@@ -183,7 +183,7 @@ def gradients_at_a_time(policy: Policy):
 
 
 @pytest.mark.parametrize(("per_layer", "most"), [(True, 1), (False, 21)])
-def test_one_gradient_is_there_at_a_time(tiny_policy, per_layer, most):
+def test_at_most_one_gradient_exists_at_a_time(tiny_policy, per_layer, most):
     with gradients_at_a_time(tiny_policy) as numbers:
         optimizer = build(tiny_policy, per_layer=per_layer)
         train(tiny_policy, optimizer, 0, 1)
@@ -191,7 +191,7 @@ def test_one_gradient_is_there_at_a_time(tiny_policy, per_layer, most):
     assert max(numbers) == most
 
 
-def test_a_run_that_steps_during_backward_goes_on_bit_by_bit(tiny_policy, tmp_path):
+def test_a_resumed_run_with_steps_during_backward_is_equal_to_the_bit(tiny_policy, tmp_path):
     optimizer = build(tiny_policy, per_layer=True)
     train(tiny_policy, optimizer, 0, 3)
     saved = tiny_policy.state_dict(), optimizer.state_dict()
@@ -203,31 +203,31 @@ def test_a_run_that_steps_during_backward_goes_on_bit_by_bit(tiny_policy, tmp_pa
     resumed.load_state_dict(weights)
     again.load_state_dict(state)
     train(resumed, again, 3)
-    for mine, whole in zip(resumed.parameters(), tiny_policy.parameters(), strict=True):
-        assert torch.equal(mine, whole)
+    for actual, expected in zip(resumed.parameters(), tiny_policy.parameters(), strict=True):
+        assert torch.equal(actual, expected)
 
 
-def test_accumulation_is_refused_where_steps_are_made_during_backward(tiny_policy):
+def test_accumulation_is_refused_with_steps_during_backward(tiny_policy):
     optimizer = build(tiny_policy, per_layer=True)
     loss(tiny_policy, 0).backward()
-    with pytest.raises(ValueError, match="a step may have one backward only: raise microbatch"):
+    with pytest.raises(ValueError, match="allows one backward per step, found a second"):
         loss(tiny_policy, 1).backward()
     optimizer.step()
     loss(tiny_policy, 1).backward()
 
 
-def test_clipping_is_refused_where_steps_are_made_during_backward(tiny_policy):
+def test_clipping_is_refused_with_steps_during_backward(tiny_policy):
     def groups(length: float) -> list[dict]:
         return [{"params": tiny_policy.named_parameters(), "max_grad_norm": length}]
 
     GaLore(groups(math.inf), lr=1e-2, rank=4, per_layer=True)
     GaLore(groups(1.0), lr=1e-2, rank=4)
-    with pytest.raises(ValueError, match=r"no gradient to clip: set max_grad_norm to \.inf"):
+    with pytest.raises(ValueError, match=r"found max_grad_norm 1.0\. Set max_grad_norm to \.inf"):
         GaLore(groups(1.0), lr=1e-2, rank=4, per_layer=True)
 
 
 def test_losses_of_different_parameters_may_have_a_backward_each():
-    """As a policy's and a critic's: each parameter's gradient is complete after one of them."""
+    """A policy and a critic: the gradient of each parameter is complete after one of them."""
     roles = nn.ModuleDict({name: nn.Sequential(nn.Linear(5, 5)) for name in ("policy", "critic")})
     optimizer = GaLore(roles.named_parameters(), lr=1e-2, rank=1, per_layer=True)
     for _ in range(2):
@@ -237,7 +237,7 @@ def test_losses_of_different_parameters_may_have_a_backward_each():
     assert {int(state["step"]) for state in optimizer.state.values()} == {2}
 
 
-def test_an_optimizer_that_is_gone_updates_nothing(tiny_policy):
+def test_a_deleted_optimizer_updates_nothing(tiny_policy):
     before = [param.detach().clone() for param in tiny_policy.parameters()]
     build(tiny_policy, per_layer=True)
     optimizer = build(tiny_policy, per_layer=True)
@@ -249,6 +249,6 @@ def test_an_optimizer_that_is_gone_updates_nothing(tiny_policy):
 
 def test_two_optimizers_that_step_during_backward_are_refused(tiny_policy):
     optimizers = [build(tiny_policy, per_layer=True) for _ in range(2)]
-    with pytest.raises(ValueError, match="another optimizer has taken this parameter's gradient"):
+    with pytest.raises(ValueError, match="found no gradient: another optimizer has freed it"):
         loss(tiny_policy, 0).backward()
     assert len(optimizers) == 2

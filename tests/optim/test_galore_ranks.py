@@ -1,4 +1,4 @@
-"""GaLore on weights sharded over two ranks is GaLore on whole weights."""
+"""GaLore on weights sharded over two ranks equals GaLore on unsharded weights."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ SETTINGS = {"lr": 1e-2, "rank": 2, "update_gap": 3, "weight_decay": 0.1, "target
 
 
 def network(dtype: torch.dtype) -> nn.Sequential:
-    """Matrices 9 x 6 (tall), 7 x 9 (wide) and 7 x 7, of which two have an odd number of rows."""
+    """Return a network of matrices 9 x 6, 7 x 9 and 7 x 7, whose rows do not divide by two."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 7)]
@@ -45,7 +45,7 @@ def train(
     last: int = STEPS,
     max_norm: float = 0.1,
 ) -> None:
-    """Steps on this rank's rows of batches of 8, whose gradient is always longer than 0.1."""
+    """Make steps on the rows of this rank in batches of 8; all gradients are clipped to 0.1."""
     rank, world = 0, 1
     if isinstance(model[0].weight, DTensor):
         rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -58,20 +58,20 @@ def train(
         optimizer.zero_grad()
 
 
-def whole_state(model: nn.Sequential, optimizer: GaLore) -> dict[str, Any]:
+def gathered_state(model: nn.Sequential, optimizer: GaLore) -> dict[str, Any]:
     options = StateDictOptions(full_state_dict=True)
     return get_optimizer_state_dict(model, optimizer, options=options)
 
 
 def train_sharded(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], int]:
-    """Weights and state put together again, and the numbers of the state on this rank."""
+    """Return gathered weights and state, and how many numbers of the state this rank has."""
     model = sharded(dtype)
     optimizer = GaLore(model.named_parameters(), **SETTINGS)
     train(model, optimizer)
     kept = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
     assert all(isinstance(value, DTensor) for value in kept)
     numbers = sum(value.to_local().numel() for value in kept)
-    return weights(model), whole_state(model, optimizer), numbers
+    return weights(model), gathered_state(model, optimizer), numbers
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
@@ -79,27 +79,27 @@ def test_two_ranks_equal_one(two_ranks, dtype, limit):
     model = network(dtype)
     optimizer = GaLore(model.named_parameters(), **SETTINGS)
     train(model, optimizer)
-    state = whole_state(model, optimizer)["state"]
+    state = gathered_state(model, optimizer)["state"]
     assert distance(weights(model), weights(network(dtype))) > 1e-2
-    for mine, theirs, _ in two_ranks(train_sharded, dtype):
-        assert distance(mine, weights(model)) < limit
+    for actual, gathered, _ in two_ranks(train_sharded, dtype):
+        assert distance(actual, weights(model)) < limit
         for name, values in state.items():
-            assert theirs["state"][name].keys() == values.keys()
-            assert theirs["state"][name]["step"] == values["step"] == STEPS
+            assert gathered["state"][name].keys() == values.keys()
+            assert gathered["state"][name]["step"] == values["step"] == STEPS
             floats = [key for key in values if key != "step"]
-            found = [theirs["state"][name][key] for key in floats]
+            found = [gathered["state"][name][key] for key in floats]
             assert distance(found, [values[key] for key in floats]) < limit
 
 
-def test_every_part_of_the_state_is_shared_out(two_ranks):
+def test_the_state_is_sharded_over_the_ranks(two_ranks):
     model = network(torch.float64)
     optimizer = GaLore(model.named_parameters(), **SETTINGS)
     train(model, optimizer)
     states = optimizer.state.values()
-    whole = sum(v.numel() for state in states for k, v in state.items() if k != "step")
+    total = sum(v.numel() for state in states for k, v in state.items() if k != "step")
     numbers = [number for _, _, number in two_ranks(train_sharded, torch.float64)]
-    assert sum(numbers) == whole
-    assert max(numbers) < 0.6 * whole
+    assert sum(numbers) == total
+    assert max(numbers) < 0.6 * total
 
 
 def train_during_backward() -> list[Tensor]:
@@ -109,12 +109,12 @@ def train_during_backward() -> list[Tensor]:
     return weights(model)
 
 
-def test_two_ranks_that_step_during_backward_equal_one(two_ranks):
+def test_two_ranks_with_steps_during_backward_equal_one(two_ranks):
     model = network(torch.float64)
     optimizer = GaLore(model.named_parameters(), **SETTINGS)
     train(model, optimizer, max_norm=math.inf)
-    for mine in two_ranks(train_during_backward):
-        assert distance(mine, weights(model)) < 1e-9
+    for actual in two_ranks(train_during_backward):
+        assert distance(actual, weights(model)) < 1e-9
 
 
 def train_replicas_during_backward() -> None:
@@ -123,24 +123,26 @@ def train_replicas_during_backward() -> None:
     train(model.module, optimizer)
 
 
-def test_replicas_that_step_during_backward_are_refused(two_ranks):
-    with pytest.raises(AssertionError, match="step on the gradient of one rank: shard with FSDP2"):
+def test_ddp_with_steps_during_backward_is_refused(two_ranks):
+    with pytest.raises(
+        AssertionError, match=r"step on the gradient of one rank\. Shard with FSDP2"
+    ):
         two_ranks(train_replicas_during_backward)
 
 
-def share_of(gradient: Tensor) -> DTensor:
+def shard(gradient: Tensor) -> DTensor:
     return distribute_tensor(gradient, init_device_mesh("cpu", (2,)), [Shard(0)])
 
 
 def projected(gradient: Tensor, right: bool) -> tuple[Tensor, Tensor]:
-    """(vectors, projected gradient) of a sharded gradient, put together again."""
-    share = share_of(gradient)
-    basis = leading_singular_vectors(share, 2, right)
-    return basis.full_tensor(), project(share, basis, right).full_tensor()
+    """Return the gathered vectors and projected gradient of a sharded gradient."""
+    sharded_gradient = shard(gradient)
+    basis = leading_singular_vectors(sharded_gradient, 2, right)
+    return basis.full_tensor(), project(sharded_gradient, basis, right).full_tensor()
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_the_projection_is_of_the_full_gradient(two_ranks, right):
+def test_a_sharded_gradient_has_the_projection_of_the_full_gradient(two_ranks, right):
     gradient = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = leading_singular_vectors(gradient, 2, right)
     for basis, low in two_ranks(projected, gradient, right):
@@ -148,26 +150,26 @@ def test_the_projection_is_of_the_full_gradient(two_ranks, right):
         torch.testing.assert_close(low, project(gradient, expected, right))
 
 
-def alone(gradient: Tensor) -> Tensor:
-    """The leading vector of this rank's rows."""
-    return leading_singular_vectors(share_of(gradient).to_local(), 1, right=True)
+def leading_vector_of_shard(gradient: Tensor) -> Tensor:
+    """Return the leading vector of the rows of this rank."""
+    return leading_singular_vectors(shard(gradient).to_local(), 1, right=True)
 
 
 def test_a_shard_has_other_singular_vectors(two_ranks):
     gradient = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
     assert leading_singular_vectors(gradient, 1, right=True).tolist() == [[0.0], [1.0]]
-    assert [vector.tolist() for vector in two_ranks(alone, gradient)] == [
+    assert [vector.tolist() for vector in two_ranks(leading_vector_of_shard, gradient)] == [
         [[1.0], [0.0]],
         [[0.0], [1.0]],
     ]
 
 
-def save_the_middle(path: str, stop: int) -> list[Tensor]:
-    """The weights of a whole run, which is saved after some steps."""
+def run_and_save(path: str, stop: int) -> list[Tensor]:
+    """Return the weights of an uninterrupted run, which is saved after `stop` steps."""
     model = sharded(torch.float64)
     optimizer = GaLore(model.named_parameters(), **SETTINGS)
     train(model, optimizer, 0, stop)
-    state = {"weights": weights(model), "optimizer": whole_state(model, optimizer)}
+    state = {"weights": weights(model), "optimizer": gathered_state(model, optimizer)}
     if distributed.get_rank() == 0:
         torch.save(state, path)
     distributed.barrier()
@@ -175,8 +177,8 @@ def save_the_middle(path: str, stop: int) -> list[Tensor]:
     return weights(model)
 
 
-def go_on(path: str, stop: int) -> list[Tensor]:
-    """The weights of a run that starts from what was saved, in new objects."""
+def resume(path: str, stop: int) -> list[Tensor]:
+    """Return the weights of a run that resumes in new objects."""
     model = sharded(torch.float64)
     optimizer = GaLore(model.named_parameters(), **SETTINGS)
     state = torch.load(path, weights_only=True)
@@ -190,8 +192,8 @@ def go_on(path: str, stop: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("stop", [2, 3, 7])
-def test_a_sharded_run_goes_on_bit_by_bit(two_ranks, tmp_path, stop):
+def test_a_resumed_sharded_run_is_equal_to_the_bit(two_ranks, tmp_path, stop):
     path = str(tmp_path / "middle.pt")
-    runs = two_ranks(save_the_middle, path, stop)
-    for run, resumed in zip(runs, two_ranks(go_on, path, stop), strict=True):
+    runs = two_ranks(run_and_save, path, stop)
+    for run, resumed in zip(runs, two_ranks(resume, path, stop), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(run, resumed, strict=True))

@@ -1,4 +1,4 @@
-"""Built-in architectures have as many parameters as was published."""
+"""Built-in architectures have the published number of parameters."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lit_align.plan.architectures import architecture_config, builtin_architectu
 
 
 @pytest.mark.parametrize("name", builtin_architectures())
-def test_a_shape_has_the_published_number_of_parameters(name):
+def test_architecture_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(architecture_config(f"shape:{name}"))
     assert (
@@ -17,5 +17,5 @@ def test_a_shape_has_the_published_number_of_parameters(name):
     )
 
 
-def test_a_hub_id_of_a_shape_needs_no_network():
+def test_hub_id_of_a_builtin_architecture_needs_no_download():
     assert architecture_config("meta-llama/Llama-2-7b-hf").hidden_size == 4096

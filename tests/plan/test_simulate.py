@@ -1,6 +1,6 @@
-"""Simulated peaks are the real ones, of every phase of every algorithm, within 1 %.
+"""Simulated peaks equal the measured ones within 1 %, in every phase of every algorithm.
 
-The real bytes are the CPU allocator's own events (`CPUAllocations`), never the plan's tracker.
+The measured bytes are events of the CPU allocator (`CPUAllocations`), not of the plan's tracker.
 """
 
 from functools import partial
@@ -38,9 +38,9 @@ from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
 from lit_align.models.scalar_head import ScalarHead
 from lit_align.models.sltrain import SLTrain
 from lit_align.optim.galore import GaLore
+from lit_align.plan.fake_cluster import FakeCluster, fake_process_group
 from lit_align.plan.max_length_data import MaxLengthData
 from lit_align.plan.memory_tracker import MemoryLocation
-from lit_align.plan.fake_cluster import FakeCluster, fake_process_group
 from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
 from lit_align.rewards.shared_backbone import SharedBackboneReward
 
@@ -52,13 +52,13 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
-    "eos_token_id": None,  # so that no answer ends early, as a plan has it
+    "eos_token_id": None,  # so that no response ends early, as in a plan
 }
-PROMPT, ANSWER, ROWS = 16, 24, 8
+PROMPT_TOKENS, RESPONSE_TOKENS, NUM_ROWS = 16, 24, 8
 
 
 def network(kind: type, **settings: Any) -> Any:
-    """Random weights, the same each time."""
+    """Return a network of a class with the same random weights each time."""
     torch.manual_seed(0)
     return kind(config=dict(SMALL), **settings)
 
@@ -94,41 +94,45 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "JointHydraPPO": (HydraPPO, {"policy": partial(network, JointHydra, **LOW_RANK)}),
 }
 PAIRED = ("DPO", "RewardModel", "HydraSFT")
-FIRST = {  # of the first tier: one of each kind
+FIRST_TIER = {  # by number of ranks: a case of each kind
     1: {"SFT by GaLore", "SFT by SLTrain", "PPO of adapters", "DPO", "ReMax", "JointHydraPPO"},
     2: {"SFT", "PPO"},
 }
 
 
 def in_tiers(names: list[str], ranks: int) -> list[Any]:
-    """The cases, of which most are of the second tier."""
-    return [name if name in FIRST[ranks] else pytest.param(name, marks=pytest.mark.long)
+    """Return the cases, most of them marked for the second tier."""
+    return [name if name in FIRST_TIER[ranks] else pytest.param(name, marks=pytest.mark.long)
             for name in names]  # fmt: skip
 
 
-ONE = in_tiers(list(CASES), 1)
-TWO = in_tiers([name for name in CASES if " " not in name], 2)
+ONE_RANK = in_tiers(list(CASES), 1)
+TWO_RANKS = in_tiers([name for name in CASES if " " not in name], 2)
 
 
 def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> SimulatedRun:
-    """A fit of two batches, whose every row is as long as it may be."""
+    """Build a fit of two batches in which every row has the maximum length."""
     kind, settings = CASES[name]
     own = {} if kind is RewardModel else {"policy": policy}
     paired = name in PAIRED
     algorithm = kind(
         **{
             "optimizer": adamw,
-            "microbatch_tokens": 3 * (PROMPT + ANSWER) * (2 if paired else 1),
+            "microbatch_tokens": 3 * (PROMPT_TOKENS + RESPONSE_TOKENS) * (2 if paired else 1),
             **own,
             **settings,
         }
     )
     online = isinstance(algorithm, OnlineAlgorithm)
     data: Any = (
-        PromptData("none", max_prompt_tokens=PROMPT, batch_size=ROWS // algorithm.num_samples)
+        PromptData(
+            "none",
+            max_prompt_tokens=PROMPT_TOKENS,
+            batch_size=NUM_ROWS // algorithm.num_samples,
+        )
         if online
         else (PreferenceData if paired else InstructionData)(
-            "none", max_tokens=PROMPT + ANSWER, batch_size=ROWS
+            "none", max_tokens=PROMPT_TOKENS + RESPONSE_TOKENS, batch_size=NUM_ROWS
         )
     )
     reward = SharedBackboneReward() if kind is HydraPPO else Count()
@@ -145,16 +149,16 @@ def run(name: str, folder: str, ranks: int = 1, alone: bool = False) -> Simulate
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        callbacks=[Rollout(max_new_tokens=ANSWER), Reward(reward)] if online else [],
+        callbacks=[Rollout(max_new_tokens=RESPONSE_TOKENS), Reward(reward)] if online else [],
     )
     num_offline = algorithm.num_offline_samples if online else 0
     return SimulatedRun(
-        trainer, algorithm, MaxLengthData(data, None, ANSWER, num_offline, vocabulary=192)
+        trainer, algorithm, MaxLengthData(data, None, RESPONSE_TOKENS, num_offline, vocabulary=192)
     )
 
 
 def measured_peaks(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
-    """What the allocator gave out at most, by phase."""
+    """Run a fit and return the peak bytes of the allocator by phase."""
     torch.set_num_threads(1)
     fit, memory = run(name, folder, ranks, alone=ranks > 1), Memory()
     fit.trainer.callbacks.insert(0, memory)
@@ -163,7 +167,7 @@ def measured_peaks(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
 
 
 def planned_peaks(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
-    """What the plan says."""
+    """Simulate the same fit and return its peak bytes by phase."""
     machine = Machine(ranks=ranks, is_gpu=False, has_process_group=ranks > 1)
     build = partial(run, name, folder, ranks, alone=ranks > 1)
     peaks = simulate_peaks(build, machine)
@@ -171,42 +175,42 @@ def planned_peaks(name: str, folder: str, ranks: int = 1) -> dict[str, int]:
 
 
 def assert_peaks_match(expected: dict[str, int], found: dict[str, int]) -> None:
+    """Check that all phases are equal within 1 %."""
     assert set(expected) == set(found)
-    apart = {phase: found[phase] / size - 1 for phase, size in expected.items()}
-    assert all(abs(share) < 0.01 for share in apart.values()), str(apart)
+    errors = {phase: found[phase] / size - 1 for phase, size in expected.items()}
+    assert all(abs(error) < 0.01 for error in errors.values()), str(errors)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """Use one thread: each has buffers of its own in the CPU's flash attention."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ONE)
-def test_a_plan_is_within_one_percent_of_the_allocator(name, tmp_path):
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_plan_is_within_one_percent_of_the_allocator(name, tmp_path):
     assert_peaks_match(measured_peaks(name, str(tmp_path)), planned_peaks(name, str(tmp_path)))
 
 
-def test_prompts_that_are_read_in_four_parts_are_counted(monkeypatch, tmp_path):
-    """A plan reads the first and the last; prompts are long here and answers are not."""
-    for name, tokens in {"PROMPT": 48, "ANSWER": 2}.items():
+def test_plan_counts_prefill_in_four_chunks(monkeypatch, tmp_path):
+    """A plan runs the first and the last chunk. Prompts are long here and responses short."""
+    for name, tokens in {"PROMPT_TOKENS": 48, "RESPONSE_TOKENS": 2}.items():
         monkeypatch.setitem(globals(), name, tokens)
-    at_once = planned_peaks("ReMax", str(tmp_path))
+    in_one_chunk = planned_peaks("ReMax", str(tmp_path))
     monkeypatch.setattr("lit_align.models.generation.prefill.PREFILL_CHUNK_TOKENS", 2 * 48)
-    in_parts = planned_peaks("ReMax", str(tmp_path))
-    assert_peaks_match(measured_peaks("ReMax", str(tmp_path)), in_parts)
-    assert in_parts["rollout"] < at_once["rollout"]
+    in_chunks = planned_peaks("ReMax", str(tmp_path))
+    assert_peaks_match(measured_peaks("ReMax", str(tmp_path)), in_chunks)
+    assert in_chunks["rollout"] < in_one_chunk["rollout"]
 
 
-@pytest.mark.parametrize("name", TWO)
-def test_and_so_it_is_on_the_first_of_two_ranks(name, tmp_path):
-    """Real tensors, sharded by FSDP2, in a group whose other rank does not answer.
-
-    Gloo's threads free blocks, which the profiler hears of the main thread alone: bytes in use
-    then seem to grow without end, in any run of two processes.
-    """
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_plan_is_within_one_percent_on_the_first_of_two_ranks(name, tmp_path):
+    """Real tensors, sharded by FSDP2, in a group whose other rank does not exist."""
+    # Not two processes: the threads of gloo free blocks, and the profiler records the main thread
+    # only, so that bytes in use would grow without end.
     with fake_process_group(2):
         expected = measured_peaks(name, str(tmp_path), 2)
     assert_peaks_match(expected, planned_peaks(name, str(tmp_path), 2))

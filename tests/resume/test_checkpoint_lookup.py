@@ -104,7 +104,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_another_algorithms_checkpoint_is_refused(half, tmp_path):
     (*_, path) = list_checkpoints(half / "checkpoints")
     said = refused(fit_argv(tmp_path / "run", "reward_model", f"--ckpt_path={path}"), tmp_path)
-    assert "of a SFT run and cannot go on as RewardModel" in said
+    assert "was trained with SFT and cannot resume with RewardModel" in said
 
 
 def test_another_run_in_the_same_folder_sets_checkpoints_aside(copy, tmp_path):

@@ -133,7 +133,7 @@ def test_other_frozen_weights_are_refused(tmp_path, capsys):
     config.write_text(config.read_text().replace("seed_everything: 0", "seed_everything: 1"))
     words_ = ["export", "--ckpt_path", str(run), "--out", str(tmp_path / "out")]
     assert main(words_) == 2
-    assert "frozen weights are others than those" in capsys.readouterr().err
+    assert "frozen weights differ from those" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -117,7 +117,7 @@ def test_a_run_goes_on_from_the_newest_folder_that_is_whole(half, tmp_path):
             marks=pytest.mark.long,
         ),
         pytest.param("reward_model", (), "does not fit this model", marks=pytest.mark.long),
-        ("remax", (), "is of a SFT run and cannot go on as ReMax"),
+        ("remax", (), "was trained with SFT and cannot resume with ReMax"),
     ],
 )
 def test_a_sharded_checkpoint_of_another_model_is_refused(half, tmp_path, config, more, reason):

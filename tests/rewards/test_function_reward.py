@@ -1,3 +1,5 @@
+"""A user's function as a reward: arguments, imports and messages."""
+
 import asyncio
 import inspect
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 
 from lit_align.batches import Experience
+from lit_align.errors import UserError
 from lit_align.rewards.base import RewardError
 from lit_align.rewards.function import FunctionReward
 
@@ -55,7 +58,7 @@ def file(tmp_path) -> str:
     return str(path)
 
 
-def test_it_calls_with_trl_s_arguments(batch, file):
+def test_a_function_receives_the_arguments_of_trl(batch, file):
     assert FunctionReward(f"{file}:everything")(batch) == (
         ["p", "q"],
         ["a", "bb"],
@@ -71,18 +74,18 @@ def test_only_arguments_that_are_accepted_are_passed(batch, file):
     assert reward(batch) == [2.0, 4.0]
 
 
-def test_an_object_that_can_be_called_will_do(batch, file):
+def test_a_callable_object_is_accepted(batch, file):
     reward = FunctionReward(f"{file}:judge")
     assert reward.name == "Judge"
     assert reward(batch) == [2.0, 4.0]
 
 
-def test_an_async_function_gives_something_to_await(batch, file):
+def test_an_async_function_returns_a_coroutine(batch, file):
     reward = FunctionReward(f"{file}:later")
-    answer = reward(batch)
+    scores = reward(batch)
     assert reward.is_async
-    assert inspect.iscoroutine(answer)
-    assert asyncio.run(answer) == [1.0, 0.0]
+    assert inspect.iscoroutine(scores)
+    assert asyncio.run(scores) == [1.0, 0.0]
 
 
 def test_modules_of_the_current_folder_are_found(batch, file, tmp_path, monkeypatch):
@@ -91,7 +94,7 @@ def test_modules_of_the_current_folder_are_found(batch, file, tmp_path, monkeypa
     assert FunctionReward("judges.length")(batch) == [2.0, 4.0]
 
 
-def test_an_argument_that_nothing_provides_is_named(batch, file):
+def test_a_missing_argument_is_named(batch, file):
     with pytest.raises(RewardError, match=r"needs the argument 'verdict'.* only: answer, prompts"):
         FunctionReward(f"{file}:wants_more")(batch)
 
@@ -99,20 +102,20 @@ def test_an_argument_that_nothing_provides_is_named(batch, file):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("length", "write `module.name` or `file.py:name`"),
+        ("length", "there is no module in this path. Set --reward.functions.function"),
         ("no_such_module.length", "cannot import no_such_module: .*No module named 'no_such_mod"),
         ("nowhere.py:length", "cannot import nowhere.py: FileNotFoundError: no such file"),
         ("math.no_such_name", "math has no 'no_such_name'"),
         ("math.pi", "'pi' is a float, not a function"),
     ],
 )
-def test_a_function_that_cannot_be_had_is_one_sentence(path, message):
-    with pytest.raises(ValueError, match=f"reward function '{path}': {message}") as caught:
+def test_a_function_that_cannot_be_imported_is_refused(path, message):
+    with pytest.raises(UserError, match=f"reward function '{path}': {message}") as caught:
         FunctionReward(path)
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_in_the_file_is_named(tmp_path):
+def test_an_error_in_the_users_file_is_named(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(ValueError, match=r"cannot import .*broken.py: ZeroDivisionError"):
+    with pytest.raises(UserError, match=r"cannot import .*broken.py: ZeroDivisionError"):
         FunctionReward(f"{tmp_path}/broken.py:length")

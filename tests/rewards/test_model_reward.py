@@ -1,3 +1,5 @@
+"""Reward models: texts in their own tokens, passes, offloading and refusals."""
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,6 +13,7 @@ from transformers import (
 )
 
 from lit_align.batches import Experience, TextBatch
+from lit_align.errors import UserError
 from lit_align.models.parallel import offload
 from lit_align.rewards import reward_model as learned
 from lit_align.rewards.reward_model import ModelReward
@@ -25,7 +28,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """A reward model whose vocabulary is WORDS, with its tokenizer."""
+    """Return the path of a reward model with the vocabulary WORDS, and its tokenizer."""
     where = tmp_path_factory.mktemp("reward_model")
     words = {word: number for number, word in enumerate(WORDS)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -34,11 +37,11 @@ def folder(tmp_path_factory) -> str:
         tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(where)
     torch.manual_seed(0)
-    LlamaForSequenceClassification(tiny()).save_pretrained(where)
+    LlamaForSequenceClassification(tiny_config()).save_pretrained(where)
     return str(where)
 
 
-def tiny() -> LlamaConfig:
+def tiny_config() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(WORDS),
         hidden_size=16,
@@ -50,19 +53,19 @@ def tiny() -> LlamaConfig:
     )
 
 
-class LastToken:
-    """Stands for the model: the score is the id of the last real token."""
+class LastTokenNetwork:
+    """A reward model that scores a text by the id of its last token."""
 
     def __init__(self, path: str, dtype: str | None = None):
         self.passes: list[list[int]] = []
 
-    def eval(self) -> "LastToken":
+    def eval(self) -> "LastTokenNetwork":
         return self
 
-    def requires_grad_(self, wanted: bool) -> "LastToken":
+    def requires_grad_(self, requires_grad: bool) -> "LastTokenNetwork":
         return self
 
-    def to(self, device: torch.device) -> "LastToken":
+    def to(self, device: torch.device) -> "LastTokenNetwork":
         return self
 
     def parameters(self) -> list[Tensor]:
@@ -75,7 +78,7 @@ class LastToken:
         return tokens.tokens.gather(1, last).squeeze(1).bfloat16()
 
 
-def answered(prompts: list, completions: list, truncated: list[bool]) -> Experience:
+def batch_of(prompts: list, completions: list, truncated: list[bool]) -> Experience:
     return Experience(
         {"prompt": prompts, "completion": completions},
         responses=torch.zeros(len(prompts), 1, dtype=torch.long),
@@ -85,7 +88,7 @@ def answered(prompts: list, completions: list, truncated: list[bool]) -> Experie
 
 @pytest.fixture
 def stubbed(folder, monkeypatch):
-    monkeypatch.setattr(learned, "RewardNetwork", LastToken)
+    monkeypatch.setattr(learned, "RewardNetwork", LastTokenNetwork)
 
     def make(**settings) -> ModelReward:
         reward = ModelReward(folder, **settings)
@@ -95,36 +98,36 @@ def stubbed(folder, monkeypatch):
     return make
 
 
-def test_text_is_read_in_the_reward_model_s_tokens_with_a_stop_where_it_ended(stubbed):
-    batch = answered(["a b", "a"], [" c", " d d"], truncated=[False, True])
+def test_a_complete_response_ends_with_the_reward_models_stop_token(stubbed):
+    batch = batch_of(["a b", "a"], [" c", " d d"], truncated=[False, True])
     assert stubbed().encode(batch) == [[2, 3, 4, 1], [2, 5, 5]]
     assert stubbed()(batch).tolist() == [1.0, 5.0]
 
 
-def test_conversations_go_through_the_reward_model_s_template(stubbed):
+def test_conversations_use_the_reward_models_chat_template(stubbed):
     prompt, completion = (
         [{"role": "user", "content": "a b"}],
         [{"role": "assistant", "content": "c"}],
     )
-    batch = answered([prompt] * 2, [completion] * 2, truncated=[False, True])
+    batch = batch_of([prompt] * 2, [completion] * 2, truncated=[False, True])
     texts = stubbed(chat_template=TEMPLATE).encode(batch)
     assert texts == [[6, 2, 3, 7, 4, 1], [6, 2, 3, 7, 4]]
 
 
-def test_a_long_text_loses_its_start(stubbed):
-    batch = answered(["a b c"], [" d"], truncated=[False])
+def test_a_long_text_is_cut_at_its_start(stubbed):
+    batch = batch_of(["a b c"], [" d"], truncated=[False])
     assert stubbed(max_tokens=3).encode(batch) == [[4, 5, 1]]
 
 
-def test_texts_of_similar_length_are_scored_together_and_come_back_in_order(stubbed):
+def test_texts_of_similar_length_share_a_pass_and_scores_keep_their_order(stubbed):
     reward = stubbed(tokens_per_pass=6)
-    batch = answered(["a"] * 3, [" b", " b b b d", " c"], truncated=[True] * 3)
+    batch = batch_of(["a"] * 3, [" b", " b b b d", " c"], truncated=[True] * 3)
     assert reward(batch).tolist() == [3.0, 5.0, 4.0]
     assert reward.network.passes == [[5], [2, 2]]
 
 
-def test_scores_are_the_classifier_s_whatever_the_passes(folder):
-    batch = answered(["a", "a b c"], [" b", " d"], truncated=[False, False])
+def test_scores_equal_those_of_the_classifier_for_any_passes(folder):
+    batch = batch_of(["a", "a b c"], [" b", " d"], truncated=[False, False])
     network = AutoModelForSequenceClassification.from_pretrained(folder)
     ids = [torch.tensor([[2, 3, 1]]), torch.tensor([[2, 3, 4, 5, 1]])]
     with torch.no_grad():
@@ -136,23 +139,23 @@ def test_scores_are_the_classifier_s_whatever_the_passes(folder):
     assert not any(weight.requires_grad for weight in reward.network.parameters())
 
 
-def test_it_sleeps_between_its_calls(folder, monkeypatch):
-    """As if the CPU were another device."""
-    batch = answered(["a", "a b c"], [" b", " d"], truncated=[False, False])
+def test_the_weights_are_offloaded_between_calls(folder, monkeypatch):
+    """The CPU is treated as another device."""
+    batch = batch_of(["a", "a b c"], [" b", " d"], truncated=[False, False])
     reward = ModelReward(folder)
     reward.setup(None)
-    awake = reward(batch).tolist()
+    expected = reward(batch).tolist()
     assert not reward.offloaded_weights.devices
     monkeypatch.setattr(offload, "can_offload", lambda tensor: True)
-    asleep, scores = [], reward.network.scores
+    num_offloaded, scores = [], reward.network.scores
 
-    def watched(tokens):
-        asleep.append(len(reward.offloaded_weights.devices))
+    def record_scores(tokens):
+        num_offloaded.append(len(reward.offloaded_weights.devices))
         return scores(tokens)
 
-    monkeypatch.setattr(reward.network, "scores", watched)
-    assert [reward(batch).tolist() for _ in range(3)] == [awake] * 3
-    assert asleep == [0, 0, 0]
+    monkeypatch.setattr(reward.network, "scores", record_scores)
+    assert [reward(batch).tolist() for _ in range(3)] == [expected] * 3
+    assert num_offloaded == [0, 0, 0]
     assert len(reward.offloaded_weights.devices) == len(list(reward.network.parameters()))
 
 
@@ -164,14 +167,14 @@ def test_setup_loads_once(folder):
     assert reward.network is first
 
 
-def test_a_language_model_has_no_head_to_score_with(folder, tmp_path):
+def test_a_language_model_without_a_reward_head_is_refused(folder, tmp_path):
     ModelReward(folder)
-    LlamaForCausalLM(tiny()).save_pretrained(tmp_path)
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
     learned.load_tokenizer(folder).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks 1 weights, the first is 'score.weight'"):
+    with pytest.raises(UserError, match=r"lacks 1 weights, the first is 'score.weight'"):
         ModelReward(str(tmp_path)).setup(None)
 
 
-def test_there_is_room_for_a_token():
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
+def test_max_tokens_of_zero_is_refused():
+    with pytest.raises(UserError, match=r"max_tokens must be at least 1, found 0. Set --reward"):
         ModelReward("somewhere", max_tokens=0)

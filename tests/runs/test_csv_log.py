@@ -1,4 +1,4 @@
-"""metrics.csv: rows of an earlier part of the run stay, each once."""
+"""ResumableCSVLogger: a resumed run keeps each earlier row once."""
 
 import csv
 
@@ -20,20 +20,20 @@ def rows(folder) -> list[tuple[int, str]]:
         return [(int(row["step"]), row["loss"]) for row in csv.DictReader(file)]
 
 
-def test_rows_are_appended_to_those_of_the_past(tmp_path):
+def test_resumed_rows_are_appended(tmp_path):
     log(tmp_path, [0, 1, 2])
     ResumableCSVLogger(tmp_path).rewind(2)
     log(tmp_path, [2, 3])
     assert rows(tmp_path) == [(0, "0.0"), (1, "0.5"), (2, "1.0"), (3, "1.5")]
 
 
-def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
+def test_rewind_to_zero_deletes_file(tmp_path):
     log(tmp_path, [0, 1, 2])
     ResumableCSVLogger(tmp_path).rewind(0)
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_a_new_metric_is_a_new_column_for_all(tmp_path):
+def test_new_metric_is_new_column(tmp_path):
     log(tmp_path, [0])
     log(tmp_path, [1], accuracy=0.5)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
@@ -41,7 +41,7 @@ def test_a_new_metric_is_a_new_column_for_all(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4])
-def test_half_a_line_of_a_killed_run_is_no_row(tmp_path, cut):
+def test_half_line_of_killed_run_is_dropped(tmp_path, cut):
     log(tmp_path, [0, 10, 20])  # the last line is "10.0,20"
     file = tmp_path / "metrics.csv"
     file.write_bytes(file.read_bytes().rstrip()[:-cut])

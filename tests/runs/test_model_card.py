@@ -1,4 +1,4 @@
-"""The README.md beside exported weights."""
+"""Model card of exported weights."""
 
 import json
 
@@ -33,7 +33,7 @@ def front(text: str) -> dict:
     return yaml.safe_load(text.split("---")[1])
 
 
-def test_it_says_how_the_weights_came_to_be(run):
+def test_card_describes_the_run(run):
     network = tiny()
     network.name = "some/base-model"
     text = write_card(run / "hf", run, network).read_text()
@@ -75,14 +75,14 @@ def test_it_says_how_the_weights_came_to_be(run):
         (tiny, "transformers", "text-generation", "AutoModelForCausalLM"),
     ],
 )
-def test_it_says_how_the_weights_are_loaded(network, library, tag, loader, run):
+def test_card_shows_loading_code(network, library, tag, loader, run):
     text = write_card(run / "hf", run, network()).read_text()
     assert front(text)["library_name"] == library
     assert front(text)["pipeline_tag"] == tag
     assert f"from {library} import {loader}\n" in text
 
 
-def test_a_folder_is_no_hub_id(run, tmp_path, monkeypatch):
+def test_local_folder_is_not_hub_id(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some" / "base-model").mkdir(parents=True)
     network = tiny()
@@ -90,7 +90,7 @@ def test_a_folder_is_no_hub_id(run, tmp_path, monkeypatch):
     assert "base_model" not in front(write_card(run / "hf", run, network).read_text())
 
 
-def test_text_stays_in_its_cell_and_in_its_fence(run):
+def test_text_is_escaped_in_cells_and_code_blocks(run):
     network = tiny()
     network.name = "a|b<script>\nc"
     (run / "config.yaml").write_text("note: 'a ```` b'\n")
@@ -99,22 +99,22 @@ def test_text_stays_in_its_cell_and_in_its_fence(run):
     assert "`````yaml\nnote: 'a ```` b'\n`````" in text
 
 
-def test_it_names_the_commands_that_made_it(run):
+def test_card_lists_commands(run):
     first, other = "lit-align fit --config remax", "lit-align fit --config remax --ckpt_path last"
     entries = [{"command": line} for line in (first, other, other, "")]
     (run / "environment.json").write_text(json.dumps(entries))
     text = write_card(run / "hf", run, tiny()).read_text()
-    assert f"Made by\n\n    {first}\n    {other}\n\nThe same with all settings" in text
+    assert f"Trained with\n\n    {first}\n    {other}\n\nThe same with all settings" in text
 
 
-def test_a_merged_adapter_is_a_whole_model(run):
+def test_merged_adapter_is_full_model(run):
     text = write_card(run / "hf", run, adapted(Policy), is_full_model=True).read_text()
     assert front(text)["library_name"] == "transformers"
-    assert "| weights | whole |" in text
+    assert "| weights | full model |" in text
     assert "from transformers import AutoModelForCausalLM\n" in text
 
 
-def test_a_run_that_logged_nothing_has_a_card_too(tmp_path):
+def test_run_without_metrics_has_card(tmp_path):
     (tmp_path / "hf").mkdir()
     text = write_card(tmp_path / "hf", tmp_path, tiny()).read_text()
     assert "| base model | llama from random weights |" in text

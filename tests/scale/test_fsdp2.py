@@ -120,13 +120,13 @@ def test_fsdp1_is_refused_in_a_sentence(tmp_path):
     algorithm = ReMax(policy=tiny)
     algorithm.trainer = run
     run._accelerator_connector.strategy = FSDPStrategy()  # Lightning itself asks for a GPU
-    with pytest.raises(ValueError, match=r"take --trainer.strategy fsdp2"):
+    with pytest.raises(ValueError, match=r"Set --trainer.strategy fsdp2"):
         algorithm.setup("fit")
 
 
 def parallel_in_tensors(folder):
     run = trainer(folder, devices=2, strategy=ModelParallelStrategy())  # what its `auto` means
-    with pytest.raises(ValueError, match=r"splits tensors over 2 ranks.*strategy fsdp2"):
+    with pytest.raises(ValueError, match=r"Tensor parallelism over 2 ranks.*strategy fsdp2"):
         run.fit(ReMax(policy=tiny), RandomPrompts(1, 1))
 
 

@@ -1,5 +1,7 @@
 """Checks of an algorithm's arguments. Each refusal names the value found and the flag to set."""
 
+from collections.abc import Sequence
+
 from lit_align.errors import UserError
 
 
@@ -50,6 +52,25 @@ def check_fraction(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value <= 1:
             raise UserError(f"{name} must be between 0 and 1, found {value}. Set --model.{name}.")
+
+
+def check_choice(choices: Sequence[str], **settings: object) -> None:
+    """Refuse a setting that is not one of several words. The command line checks this itself.
+
+    Args:
+        choices: The words.
+        **settings: Values by the name of the setting.
+
+    Example:
+        >>> check_choice(("max", "min"), mode=True)
+        Traceback (most recent call last):
+        ...
+        lit_align.errors.UserError: mode must be max or min, found True. Set --model.mode.
+    """
+    for name, value in settings.items():
+        if value not in choices:
+            words = " or ".join(choices)
+            raise UserError(f"{name} must be {words}, found {value}. Set --model.{name}.")
 
 
 def check_group_size(algorithm: object, num_samples: int) -> None:

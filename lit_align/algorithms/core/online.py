@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_align.algorithms.core.argument_checks import check_at_least
+from lit_align.algorithms.core.argument_checks import check_at_least, check_choice
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.core.minibatches import shuffle_rows
 from lit_align.algorithms.core.reference_model import ReferenceModel
@@ -57,6 +57,11 @@ class OnlineAlgorithm(Algorithm):
         self.build_policy, self.reference_model = policy, ReferenceModel(reference, offload_frozen)
         check_at_least(1, update_epochs=update_epochs, minibatch_size=minibatch_size)
         self.update_epochs, self.minibatch_size = update_epochs, minibatch_size
+
+    def setup(self, stage: str) -> None:
+        """Check the loss aggregation, which a program can misspell; the command line cannot."""
+        check_choice(get_args(LossAggregation), loss_aggregation=self.loss_aggregation)
+        super().setup(stage)
 
     def on_rollout_end(self) -> None:
         """Free GPU memory for the reward models. `Rollout` calls this after the last response."""

@@ -73,7 +73,7 @@ class ReferenceModel:
 
     def logprobs(self, batch: Experience | TextBatch) -> Tensor:
         """Return the log-prob of each response token, [n, r] nats."""
-        with self.network.adapters.disabled():
+        with self.network.adapters.disable_all():
             return self.network.logprobs(batch)
 
     def role(self, name: str = "reference") -> Role:

@@ -84,7 +84,7 @@ class SparseUpdate(nn.Module):
     """The sparse part S of a layer's update, zero at the start.
 
     Args:
-        layer: Layer whose weight has the size of S.
+        layer: Layer with a weight of the size of S.
         density: Fraction of the weight's entries in S.
         seed: Seed of the support.
 

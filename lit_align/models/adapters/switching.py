@@ -41,7 +41,7 @@ class AdapterSwitching:
         self.owner = owner
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disable_all(self) -> Iterator[None]:
         """Compute with the base alone while the context is open."""
         if self.owner.adapted is None:
             yield

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 READ_CHUNK_SIZE = 4 * 2**20  # numbers per read
 # Private argument of `cached_file`: return None for a missing file (transformers 5.23).
-MAY_BE_MISSING = {"_raise_exceptions_for_missing_entries": False}
+NONE_IF_MISSING = {"_raise_exceptions_for_missing_entries": False}
 # parts of names that peft inserts (peft 0.21)
 PEFT_NAME_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.)")
 
@@ -48,7 +48,7 @@ class WeightFiles:
             source: Folder or hub id.
             revision: Branch, tag or commit on the hub. None: the main branch.
         """
-        options = {"revision": revision, **MAY_BE_MISSING}
+        options = {"revision": revision, **NONE_IF_MISSING}
         single = cached_file(source, SAFE_WEIGHTS_NAME, **options)
         if single is not None:
             return cls([single])
@@ -107,12 +107,12 @@ def build_on_meta(
         auto_class: transformers' class with the head.
         source: Folder or hub id.
         settings: Configuration of the network.
-        new_weights: Names of weights that the files may lack. They are initialized randomly.
+        new_weights: Names of weights that the files may lack.
         options: Arguments of `from_config`, and the revision.
 
     Returns:
-        The network, the names of its new weights and the files of the others. None if names or
-        shapes in the files differ from the network's, as transformers can convert some of them.
+        The network, its new weights' names and the files of the others. None if the files have
+        other names or shapes, which transformers may convert.
     """
     options = dict(options)
     revision = options.pop("revision")
@@ -131,7 +131,7 @@ def build_on_meta(
     for name in missing:
         initialize_weight(network, name)
     for key, tensor in known:
-        if not tensor.is_meta:  # a buffer
+        if not tensor.is_meta:  # only buffers have memory
             files.read_rows(key, 0, tensor)
     network.generation_config = load_generation_config(source, revision, network)
     return network, missing, files
@@ -153,7 +153,7 @@ def initialize_weight(network: PreTrainedModel, name: str) -> None:
 def load_generation_config(
     source: str, revision: str | None, network: PreTrainedModel
 ) -> GenerationConfig | None:
-    """Return the generation configuration of a folder, by default that of the configuration.
+    """Return the generation configuration of a folder, by default derived from its config.json.
 
     Args:
         source: Folder or hub id.
@@ -163,7 +163,7 @@ def load_generation_config(
     if not network.can_generate():
         return None
     name = "generation_config.json"
-    options = {"revision": revision, **MAY_BE_MISSING}
+    options = {"revision": revision, **NONE_IF_MISSING}
     if cached_file(source, name, **options) is None:
         return GenerationConfig.from_model_config(network.config)
     return GenerationConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
@@ -177,7 +177,7 @@ def cpu_placeholders(network: nn.Module) -> Iterator[None]:
     New tensors are created on the CPU, also inside a `torch.device("meta")` context.
 
     Args:
-        network: Network whose weights may be on the meta device.
+        network: Network that may have weights on the meta device.
 
     Example:
         >>> layer = nn.Linear(2, 3, device="meta")

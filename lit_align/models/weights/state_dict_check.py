@@ -41,7 +41,7 @@ def checkpoint_shapes(folder: Path) -> WeightShapes:
 
 
 def check_state_dict(module: nn.Module, found: WeightShapes) -> None:
-    """Raise a `UserError` if names or shapes differ from those of `module.state_dict()`.
+    """Raise a `UserError` if names or shapes differ from `module.state_dict()`.
 
     Args:
         module: Module that is to load the weights.

@@ -47,7 +47,7 @@ let weight = 0.6;
 
 // Curves ------------------------------------------------------------------------------------------
 
-function smoothed(values) {  // exponential mean without the bias of its start
+function smoothed(values) {  // exponential moving average with bias correction, as in Adam
   let sum = 0, total = 0;
   return values.map((value) => {
     sum = weight * sum + (1 - weight) * value;
@@ -56,7 +56,7 @@ function smoothed(values) {  // exponential mean without the bias of its start
   });
 }
 
-function band(arm, metric) {  // mean and range over the runs of an arm, where all have a value
+function band(arm, metric) {  // mean and range over the runs of an arm, at each x that all of them have
   const curves = arm.runs.map((run) => data.curves[run][metric]).filter(Boolean);
   if (!curves.length) return null;
   const maps = curves.map((curve) => {
@@ -114,7 +114,7 @@ function plane(figure, width, xs, ys, height, axis) {
 const line = (x, y, on) => x.map((place, i) => `${i ? "L" : "M"}${on.X(place).toFixed(1)} ${on.Y(y[i]).toFixed(1)}`).join("");
 const area = (x, low, high, on) => line(x, high, on) + line([...x].reverse(), [...low].reverse(), on).replace("M", "L") + "Z";
 
-function panels(place, metrics) {  // all frames first: their width is one layout of the page, not one for each
+function panels(place, metrics) {  // all frames first, so that the browser computes the layout once
   const frames = metrics.map(({ title, unit, metric }) => {
     const reading = make("span", { class: "reading" });
     const caption = make("figcaption", {}, make("h3", { text: title }), make("span", { text: unit }), reading);
@@ -131,7 +131,7 @@ function panel({ title, metric, reading, figure }, width) {
   const raw = (arm) => arm.curves.flatMap((curve) => single ? [...(curve.lo || curve.y), ...(curve.hi || curve.y)] : []);
   const xs = arms.flatMap((arm) => arm.x);
   const few = xs.length && xs.length === arms.length;
-  const span = range([0, ...xs, ...data.runs.map((run) => run.last)]);  // the same in all panels
+  const span = range([0, ...xs, ...data.runs.map((run) => run.last)]);  // one x axis for all panels
   const on = plane(figure, width, span, range(arms.flatMap((arm) => [...arm.low, ...arm.high, ...raw(arm)])), 190, data.axis);
   on.svg.setAttribute("aria-label", `${title}: ${arms.map((arm) => `${arm.name} ends at ${figures(arm.mean.at(-1))}`).join(", ")}`);
   for (const arm of arms) {
@@ -150,7 +150,7 @@ function panel({ title, metric, reading, figure }, width) {
 function follow(on, arms, reading) {
   const showValues = (words) => reading.replaceChildren(...arms.map((arm, i) => make("span", { class: "key", title: arm.name }, make("i", { color: color(arm.number) }), words(arm, i))));
   const most = Math.max(...arms.flatMap((arm) => arm.mean.map(Math.abs)));
-  const plain = (value) => figures(Math.abs(value) < 1e-5 * most ? 0 : value);  // smoothing never forgets
+  const plain = (value) => figures(Math.abs(value) < 1e-5 * most ? 0 : value);  // an exponential mean never reaches 0
   const rest = () => showValues((arm) => arm.mean.length < 2 ? plain(arm.mean[0]) : `${plain(arm.mean[0])} \u2192 ${plain(arm.mean.at(-1))}`);
   const ruler = draw(on.svg, "line", { class: "axis", y1: on.top, y2: on.bottom, visibility: "hidden" });
   on.svg.addEventListener("pointermove", (event) => {
@@ -219,7 +219,7 @@ function summary() {
   const shown = data.panels.slice(0, 5);
   at("summary").append(row(["run", "algorithm", "seed", data.axis, ...shown.map((each) => each.title)], "th"));
   data.runs.forEach((run, number) => {
-    const tenth = (values) => {  // its first and last tenth
+    const tenth = (values) => {  // means of the first and of the last tenth
       const n = Math.max(1, Math.floor(values.length / 10)), mean = (part) => part.reduce((a, b) => a + b, 0) / part.length;
       return values.length < 2 ? figures(values[0]) : `${figures(mean(values.slice(0, n)))} \u2192 ${figures(mean(values.slice(-n)))}`;
     };
@@ -228,7 +228,7 @@ function summary() {
     at("summary").append(row([make("td", { class: "text" }, key), run.algorithm, run.seed, make("td", { class: "number", text: figures(Number(run.last), 6) }), ...cells]));
   });
   const seeds = data.arms.some((arm) => arm.runs.length > 1);
-  at("reading").textContent = `The figures above are means of the first and of the last tenth. ${seeds ? "Seeds of one config share a line, their mean, and a band, their range." : "Faint: what was logged, or its range where a point stands for several."}`;
+  at("reading").textContent = `The table shows the means of the first and of the last tenth of each run. ${seeds ? "Runs that differ only in the seed are one line, their mean, with a band, their range." : "Faint lines are logged values without smoothing. A shade is the range of the values that a point replaces."}`;
   data.notes.forEach((note) => at("notes").append(make("p", { text: note })));
 }
 
@@ -276,7 +276,7 @@ function settings() {
     if (differs && all && many) found.className = "differs";
     at("config").append(found);
   });
-  if (!rows.length) at("config").append(row(["all settings are the same"]));
+  if (!rows.length) at("config").append(row(["All settings are equal."]));
   at("s-config").hidden = !data.config.length;
 }
 
@@ -284,8 +284,9 @@ function settings() {
 
 const ORDERS = { "worst first": (a, b) => a.low - b.low, "best first": (a, b) => b.high - a.high,
   "largest gain first": (a, b) => b.gain - a.gain, "as logged": (a, b) => a.place - b.place };
-const PAGE = 12;
-const moments = new Map();  // by run and prompt, when it was answered
+const PAGE = 12;  // prompts that one click on "Show more" adds
+const MARKS = { truncated: "cut off", stored: "offline response" };
+const moments = new Map();  // stages (rollout, validation, predictions) by run and prompt
 for (const { r, p, t } of data.answers) moments.set(`${r} ${p}`, (moments.get(`${r} ${p}`) || new Set()).add(t));
 const repeatedPrompts = new Set([...moments].filter(([, when]) => when.size > 1).map(([key]) => Number(key.split(" ")[1])));
 let limit = PAGE;
@@ -305,12 +306,12 @@ function cards() {
     const several = scores.length > 1;
     return { prompt, answers: ordered, place: prompt, low: Math.min(...scores), high: Math.max(...scores), gain: several ? scores.at(-1) - scores[0] : -1e9 };
   }).sort(ORDERS[at("order").value]);
-  at("counted").textContent = `${found.length.toLocaleString("en")} prompts, ${found.reduce((sum, each) => sum + each.answers.length, 0).toLocaleString("en")} answers`;
+  at("counted").textContent = `${found.length.toLocaleString("en")} prompts, ${found.reduce((sum, each) => sum + each.answers.length, 0).toLocaleString("en")} responses`;
   at("cards").replaceChildren(...found.slice(0, limit).map(card));
   at("more-cards").hidden = found.length <= limit;
 }
 
-function ends(answers) {  // many answers to one prompt: the first and the last two of each run
+function ends(answers) {  // the first two and the last two responses of each run to one prompt
   return data.runs.flatMap((_, run) => {
     const mine = answers.filter((answer) => answer.r === run);
     return mine.length <= 4 ? mine : [...mine.slice(0, 2), ...mine.slice(-2)];
@@ -323,15 +324,15 @@ function card({ prompt, answers }) {
     const about = make("div", { class: "about" });
     if (answer.s !== undefined) about.append("reward ", make("b", { text: figures(answer.s) }), " \u00b7 ");
     const facts = [answer.t, data.runs.length > 1 ? data.runs[answer.r].name : "", answer.n === undefined ? "" : `${answer.n} tokens`,
-      answer.k === undefined ? "" : `KL ${figures(answer.k)} nats`, ...answer.m.map((mark) => mark === "truncated" ? "cut off" : mark)];
+      answer.k === undefined ? "" : `KL ${figures(answer.k)} nats`, ...answer.m.map((mark) => MARKS[mark] || mark)];
     about.append(facts.filter(Boolean).join(" \u00b7 "));
-    const side = make("div", { class: "side" }, about, make("p", { text: answer.c || "(nothing)" }));
+    const side = make("div", { class: "side" }, about, make("p", { text: answer.c || "(empty)" }));
     side.style.borderColor = color(armIndex[answer.r]);
     return side;
   });
   const lines = data.runs.map((_, run) => make("div", { class: "sides" }, ...sides.filter((_, i) => kept[i].r === run))).filter((line) => line.children.length);
   const found = make("article", { class: "card" }, make("p", { class: "prompt", text: data.prompts[prompt] }), ...lines);
-  if (kept.length < answers.length) found.append(make("p", { class: "note", text: `${answers.length - kept.length} answers between them are left out` }));
+  if (kept.length < answers.length) found.append(make("p", { class: "note", text: `${answers.length - kept.length} responses in between are not shown` }));
   return found;
 }
 

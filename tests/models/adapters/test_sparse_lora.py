@@ -53,13 +53,13 @@ def test_the_update_is_low_rank_plus_sparse_and_can_be_disabled():
     assert (len(value), scale) == (204, 2)
     torch.testing.assert_close(layer(inputs), expected)
     assert (policy.logprobs(TEXTS) - base.logprobs(TEXTS)).abs().max() > 0.1
-    with policy.adapters.disabled():
+    with policy.adapters.disable_all():
         assert torch.equal(policy.logprobs(TEXTS), base.logprobs(TEXTS))
 
 
 def test_only_the_update_trains_also_after_a_pass_of_the_reference():
     policy = tiny(lora=SMALL)
-    with policy.adapters.disabled():
+    with policy.adapters.disable_all():
         policy.logprobs(TEXTS)
     policy.logprobs(TEXTS).sum().backward()
     trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
@@ -149,8 +149,8 @@ def test_a_plain_frozen_adapter_can_be_loaded_as_well(tmp_path):
     with torch.no_grad(), policy.adapters.use_adapter("dpo"):
         torch.testing.assert_close(policy.logprobs(TEXTS), other.logprobs(TEXTS))
     assert torch.equal(policy.logprobs(TEXTS), before)
-    policy.save(tmp_path / "whole")
-    loaded = Policy(str(tmp_path / "whole"))
+    policy.save(tmp_path / "full")
+    loaded = Policy(str(tmp_path / "full"))
     torch.testing.assert_close(loaded.logprobs(TEXTS), before, rtol=0, atol=1e-5)
 
 

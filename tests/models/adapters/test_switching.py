@@ -55,7 +55,7 @@ def test_a_copy_switches_its_own_adapters():
     ones = torch.ones_like(ids, dtype=torch.bool)
     text = TextBatch(tokens=ids, token_mask=ones, target_mask=ones, lengths=[6])
     copy = deepcopy(model)
-    with copy.adapters.disabled(), torch.no_grad():
+    with copy.adapters.disable_all(), torch.no_grad():
         assert not torch.equal(model.logprobs(text), copy.logprobs(text))
     with torch.no_grad():
         assert torch.equal(model.logprobs(text), copy.logprobs(text))

@@ -1,4 +1,4 @@
-"""Packed texts do not see each other, whatever the architecture; others keep their padding."""
+"""Packed sequences do not see each other in any supported architecture; others keep padding."""
 
 import pytest
 import torch
@@ -10,33 +10,44 @@ from lit_align.models.hidden_states import padded_hidden_states
 from lit_align.models.kernels.varlen_attention import ATTENTION_NAME, SequenceLengths, flash_varlen
 from lit_align.models.policy import Policy
 
-KINDS = ["llama", "qwen2", "qwen3", "gpt_neox", "olmo2", "phi", "phi3", "gemma", "granite"]
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "olmo2",
+    "phi",
+    "phi3",
+    "gemma",
+    "granite",
+]
 
 
-def kind(name: str, **settings) -> Policy:
+def build_policy(name: str, **settings) -> Policy:
+    """Return a tiny policy of an architecture, with the same weights each time."""
     torch.manual_seed(0)
     return Policy(config={**TINY, "model_type": name, "head_dim": 16, **settings})
 
 
-def difference(policy: Policy) -> float:
-    """The largest of hidden states with padding from those without."""
+def max_difference(policy: Policy) -> float:
+    """Return the largest difference between hidden states with and without padding."""
     batch = ragged_rollout()
     real = batch.token_mask
     distance = policy.hidden_states(batch)[real] - padded_hidden_states(policy.network, batch)[real]
     return float(distance.detach().abs().max())
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_architectures_with_full_attention_pack(name):
-    policy = kind(name)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_with_full_attention_are_packed(name):
+    policy = build_policy(name)
     assert policy.uses_packing
-    assert difference(policy) < 1e-5
+    assert max_difference(policy) < 1e-5
 
 
-def test_gpt2_packs():
-    policy = kind("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=64)
+def test_gpt2_is_packed():
+    policy = build_policy("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=64)
     assert policy.uses_packing
-    assert difference(policy) < 1e-5
+    assert max_difference(policy) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -48,18 +59,19 @@ def test_gpt2_packs():
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
     ],
 )
-def test_what_sees_other_tokens_by_another_way_keeps_its_padding(name, settings):
-    policy = kind(name, **settings)
+def test_other_architectures_keep_their_padding(name, settings):
+    """A sliding window, a state from token to token, and ALiBi."""
+    policy = build_policy(name, **settings)
     assert not policy.uses_packing
 
 
-def test_the_users_choice_of_attention_is_kept():
+def test_attention_chosen_by_the_user_is_kept():
     policy = tiny(attn_implementation="eager")
     assert not policy.uses_packing
-    assert difference(policy) == 0
+    assert max_difference(policy) == 0
 
 
-def test_the_losses_of_sft_are_those_of_each_text_alone():
+def test_packed_sft_losses_equal_those_of_single_texts():
     """Nats of each token, packed and one text at a time; differences below 1e-5."""
     batch, policy = RandomTexts().batch(0), tiny()
     algorithm = SFT(policy=lambda: policy)
@@ -71,7 +83,7 @@ def test_the_losses_of_sft_are_those_of_each_text_alone():
         assert packed[row, length - 1 :].abs().sum() == 0
 
 
-def test_a_packed_network_recomputes_its_blocks_in_backward():
+def test_activation_checkpointing_gives_the_same_packed_gradients():
     grads = []
     for activation_checkpointing in (False, True):
         policy = tiny(activation_checkpointing=activation_checkpointing)
@@ -80,8 +92,8 @@ def test_a_packed_network_recomputes_its_blocks_in_backward():
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=0)
 
 
-def test_halves_on_a_gpu_go_to_the_kernel_for_texts_of_any_length():
-    """On tensors without values: shapes, types and arguments, 4 heads on 2."""
+def test_flash_varlen_takes_grouped_heads_in_half_precision():
+    """Fake tensors check shapes, dtypes and arguments without a GPU: 4 heads on 2 key heads."""
     with FakeTensorMode():
         query = torch.empty(1, 4, 10, 16, dtype=torch.bfloat16, requires_grad=True)
         key = torch.empty(1, 2, 10, 16, dtype=torch.bfloat16, requires_grad=True)
@@ -93,6 +105,6 @@ def test_halves_on_a_gpu_go_to_the_kernel_for_texts_of_any_length():
     assert key.grad.shape == key.shape
 
 
-def test_a_saved_configuration_does_not_know_of_packing(tmp_path):
+def test_saved_configuration_does_not_name_the_packed_attention(tmp_path):
     tiny().save(tmp_path)
     assert ATTENTION_NAME not in (tmp_path / "config.json").read_text()

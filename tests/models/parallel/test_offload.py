@@ -1,4 +1,4 @@
-"""Parking: what moves, what stays, and who is awake when."""
+"""Offloading moves networks and optimizer state, keeps values, and loads one network at a time."""
 
 import pytest
 import torch
@@ -16,32 +16,33 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def everywhere(monkeypatch):
-    """As if the CPU's tensors were on another device."""
+def all_tensors_move(monkeypatch):
+    """Treat CPU tensors as if they were on a GPU."""
     monkeypatch.setattr(offload, "can_offload", lambda tensor: True)
 
 
-def places(tensors) -> list[int]:
+def addresses(tensors) -> list[int]:
+    """Return the address of each tensor's data."""
     return [tensor.data_ptr() for tensor in tensors]
 
 
 def test_on_a_cpu_nothing_moves():
     network = nn.Linear(2, 2)
-    offloaded, before = OffloadedTensors(network.parameters), places(network.parameters())
+    offloaded, before = OffloadedTensors(network.parameters), addresses(network.parameters())
     offloaded.offload()
-    assert places(network.parameters()) == before
+    assert addresses(network.parameters()) == before
     offloaded.reload()
-    assert places(network.parameters()) == before
+    assert addresses(network.parameters()) == before
 
 
-def test_what_sleeps_and_wakes_keeps_its_values_and_its_identity(everywhere):
+def test_offloaded_weights_keep_their_values_and_their_identity(all_tensors_move):
     network = nn.Linear(2, 2)
-    weights, before = list(network.parameters()), places(network.parameters())
+    weights, before = list(network.parameters()), addresses(network.parameters())
     values = [weight.detach().clone() for weight in weights]
     offloaded = OffloadedTensors(network.parameters)
     for _ in range(3):
         offloaded.offload()
-        assert not set(before) & set(places(weights))
+        assert not set(before) & set(addresses(weights))
         assert all(map(torch.equal, weights, values))
         offloaded.reload()
         assert all(map(torch.equal, weights, values))
@@ -49,91 +50,96 @@ def test_what_sleeps_and_wakes_keeps_its_values_and_its_identity(everywhere):
     assert all(weight.requires_grad for weight in weights)
 
 
-def test_a_tensor_keeps_its_place_on_the_cpu(everywhere):
+def test_a_tensor_keeps_its_host_copy(all_tensors_move):
     weight = torch.ones(3)
     offloaded = OffloadedTensors(lambda: [weight])
     offloaded.offload()
     first = weight.data_ptr()
     offloaded.reload()
-    weight.data = weight + 1  # what an update on the device leaves
+    weight.data = weight + 1  # an update on the device
     offloaded.offload()
     assert weight.data_ptr() == first
     assert weight.tolist() == [2, 2, 2]
 
 
-def test_frozen_tensors_are_copied_once(everywhere):
+def test_frozen_tensors_are_copied_once(all_tensors_move):
     weight = torch.ones(3)
     offloaded = OffloadedTensors(lambda: [weight], is_frozen=True)
     offloaded.offload()
     offloaded.reload()
-    weight.data = weight + 1  # not what a frozen tensor does
+    weight.data = weight + 1  # a change that the host copy must not have
     offloaded.offload()
     assert weight.tolist() == [1, 1, 1]
 
 
-def test_what_was_never_parked_does_not_wake():
-    """An optimizer's step count that lives on the CPU must not follow the moments."""
+def test_tensors_of_the_cpu_are_not_reloaded():
+    """An optimizer's step counter is on the CPU and must not follow the moments to the device."""
     offloaded = OffloadedTensors(lambda: [torch.ones(1)])
     offloaded.offload()
     assert not offloaded.devices
     offloaded.reload()
 
 
-def test_shards_and_weights_that_ddp_has_hooked_stay(monkeypatch):
-    class Elsewhere:
+def test_shards_and_trained_weights_under_ddp_are_not_offloaded(monkeypatch):
+    class GPUTensor:
         device, requires_grad = torch.device("cuda"), True
 
-    assert offload.can_offload(Elsewhere())
+    assert offload.can_offload(GPUTensor())
     monkeypatch.setattr(offload.distributed, "is_initialized", lambda: True)
-    assert not offload.can_offload(Elsewhere())
-    Elsewhere.requires_grad = False
-    assert offload.can_offload(Elsewhere())
-    monkeypatch.setattr(offload, "DTensor", Elsewhere)
-    assert not offload.can_offload(Elsewhere())
+    assert not offload.can_offload(GPUTensor())
+    GPUTensor.requires_grad = False
+    assert offload.can_offload(GPUTensor())
+    monkeypatch.setattr(offload, "DTensor", GPUTensor)
+    assert not offload.can_offload(GPUTensor())
 
 
-def test_an_optimizer_s_state_begins_with_its_first_step():
+def test_an_optimizer_has_state_after_its_first_step():
     network = nn.Linear(2, 2)
     optimizer = AdamW(network.parameters())
     assert not list(optimizer_state_tensors(optimizer))
     network(torch.ones(2)).sum().backward()
     optimizer.step()
     shapes = sorted(list(tensor.shape) for tensor in optimizer_state_tensors(optimizer))
-    assert shapes == [[], [], [2], [2], [2, 2], [2, 2]]  # two moments and a step each
+    assert shapes == [
+        [],
+        [],
+        [2],
+        [2],
+        [2, 2],
+        [2, 2],
+    ]  # per weight: two moments and a step counter
 
 
-def test_whoever_is_called_comes_and_the_others_leave(everywhere):
+def test_a_forward_call_loads_a_network_and_offloads_the_others(all_tensors_move):
     one, two, three = networks = [nn.Linear(2, 2) for _ in range(3)]
-    turns = ExclusiveOffload(networks)
+    exclusive = ExclusiveOffload(networks)
 
-    def asleep():
-        return [bool(turns.offloaded[network].devices) for network in networks]
+    def is_offloaded():
+        return [bool(exclusive.offloaded[network].devices) for network in networks]
 
-    assert asleep() == [False, False, False]  # as Lightning puts them
+    assert is_offloaded() == [False, False, False]  # Lightning has moved all to the device
     two(torch.ones(2))
-    assert asleep() == [True, False, True]
+    assert is_offloaded() == [True, False, True]
     two(torch.ones(2))
     three(torch.ones(2))
-    assert asleep() == [True, True, False]
-    turns.offload_all()
-    assert asleep() == [True, True, True]
+    assert is_offloaded() == [True, True, False]
+    exclusive.offload_all()
+    assert is_offloaded() == [True, True, True]
     one(torch.ones(2))
-    assert asleep() == [False, True, True]
+    assert is_offloaded() == [False, True, True]
 
 
-def test_a_network_learns_what_it_would_have_learnt(everywhere):
-    def learnt(offload: bool):
+def test_offloading_does_not_change_training(all_tensors_move):
+    def trained_weight(offload: bool):
         torch.manual_seed(0)
         network, other = nn.Linear(3, 3), nn.Linear(3, 3)
         optimizer = AdamW(network.parameters(), lr=0.1)
-        turns, state = (
-            ExclusiveOffload([network, other]),
-            OffloadedTensors(lambda: optimizer_state_tensors(optimizer)),
-        )
+        exclusive = ExclusiveOffload([network, other])
+        state = OffloadedTensors(lambda: optimizer_state_tensors(optimizer))
         for _ in range(3):
             if offload:
                 other(torch.ones(3))
-                turns.offload_all()
+                exclusive.offload_all()
                 state.offload()
             network(torch.ones(3)).square().sum().backward()
             state.reload()
@@ -141,11 +147,11 @@ def test_a_network_learns_what_it_would_have_learnt(everywhere):
             optimizer.zero_grad()
         return network.weight
 
-    assert torch.equal(learnt(offload=True), learnt(offload=False))
+    assert torch.equal(trained_weight(offload=True), trained_weight(offload=False))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_parked_weights_leave_its_memory():
+def test_offloaded_weights_take_no_gpu_memory():
     network = nn.Linear(1024, 1024, bias=False).cuda()
     offloaded, before = OffloadedTensors(network.parameters), torch.cuda.memory_allocated()
     values = network.weight.detach().cpu()
