@@ -28,10 +28,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 import datasets
 import torch
 import transformers
-from bench import growth, limits, loop, material, ours, papers
+from bench import data, growth, limits, lit_align_side, loop, papers
 from bench.case import OFFLINE, ONLINE, Case, shapes
+from bench.interleave import Step, interleave_steps
 from bench.memory import peak, run_in_fork
-from bench.turns import Step, interleave_steps
 
 Side = Callable[..., None]  # of (case, folder, steps, after_step)
 HEAD = "               model shape    clock   work  memory   MiB other MiB  seconds  other"
@@ -49,7 +49,7 @@ def disable_output() -> None:
 
 def write_files(case: Case, folder: Path, steps: int) -> None:
     """What the runs read."""
-    material.write_files(case, folder, steps)
+    data.write_files(case, folder, steps)
 
 
 def time_steps(case: Case, folder: Path, sides: list[Side], rounds: int) -> list[list[Step]]:
@@ -101,25 +101,27 @@ def print_comparison(
 
 def compare_with_trl(args: argparse.Namespace) -> None:
     """lit_align beside TRL."""
-    from bench import theirs  # only where TRL is installed
+    from bench import trl_side  # only where TRL is installed
 
     print(f"beside TRL\n{HEAD}")
     for model in args.models:
         for algorithm in args.algorithms:
             for shape in shapes(algorithm, args.device):
                 case = Case(algorithm, model, shape, args.device)
-                print_comparison(algorithm, case, [ours.run, theirs.run], args)
+                print_comparison(algorithm, case, [lit_align_side.run, trl_side.run], args)
 
 
 def compare_with_batching(args: argparse.Namespace) -> None:
     """lit_align beside TRL that answers by transformers' continuous batching."""
-    from bench import theirs
+    from bench import trl_side
 
     print(f"beside TRL with continuous batching\n{HEAD}")
     for model in args.models:
         for shape in shapes("grpo", args.device):
             case = Case("grpo", model, shape, args.device)
-            print_comparison("grpo", case, [ours.run, partial(theirs.run, batched=True)], args)
+            print_comparison(
+                "grpo", case, [lit_align_side.run, partial(trl_side.run, batched=True)], args
+            )
 
 
 def compare_with_loop(args: argparse.Namespace) -> None:
@@ -127,7 +129,7 @@ def compare_with_loop(args: argparse.Namespace) -> None:
     print(f"beside a bare loop\n{HEAD}")
     for algorithm in ("grpo", "sft"):
         case = Case(algorithm, args.models[-1], shapes(algorithm, args.device)[0], args.device)
-        print_comparison(algorithm, case, [ours.run, loop.run], args)
+        print_comparison(algorithm, case, [lit_align_side.run, loop.run], args)
 
 
 def check_paper_claims(args: argparse.Namespace) -> None:

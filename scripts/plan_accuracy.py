@@ -1,12 +1,12 @@
-"""What `lit-align plan` foretells, beside what an allocator counts in a real fit of two steps.
+"""Compare the estimates of `lit-align plan` with the allocator's peaks in a fit of two steps.
 
-    python scripts/plan_accuracy.py --plans plans.json              # any machine: the plans alone
+    python scripts/plan_accuracy.py --plans plans.json              # any machine: only the plans
     python scripts/plan_accuracy.py --plans plans.json --measured   # a machine with a GPU: both
     python scripts/plan_accuracy.py --model toy --device cpu --measured
 
-Each plan and each fit has a process of its own. Every line is printed as soon as it is known, in
-GiB; a method that fails says why, and the others go on. Status 1 if a method has failed or a phase
-is further from its plan than `--within`.
+Each plan and each fit runs in its own process. Every line is printed as soon as it is known, in
+GiB. If a method fails, its error is printed and the others continue. Exit status 1 means that a
+method has failed, or that a plan is off by more than `--within`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Phases = dict[str, int]  # bytes by phase
 
 
 class ProcessDiedError(RuntimeError):
-    """A process that has died, by its last line."""
+    """Error of a subprocess, with the last line that it printed."""
 
 
 def run_in_subprocess(action: str, name: str, args: argparse.Namespace) -> Phases:
-    """Bytes by phase, from a process that does nothing else.
+    """Return the bytes by phase from a new process.
 
     Args:
         action: planned or measured.
-        name: Of the method.
-        args: Of the command line.
+        name: Name of the method.
+        args: Options of the command line.
     """
     argv = [sys.executable, __file__, "--one", action, "--methods", name]
     argv += ["--model", args.model, "--device", args.device]
@@ -46,7 +46,9 @@ def run_in_subprocess(action: str, name: str, args: argparse.Namespace) -> Phase
             argv, capture_output=True, text=True, timeout=args.seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        raise ProcessDiedError(f"not done after {args.seconds} seconds") from None
+        raise ProcessDiedError(
+            f"not finished after {args.seconds} seconds. Set --seconds."
+        ) from None
     if done.returncode:
         raise ProcessDiedError(
             next(iter(done.stderr.strip().splitlines()[-1:]), f"{done.returncode}")
@@ -56,10 +58,17 @@ def run_in_subprocess(action: str, name: str, args: argparse.Namespace) -> Phase
 
 
 def run_here(action: str, name: str, args: argparse.Namespace) -> Phases:
-    """The same in this process."""
+    """Return the bytes by phase, computed in this process.
+
+    Args:
+        action: planned or measured.
+        name: Name of the method.
+        args: Options of the command line.
+    """
+    # Before torch is imported: no download, and no message of the profiler.
     os.environ |= {"HF_HUB_OFFLINE": "1", "KINETO_LOG_LEVEL": "6"}
     if action == "planned":
-        from bench.foretold import planned as work
+        from bench.planned import planned as work
     else:
         from bench.accuracy import measured as work
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +78,13 @@ def run_here(action: str, name: str, args: argparse.Namespace) -> Phases:
 def run_all(
     action: str, names: list[str], args: argparse.Namespace
 ) -> Iterator[tuple[str, Phases | ProcessDiedError]]:
-    """Each method with its bytes or why it has none, in the order in which they are known."""
+    """Yield each method with its bytes or its error, in the order in which they finish.
+
+    Args:
+        action: planned or measured.
+        names: Names of the methods.
+        args: Options of the command line.
+    """
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(run_in_subprocess, action, name, args): name for name in names}
         for done in as_completed(jobs):
@@ -80,7 +95,11 @@ def run_all(
 
 
 def load_or_make_plans(args: argparse.Namespace) -> dict[str, Phases]:
-    """The plans of the file, and those that it lacks, which are added to it."""
+    """Return the plans by method: read the file, and add the plans that are missing in it.
+
+    Args:
+        args: Options of the command line.
+    """
     file = Path(args.plans) if args.plans else None
     known = json.loads(file.read_text()) if file and file.is_file() else {}
     missing = [name for name in args.methods if f"{args.model} {name}" not in known]
@@ -96,18 +115,22 @@ def load_or_make_plans(args: argparse.Namespace) -> dict[str, Phases]:
 
 
 def format_phases(found: Phases) -> Iterator[str]:
-    """Each phase and its GiB."""
+    """Yield the name and the GiB of each phase.
+
+    Args:
+        found: Bytes by phase.
+    """
     for phase in (phase for phase in PHASE_ORDER if phase in found):
         yield f"{phase} {found[phase] / GIB:.3f}"
 
 
 def print_differences(plan: Phases, real: Phases, name: str) -> list[float]:
-    """Prints a line per phase; how far the plan is off, as shares of what was measured.
+    """Print a line per phase and return the errors of the plan as fractions of the measured bytes.
 
     Args:
-        plan: Bytes by phase.
-        real: The same.
-        name: Of the method.
+        plan: Estimated bytes by phase.
+        real: Measured bytes by phase.
+        name: Name of the method.
     """
     errors = []
     for phase in (phase for phase in PHASE_ORDER if phase in real or phase in plan):
@@ -121,7 +144,11 @@ def print_differences(plan: Phases, real: Phases, name: str) -> list[float]:
 
 
 def library_versions(device: str) -> str:
-    """What the figures were measured with."""
+    """Return the versions and the device of the measurement.
+
+    Args:
+        device: cpu or cuda.
+    """
     import torch
     import transformers
 
@@ -130,18 +157,22 @@ def library_versions(device: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Plans, measures, compares."""
+    """Plan the methods, measure them and compare both.
+
+    Args:
+        argv: Arguments of the command line.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="qwen-2.5-0.5b", help="toy, or a shape of the plan")
+    parser.add_argument("--model", default="qwen-2.5-0.5b", help="toy, or a built-in architecture")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--methods", nargs="+", default=METHODS.split(), choices=METHODS.split())
-    parser.add_argument("--plans", help="JSON file of plans, read and added to")
-    parser.add_argument("--measured", action="store_true", help="fit, and compare")
-    parser.add_argument("--within", type=float, default=0.05, help="share that a plan may be off")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--seconds", type=int, default=120, help="that a process may take")
+    parser.add_argument("--plans", help="JSON file of plans; missing plans are added")
+    parser.add_argument("--measured", action="store_true", help="run the fits and compare")
+    parser.add_argument("--within", type=float, default=0.05, help="largest error, a fraction")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at the same time")
+    parser.add_argument("--seconds", type=int, default=120, help="time limit of a process")
     parser.add_argument("--one", choices=("planned", "measured"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:

@@ -1,4 +1,4 @@
-"""The speed benchmark runs: every algorithm of both sides at a size of nothing."""
+"""The speed benchmark runs every algorithm of both sides at a tiny size."""
 
 import importlib.util
 import re
@@ -14,7 +14,7 @@ ALGORITHMS = ["grpo", "rloo", "dpo", "sft", "reward_model"]
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The modules of the benchmark, and a size that takes no time."""
+    """Return the module of cases, with a model size that takes no time."""
     monkeypatch.syspath_prepend(SCRIPTS)
     from bench import case
 
@@ -28,72 +28,74 @@ def bench(monkeypatch):
     return case
 
 
-def written(bench, algorithm: str, folder: Path, mean: int = 3):
-    """A case of four prompts or rows, and its files."""
-    from bench import material
+def write_case(bench, algorithm: str, folder: Path, mean: int = 3):
+    """Return a case of four prompts or rows, after writing its files."""
+    from bench import data
 
     shape = bench.Shape("ragged" if mean else "full", 4, 2, 8, 6, mean, 2)
     case = bench.Case(algorithm, "tiny", shape)
-    material.write_files(case, folder, 4)
+    data.write_files(case, folder, 4)
     return case
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_our_side_steps(bench, algorithm, tmp_path):
-    from bench import ours
-    from bench.turns import interleave_steps
+def test_lit_align_side_runs_steps(bench, algorithm, tmp_path):
+    from bench import lit_align_side
+    from bench.interleave import interleave_steps
 
-    case = written(bench, algorithm, tmp_path)
-    (steps,) = interleave_steps([lambda *args: ours.run(case, tmp_path, *args)], rounds=2)
+    case = write_case(bench, algorithm, tmp_path)
+    (steps,) = interleave_steps([lambda *args: lit_align_side.run(case, tmp_path, *args)], rounds=2)
     assert len(steps) == 2
     assert all(step.clock > 0 for step in steps)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL: the extra `bench`")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_their_side_steps(bench, algorithm, tmp_path):
-    from bench import theirs
-    from bench.turns import interleave_steps
+def test_trl_side_runs_steps(bench, algorithm, tmp_path):
+    from bench import trl_side
+    from bench.interleave import interleave_steps
 
-    case = written(bench, algorithm, tmp_path)
-    (steps,) = interleave_steps([lambda *args: theirs.run(case, tmp_path, *args)], rounds=2)
+    case = write_case(bench, algorithm, tmp_path)
+    (steps,) = interleave_steps([lambda *args: trl_side.run(case, tmp_path, *args)], rounds=2)
     assert len(steps) == 2
 
 
 @pytest.mark.parametrize(("mean", "ragged"), [(0, False), (3, True)])
-def test_answers_are_as_long_as_the_shape_says(bench, mean, ragged, tmp_path):
-    """Of the full shape none ends before its sixth token; of the other one most do."""
-    from bench import ours
+def test_responses_have_the_lengths_of_the_shape(bench, mean, ragged, tmp_path):
+    """In the full shape no response ends before its sixth token. In the ragged one most do."""
+    from bench import lit_align_side
 
-    case = written(bench, "grpo", tmp_path, mean)
+    case = write_case(bench, "grpo", tmp_path, mean)
     lengths = []
 
-    class Look(ours.Callback):
+    class LengthRecorder(lit_align_side.Callback):
         def on_train_batch_end(self, trainer, algorithm, outputs, batch, batch_idx):
             lengths.extend(batch.response_lengths)
 
-    callbacks = [*ours.callbacks(case), Look()]
-    ours.fit(case, tmp_path, 2, lambda: None, ours.algorithm(case, tmp_path), callbacks)
+    callbacks = [*lit_align_side.callbacks(case), LengthRecorder()]
+    lit_align_side.fit(
+        case, tmp_path, 2, lambda: None, lit_align_side.algorithm(case, tmp_path), callbacks
+    )
     assert len(lengths) == 8
     assert any(length < 6 for length in lengths) == ragged
 
 
 @pytest.mark.parametrize("mean", [0, 3])
-def test_the_bare_loop_is_the_same_maths(bench, mean, tmp_path):
-    """Weights after two steps of SFT; they move by about 2e-6 each."""
-    from bench import loop, ours
+def test_the_bare_loop_computes_the_same_weights(bench, mean, tmp_path):
+    """Weights after two steps of SFT, each of which changes them by about 2e-6."""
+    from bench import lit_align_side, loop
 
-    case = written(bench, "sft", tmp_path, mean)
-    algorithm = ours.algorithm(case, tmp_path)
-    ours.fit(case, tmp_path, 2, lambda: None, algorithm, [])
+    case = write_case(bench, "sft", tmp_path, mean)
+    algorithm = lit_align_side.algorithm(case, tmp_path)
+    lit_align_side.fit(case, tmp_path, 2, lambda: None, algorithm, [])
     bare = loop.run(case, tmp_path, 2, lambda: None)
     assert distance(weights(bare), weights(algorithm.policy)) < 1e-7
 
 
-def test_the_bare_loop_of_grpo_steps(bench, tmp_path):
+def test_the_bare_loop_of_grpo_runs_steps(bench, tmp_path):
     from bench import loop
 
-    case, steps = written(bench, "grpo", tmp_path), []
+    case, steps = write_case(bench, "grpo", tmp_path), []
     loop.run(case, tmp_path, 2, lambda: steps.append(1))
     assert len(steps) == 2
 
@@ -102,7 +104,7 @@ def test_the_bare_loop_of_grpo_steps(bench, tmp_path):
 def test_the_papers_algorithms_step(bench, name, tmp_path):
     from bench import papers
 
-    case, steps = written(bench, "grpo", tmp_path), []
+    case, steps = write_case(bench, "grpo", tmp_path), []
     papers.prepare(tmp_path)
     papers.run(name, case, tmp_path, 1, lambda: steps.append(1))
     assert len(steps) == 1

@@ -1,4 +1,4 @@
-"""Short fits of every kind, whose memory is planned on one machine and measured on another."""
+"""Short fits of every method, to compare their measured memory with the estimate."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ TOY: dict[str, Any] = {
 
 
 class Size(NamedTuple):
-    """How large the runs are.
+    """Size of the fits.
 
     Args:
-        config: Of every network.
+        config: Architecture of every network.
         prompt: Tokens of a prompt.
         response: Tokens of a response.
-        rows: Texts of a step.
+        rows: Texts of an optimizer step.
         microbatch_rows: Texts of a micro-batch.
-        rank: Of GaLore's matrices and of adapters.
+        rank: Rank of GaLore and of adapters.
     """
 
     config: dict[str, Any]
@@ -75,12 +75,12 @@ class Size(NamedTuple):
 
 
 def size_of(model: str) -> Size:
-    """The runs of a model: `toy`, or a built-in shape of the plan.
+    """Return the size of the fits of a model.
 
     Args:
-        model: Its name.
+        model: `toy`, or the name of a built-in architecture.
     """
-    endless = {"eos_token_id": None}  # as a plan has it: no answer ends early
+    endless = {"eos_token_id": None}  # no response ends early, as in a plan
     if model == "toy":
         return Size(TOY | endless, 16, 24, 8, 3, 8)
     config = architecture_config(f"shape:{model}").to_diff_dict()
@@ -88,12 +88,12 @@ def size_of(model: str) -> Size:
 
 
 class Fit(NamedTuple):
-    """What is fitted.
+    """Objects of a fit.
 
     Args:
-        trainer: For one pass over `data`.
-        algorithm: Not yet fitted.
-        data: Batches of the longest texts.
+        trainer: Trainer for one pass over `data`.
+        algorithm: Algorithm that has not been fitted.
+        data: Batches of the maximum length.
     """
 
     trainer: Trainer
@@ -102,10 +102,10 @@ class Fit(NamedTuple):
 
 
 class RandomRewardModel(ModelReward):
-    """A reward model of random weights, which reads token ids without any text.
+    """Reward model with random weights, which reads token ids instead of text.
 
     Args:
-        size: Of the runs.
+        size: Size of the fits.
     """
 
     def __init__(self, size: Size):
@@ -113,31 +113,43 @@ class RandomRewardModel(ModelReward):
         self.size = size
 
     def setup(self, algorithm: LightningModule) -> None:
-        """Builds the network."""
+        """Build the network.
+
+        Args:
+            algorithm: Algorithm of the run; not used.
+        """
         scalar = RewardNetwork(config=dict(self.size.config), dtype=self.dtype)
         self.network = scalar.eval().requires_grad_(False)
         self.offloaded_weights = OffloadedTensors(self.network.parameters, is_frozen=True)
 
     def encode(self, batch: Experience) -> list[list[int]]:
-        """[N] texts as long as the policy's."""
+        """Return N texts with the maximum length of the policy.
+
+        Args:
+            batch: N rows.
+        """
         return [[FIRST_TOKEN_ID] * tokens(self.size)] * len(batch)
 
 
 class TokenCountReward(RewardFunction):
-    """How often a token stands in the response."""
+    """Reward that counts one token in the response."""
 
     def __call__(self, batch: Experience) -> Tensor:
-        """[N] numbers."""
+        """Return the scores [N].
+
+        Args:
+            batch: N rows.
+        """
         return ((batch.responses == FIRST_TOKEN_ID) & batch.response_mask).sum(-1).float()
 
 
 class Method(NamedTuple):
-    """What is run.
+    """Method that is compared.
 
     Args:
-        kind: The algorithm.
-        settings: Its own, from a size.
-        reward: Of answers, from a size.
+        kind: Class of the algorithm.
+        settings: Function of the size that returns the arguments of the algorithm.
+        reward: Function of the size that returns the reward function.
     """
 
     kind: type[Algorithm]
@@ -146,45 +158,45 @@ class Method(NamedTuple):
 
 
 def tokens(size: Size) -> int:
-    """Of a whole text."""
+    """Return the tokens of prompt and response together."""
     return size.prompt + size.response
 
 
 def network(kind: type, size: Size, **settings: Any) -> Callable[[], Any]:
-    """Builds a network of random weights."""
+    """Return a function that builds a network with random weights."""
     return partial(kind, config=dict(size.config), **settings)
 
 
 def policy(size: Size) -> dict[str, Any]:
-    """A policy that trains whole."""
+    """Return the arguments of full training of a policy."""
     return {"policy": network(Policy, size)}
 
 
 def policy_and_critic(size: Size) -> dict[str, Any]:
-    """A policy and a critic that train whole."""
+    """Return the arguments of full training of a policy and a critic."""
     return {**policy(size), "critic": network(ScalarHead, size)}
 
 
 def adapters(size: Size) -> dict[str, Any]:
-    """A policy and a critic of adapters on frozen bases."""
+    """Return the arguments of a policy and a critic with adapters on frozen bases."""
     half = {"dtype": "bfloat16", "lora": LoRA(r=size.rank, lora_alpha=2 * size.rank)}
     both = (("policy", Policy), ("critic", ScalarHead))
     return {role: network(kind, size, **half) for role, kind in both}
 
 
 def galore_policy(size: Size) -> dict[str, Any]:
-    """GaLore's optimizer, of its own rank."""
+    """Return the arguments of a policy that GaLore trains."""
     return {**policy(size), "optimizer": partial(GaLore, rank=size.rank, lr=1e-5)}
 
 
 def hydra(size: Size) -> dict[str, Any]:
-    """One frozen base with an actor's and a critic's adapter."""
+    """Return the arguments of one frozen base with adapters of actor and critic."""
     half = {"dtype": "bfloat16", "lora": LoRA(r=size.rank, lora_alpha=2 * size.rank)}
     return {"policy": network(Hydra, size, **half)}
 
 
 def checkpointed_policy(size: Size) -> dict[str, Any]:
-    """A policy that keeps the inputs of blocks alone."""
+    """Return the arguments of a policy with activation checkpointing."""
     return {"policy": network(Policy, size, activation_checkpointing=True)}
 
 
@@ -205,13 +217,13 @@ PAIR_ALGORITHMS = (DPO, RewardModel)
 
 
 def run(name: str, size: Size, folder: str, accelerator: str) -> Fit:
-    """A fit of two batches, whose every row is as long as it may be.
+    """Build a fit of two batches in which every row has the maximum length.
 
     Args:
-        name: Of the method.
-        size: Of networks, texts and batches.
-        folder: For what it writes.
-        accelerator: Lightning's word.
+        name: Name of the method.
+        size: Size of networks, texts and batches.
+        folder: Folder that the run writes to.
+        accelerator: Accelerator of Lightning.
     """
     method = METHODS[name]
     paired, online = method.kind in PAIR_ALGORITHMS, issubclass(method.kind, OnlineAlgorithm)
@@ -251,13 +263,13 @@ def run(name: str, size: Size, folder: str, accelerator: str) -> Fit:
 
 
 def measured(name: str, model: str, folder: str, device: str) -> dict[str, int]:
-    """Bytes at the height of each phase as the allocator has counted them, from a fit.
+    """Run a fit and return the peak bytes of each phase that the allocator has counted.
 
     Args:
-        name: Of the method.
-        model: Of all networks.
-        folder: For what the run writes.
-        device: cpu, or cuda.
+        name: Name of the method.
+        model: Name of the model, as in `size_of`.
+        folder: Folder that the run writes to.
+        device: cpu or cuda.
     """
     patch_grouped_query_attention()
     torch.manual_seed(0)
@@ -270,12 +282,13 @@ def measured(name: str, model: str, folder: str, device: str) -> dict[str, int]:
 
 
 def patch_grouped_query_attention() -> None:
-    """Lets torch before 2.13 attend, whose kernel shares keys among heads without being told."""
+    """Patch variable-length attention for torch before 2.13, which has no `enable_gqa`."""
+    # The older kernel shares keys among heads without the argument.
     kernel = varlen_attention.varlen_attn
     if "enable_gqa" in signature(kernel).parameters:
         return
 
-    def attend(*given: Any, enable_gqa: bool, **more: Any) -> Any:
-        return kernel(*given, **more)
+    def without_gqa(*args: Any, enable_gqa: bool, **kwargs: Any) -> Any:
+        return kernel(*args, **kwargs)
 
-    vars(varlen_attention)["varlen_attn"] = attend
+    vars(varlen_attention)["varlen_attn"] = without_gqa

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from bench import material, ours
+from bench import data, lit_align_side
 from bench.case import MODELS, Case, Shape
+from bench.interleave import interleave_steps
 from bench.memory import peak, run_in_fork
-from bench.turns import interleave_steps
 
 AXES = {
     "prompts": [2, 4, 8, 16],
@@ -65,13 +65,13 @@ def num_parameters(case: Case) -> int:
 
 def seconds_per_step(case: Case, folder: Path) -> float:
     """Seconds of a step."""
-    (steps,) = interleave_steps([partial(ours.run, case, folder)], 3)
+    (steps,) = interleave_steps([partial(lit_align_side.run, case, folder)], 3)
     return median(step.work for step in steps)
 
 
 def peak_bytes(case: Case, folder: Path) -> int:
     """Peak bytes of two steps."""
-    return peak(lambda: ours.run(case, folder, 2, lambda: None), case.device)
+    return peak(lambda: lit_align_side.run(case, folder, 2, lambda: None), case.device)
 
 
 def measure_points() -> list[Point]:
@@ -82,7 +82,7 @@ def measure_points() -> list[Point]:
             what = case(axis, size)
             at = num_parameters(what) if axis == "parameters" else size
             with tempfile.TemporaryDirectory() as path:
-                run_in_fork(material.write_files, what, Path(path), 5)
+                run_in_fork(data.write_files, what, Path(path), 5)
                 costs = (
                     run_in_fork(work, what, Path(path)) for work in (seconds_per_step, peak_bytes)
                 )

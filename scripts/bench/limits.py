@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.case import MODELS, Case
-from bench.material import PAD
+from bench.data import PAD
 from lit_align.batches import Experience, TextBatch
 from lit_align.models.generation.decode import SamplingParams
 from lit_align.models.policy import Policy

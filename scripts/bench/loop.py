@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from bench import ours
+from bench import lit_align_side
 from bench.case import Case
-from bench.material import EOS, PAD, reward
+from bench.data import EOS, PAD, reward
 from lit_align.batches import Experience, TextBatch, microbatch_indices
 from lit_align.functional.kl import k3
 from lit_align.functional.losses import clipped_surrogate
@@ -29,7 +29,7 @@ def run(case: Case, folder: Path, steps: int, after_step: Callable[[], None]) ->
     reference = deepcopy(policy).requires_grad_(False)
     settings = {"lr": 1e-6, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     adam = AdamW(policy.parameters(), **settings)
-    module = ours.data(case, folder)
+    module = lit_align_side.data(case, folder)
     batches = iter(module.train_dataloader())
     for _ in range(steps):
         batch = next(batches)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import ours
+from bench import lit_align_side
 from bench.case import Case
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.algorithms.hydra_ppo import HydraPPO
@@ -68,7 +68,7 @@ def run(name: str, case: Case, folder: Path, steps: int, after_step: Callable[[]
     """So many optimizer steps; `after_step` is called after each."""
     built, reward_model = algorithm(name, case, folder)
     callbacks = [Rollout(max_new_tokens=case.shape.response), Reward(reward_model)]
-    ours.fit(case, folder, steps, after_step, built, callbacks)
+    lit_align_side.fit(case, folder, steps, after_step, built, callbacks)
 
 
 def run_case(

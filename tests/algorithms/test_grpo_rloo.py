@@ -24,9 +24,9 @@ class FixedPolicy:
         return self.constant
 
 
-def loss_of(algorithm, logprobs, **fields) -> list:
+def loss_of(algorithm, policy_logprobs, **fields) -> list:
     """Return the losses of a batch with these fields, under a policy with these log-probs."""
-    algorithm.__dict__["policy"] = FixedPolicy(logprobs)
+    algorithm.__dict__["policy"] = FixedPolicy(policy_logprobs)
     batch = Experience(**{name: torch.tensor(value) for name, value in fields.items()})
     (loss,) = algorithm.losses(batch)
     return loss.tolist()

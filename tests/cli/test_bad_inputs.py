@@ -46,6 +46,10 @@ CASES = {
         (*ONLINE, "--model.optimizer.lrr", "1"),
         r"--model.optimizer.lrr: AdamW has no setting 'lrr'. Did you mean 'lr'\?",
     ),
+    "a setting that the optimizer refuses": (
+        (*ONLINE, "--model.optimizer.lr", "-1"),
+        r"--model.optimizer: Invalid learning rate: -1.0",
+    ),
     "an unknown argument of the data": (
         (*OFFLINE, "--data.btch_size", "3"),
         r"--data.btch_size: InstructionData has no setting .* Did you mean 'batch_size'\?",
@@ -106,7 +110,7 @@ CASES = {
     ),
     "a rollout for an algorithm that learns from given answers": (
         (*OFFLINE, "--rollout.max_new_tokens", "5"),
-        r"SFT learns from given answers: leave out `rollout`",
+        r"SFT does not generate responses\. Remove `rollout`",
     ),
     "no reward for an algorithm that needs one": (
         (*ONLINE, "--reward", "null"),
@@ -118,7 +122,7 @@ CASES = {
     ),
     "a vocabulary smaller than the tokenizer's": (
         (*ONLINE, "--model.policy.config.vocab_size", "100"),
-        r"The tokenizer makes 138 token ids and the policy llama from random weights knows 100",
+        r"The tokenizer has 138 token ids and the policy llama from random weights has 100",
     ),
     "a group of one sample": (
         (*STORED, "--model.num_offline_samples", "0", "--model.num_samples", "1"),
@@ -134,7 +138,7 @@ CASES = {
     ),
     "stored answers of data that have none": (
         (*STORED, "--data", "PromptData"),
-        r"num_offline_samples asks for answers .* give `data` the class OfflineResponseData",
+        r"num_offline_samples needs offline responses .* Use --data OfflineResponseData",
     ),
     "a price of the distance that is none": (
         (*PAIRED, "--model.beta", "0"),
@@ -265,7 +269,7 @@ CASES |= {
     "an empty data set": ((*OWN, "empty.jsonl"), r"'empty.jsonl' has no rows"),
     "wrong columns": (
         (*OWN, "columns.jsonl"),
-        r"row 0 of 'columns.jsonl': it has the columns question, text2; wanted: prompt, messages",
+        r"row 0 of 'columns.jsonl': the row has the columns question, text2 and needs prompt, messages",
     ),
     "a row with an empty prompt": (
         (*OWN, "blank.jsonl"),
@@ -277,7 +281,7 @@ CASES |= {
     ),
     "a conversation for a tokenizer without a chat template": (
         (*OWN, "talk.jsonl"),
-        r"row 0 of 'talk.jsonl': .* no chat template: set data.chat_template",
+        r"row 0 of 'talk.jsonl': .* no chat template. Set --data.chat_template",
     ),
     "a chat template that is not there": (
         (*OWN, "talk.jsonl", "--data.chat_template", "nowhere.jinja"),
@@ -292,33 +296,33 @@ CASES |= {
         r"row 0 of 'no_role.jsonl': a message needs role and content",
     ),
     "half a line of JSON": ((*OWN, "half.jsonl"), r"line 2 of 'half.jsonl' is not valid JSON"),
-    "a line that is no object": ((*OWN, "list.jsonl"), r"line 1 of 'list.jsonl' is no JSON object"),
+    "a line that is no object": ((*OWN, "list.jsonl"), r"line 1 of 'list.jsonl' is not a JSON object"),
     "a file in another encoding": ((*OWN, "latin.jsonl"), r"line 2 of 'latin.jsonl' is not UTF-8"),
     "a table with a row too long": (
         (*OWN, "ragged.csv"),
         r"line 3 of 'ragged.csv' does not have the 2 columns prompt, answer",
     ),
-    "a pickle": ((*OWN, "answers.pkl"), r"'answers.pkl' is none of .csv, .json"),
-    "a folder without data": ((*OWN, "folder"), r"'folder' holds no .csv, .json"),
+    "a pickle": ((*OWN, "answers.pkl"), r"'answers.pkl' has none of the suffixes .csv, .json"),
+    "a folder without data": ((*OWN, "folder"), r"'folder' has no file with a suffix .csv, .json"),
     "a split of a single file": (
         (*OWN, "good.jsonl", "--data.split", "test"),
-        r"'good.jsonl' is one file and has no split 'test': use data.eval_path",
+        r"'good.jsonl' is one file and has no split 'test'. Use --data.eval_path",
     ),
     "a column to rename that is not there": (
         (*OWN, "good.jsonl", "--data.rename_columns", "{question: prompt}"),
-        r"row 0 of 'good.jsonl': there is no column 'question' to rename, only prompt",
+        r"row 0 of 'good.jsonl': there is no column 'question' to rename, found prompt",
     ),
     "a batch larger than the data": (
         (*OWN, "good.jsonl", "--data.batch_size", "100"),
-        r"8 rows do not fill one batch of 100 rows .*: lower data.batch_size",
+        r"8 rows do not fill one batch of 100 rows .* Lower --data.batch_size",
     ),
     "a pair without its rejected answer": (
         (*PAIRED, *FAST, "--data.path", "one_answer.jsonl", "--data.eval_split", "null"),
-        r"row 0 of 'one_answer.jsonl': it has the columns prompt, chosen; wanted: chosen and",
+        r"row 0 of 'one_answer.jsonl': the row has the columns prompt, chosen and needs chosen and",
     ),
     "an eos that is no token": (
         (*OWN, "good.jsonl", "--data.eos_token", "<end>"),
-        r"the tokenizer of 'toy' has no token '<end>' to be its eos",
+        r"the tokenizer of 'toy' has no token '<end>'. Set --data.eos_token",
     ),
     "a reward of the wrong length": (
         (*JUDGED, "mine.py:short"),

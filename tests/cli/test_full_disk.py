@@ -66,7 +66,7 @@ def test_the_checkpoint_before_stays_whole_and_goes_on(tmp_path, monkeypatch, ca
     status, said = full_at(60_000, [*RUN, *more], tmp_path)
     assert status == 2
     assert "Last checkpoint: " in said[0]
-    assert "iteration_000002.ckpt. Make room" in said[0]
+    assert "iteration_000002.ckpt. Free disk space" in said[0]
     folder = tmp_path / "runs" / "remax" / "checkpoints"
     path, complaints = newest_readable(folder)
     assert list_checkpoints(folder) == [path]

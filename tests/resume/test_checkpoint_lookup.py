@@ -43,7 +43,7 @@ def test_a_finished_run_says_how_to_extend_it_and_changes_nothing(copy, tmp_path
     said = succeed(
         fit_argv(copy, "sft", *checkpoint_argv(2), "--ckpt_path=last", epochs=1), tmp_path / "log"
     )
-    assert "this run is finished: 4 iterations, max_epochs 1; to extend it, raise" in said
+    assert "this run is finished: 4 iterations, max_epochs 1. Raise --trainer.max_epochs" in said
     assert same((last(copy)["state_dict"], metrics(copy)), (before[0]["state_dict"], before[1]))
 
 
@@ -62,7 +62,7 @@ def test_the_last_checkpoint_is_the_newest_that_can_be_read(copy, tmp_path):
     older, newer = list_checkpoints(copy / "checkpoints")
     newer.write_bytes(newer.read_bytes()[:-100])
     said = succeed(fit_argv(copy, "sft", *checkpoint_argv(2), "--ckpt_path=last"), tmp_path / "log")
-    assert f"{newer} cannot be read: it was cut short" in said
+    assert f"{newer} cannot be read: it is truncated" in said
     assert f"resuming from {older}, iteration 2" in said
     assert last(copy)["iteration"] == 8
 
@@ -70,9 +70,9 @@ def test_the_last_checkpoint_is_the_newest_that_can_be_read(copy, tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda good: good[: len(good) // 2], "cannot be read: it was cut short"),
-        (lambda good: b"", "cannot be read: it was cut short"),
-        (lambda good: b"weights", "cannot be read: it was cut short, or it is no checkpoint"),
+        (lambda good: good[: len(good) // 2], "cannot be read: it is truncated"),
+        (lambda good: b"", "cannot be read: it is truncated"),
+        (lambda good: b"weights", "cannot be read: it is truncated or not a checkpoint"),
     ],
 )
 def test_a_truncated_or_foreign_file_is_refused(copy, tmp_path, content, reason):

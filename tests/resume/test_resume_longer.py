@@ -58,7 +58,7 @@ def test_a_signal_saves_at_the_next_border_and_leaves(
     assert f"{name}: saving at the end of this iteration" in said
     assert re.search(
         rf"stopped by {name} after iteration {iteration + 1}, saved as \S+"
-        rf"iteration_00000{iteration + 1}.ckpt; to go on, run the same command with "
+        rf"iteration_00000{iteration + 1}.ckpt. To resume, run the same command with "
         rf"--ckpt_path last",
         said,
     )

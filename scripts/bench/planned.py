@@ -1,4 +1,4 @@
-"""The plans of the runs of `accuracy.py`."""
+"""Memory estimates of the fits in `accuracy.py`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lit_align.plan.simulate import Machine, SimulatedRun, simulate_peaks
 
 
 def planned(name: str, model: str, folder: str, device: str) -> dict[str, int]:
-    """Bytes at the height of each phase, as the plan has them.
+    """Return the estimated peak bytes of each phase.
 
     Args:
-        name: Of the method.
-        model: Of all networks.
-        folder: For what a run would write.
-        device: cpu, or cuda: where it is to be.
+        name: Name of the method.
+        model: Name of the model, as in `size_of`.
+        folder: Folder that a run would write to.
+        device: Device of the run: cpu or cuda.
     """
     build = partial(run, name, size_of(model), folder, "cpu")
     peaks = simulate_peaks(lambda: SimulatedRun(*build()), Machine(is_gpu=device != "cpu"))

@@ -1,4 +1,4 @@
-"""lit_align's side: what `lit-align fit` builds, from Python."""
+"""lit_align's side of the benchmark: the objects that `lit-align fit` builds, from Python."""
 
 from __future__ import annotations
 
@@ -27,22 +27,27 @@ from lit_align.rewards.function import FunctionReward
 
 
 class StepCallback(Callback):
-    """Says when a step is over.
+    """Callback that calls a function after each step.
 
     Args:
-        after_step: Is called then.
+        after_step: Function to call.
     """
 
     def __init__(self, after_step: Callable[[], None]):
         self.after_step = after_step
 
     def on_train_batch_end(self, *args: object) -> None:
-        """A step is over."""
+        """Call the function."""
         self.after_step()
 
 
 def algorithm(case: Case, folder: Path) -> Algorithm:
-    """The algorithm with the settings of the case."""
+    """Return the algorithm with the settings of the case.
+
+    Args:
+        case: Case of the benchmark.
+        folder: Folder with the model.
+    """
     shape, model = case.shape, str(folder / "model")
     tokens = (
         shape.rows_per_microbatch
@@ -60,7 +65,12 @@ def algorithm(case: Case, folder: Path) -> Algorithm:
 
 
 def data(case: Case, folder: Path) -> TextDataModule:
-    """The rows, in batches of one optimizer step."""
+    """Return the data module, with batches of one optimizer step.
+
+    Args:
+        case: Case of the benchmark.
+        folder: Folder with the rows and the tokenizer.
+    """
     shape, files = case.shape, {"path": f"{folder}/rows.jsonl", "tokenizer": f"{folder}/model"}
     if case.is_online:
         return PromptData(**files, batch_size=shape.num_rows // shape.num_samples)
@@ -69,17 +79,28 @@ def data(case: Case, folder: Path) -> TextDataModule:
 
 
 def callbacks(case: Case) -> list[Callback]:
-    """What answers and scores the prompts, where there are any."""
+    """Return the callbacks of rollout and reward if the algorithm has prompts.
+
+    Args:
+        case: Case of the benchmark.
+    """
     if not case.is_online:
         return []
     return [
         Rollout(max_new_tokens=case.shape.response),
-        Reward(FunctionReward("bench.material.reward")),
+        Reward(FunctionReward("bench.data.reward")),
     ]
 
 
 def run(case: Case, folder: Path, steps: int, after_step: Callable[[], None]) -> None:
-    """So many optimizer steps; `after_step` is called after each."""
+    """Run optimizer steps of the case.
+
+    Args:
+        case: Case of the benchmark.
+        folder: Folder with model and rows.
+        steps: Number of optimizer steps.
+        after_step: Function to call after each step.
+    """
     fit(case, folder, steps, after_step, algorithm(case, folder), callbacks(case))
 
 
@@ -91,7 +112,16 @@ def fit(
     algorithm: Algorithm,
     callbacks: list[Callback],
 ) -> None:
-    """So many optimizer steps of an algorithm on the rows of a case."""
+    """Run optimizer steps of an algorithm on the rows of a case.
+
+    Args:
+        case: Case of the benchmark.
+        folder: Folder with model and rows.
+        steps: Number of optimizer steps.
+        after_step: Function to call after each step.
+        algorithm: Algorithm to fit.
+        callbacks: Callbacks of the trainer.
+    """
     trainer = Trainer(
         accelerator="gpu" if case.is_bf16 else "cpu",
         devices=1,

@@ -1,4 +1,4 @@
-"""Runs that take turns, a step each, so that a busy moment of the machine strikes all of them."""
+"""Interleaved runs: one step of each in turn, so that other processes slow all of them equally."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import NamedTuple
 import torch
 
 AfterStep = Callable[[], None]
-Runner = Callable[[int, AfterStep], None]  # makes so many steps and calls after each
+Runner = Callable[[int, AfterStep], None]  # runs that many steps, and a function after each
 
 
 class Step(NamedTuple):
-    """What a step took.
+    """Measurement of a step.
 
     Args:
-        clock: Seconds.
-        work: Seconds that this process had a processor.
-        bytes: Of this run on a GPU at most, 0 elsewhere.
+        clock: Wall-clock seconds.
+        work: CPU seconds of this process.
+        bytes: Peak bytes of this run on a GPU, 0 on a CPU.
     """
 
     clock: float
@@ -28,22 +28,27 @@ class Step(NamedTuple):
 
 
 class RunThread:
-    """A run in a thread of its own that makes one step whenever it is told to.
+    """Run in its own thread that waits after each step.
 
     Args:
-        run: What makes the steps.
-        steps: How many.
+        run: Function that runs the steps.
+        steps: Number of steps.
     """
 
     def __init__(self, run: Runner, steps: int):
         self.resume, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
-        self.held = 0  # bytes on a GPU that this run has between its turns
+        self.held = 0  # bytes on a GPU that this run has between its steps
         self.thread = threading.Thread(target=self.work, args=(run, steps), daemon=True)
         self.thread.start()
 
     def work(self, run: Runner, steps: int) -> None:
-        """The thread's life."""
+        """Run all steps; the body of the thread.
+
+        Args:
+            run: Function that runs the steps.
+            steps: Number of steps.
+        """
         torch.set_num_threads(1)
         self.resume.acquire()
         try:
@@ -53,14 +58,14 @@ class RunThread:
         self.done.release()
 
     def after_step(self) -> None:
-        """The run calls it after each step, and waits here for its next turn."""
+        """Wait for the next call of `step`. The run calls this after each step."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.done.release()
         self.resume.acquire()
 
     def step(self) -> Step:
-        """What the next step takes."""
+        """Run the next step and return its measurement."""
         before = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
         others = before - self.held
         if before:
@@ -78,16 +83,22 @@ class RunThread:
 
 
 def interleave_steps(runs: Sequence[Runner], rounds: int) -> list[list[Step]]:
-    """Each step of each run; the first step of each, with all loading, is left out."""
-    turns = [RunThread(run, rounds + 1) for run in runs]
-    spent: list[list[Step]] = [[] for _ in runs]
-    for turn in turns:
-        turn.step()
+    """Return the measurements of each run, without its first step, which includes loading.
+
+    Args:
+        runs: Functions that run the steps.
+        rounds: Number of steps to measure.
+    """
+    threads = [RunThread(run, rounds + 1) for run in runs]
+    measured: list[list[Step]] = [[] for _ in runs]
+    for thread in threads:
+        thread.step()
     for number in range(rounds):
+        # In alternating order, so that no run is always after the same one.
         order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
-        for which in order:
-            spent[which].append(turns[which].step())
-    for turn in turns:
-        turn.step()  # lets it end
-        turn.thread.join()
-    return spent
+        for index in order:
+            measured[index].append(threads[index].step())
+    for thread in threads:
+        thread.step()  # returns when the run has ended
+        thread.thread.join()
+    return measured

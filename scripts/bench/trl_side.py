@@ -1,4 +1,7 @@
-"""TRL's side: the same model, rows, lengths and rows per micro-batch; its defaults otherwise."""
+"""TRL's side of the benchmark: the same model, rows, lengths and micro-batches.
+
+All other settings are TRL's defaults.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from trl import (
 )
 
 from bench.case import Case
-from bench.material import reward
+from bench.data import reward
 
 KINDS = {
     "grpo": (GRPOTrainer, GRPOConfig),
@@ -39,22 +42,29 @@ KINDS = {
 
 
 class StepCallback(TrainerCallback):
-    """Says when a step is over.
+    """Callback that calls a function after each step.
 
     Args:
-        after_step: Is called then.
+        after_step: Function to call.
     """
 
     def __init__(self, after_step: Callable[[], None]):
         self.after_step = after_step
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
-        """A step is over."""
+        """Call the function."""
         self.after_step()
 
 
 def settings(case: Case, folder: Path, steps: int, batched: bool) -> dict[str, Any]:
-    """Of the configuration class; `batched` answers by transformers' continuous batching."""
+    """Return the arguments of the configuration class.
+
+    Args:
+        case: Case of the benchmark.
+        folder: Folder that the run writes to.
+        steps: Number of optimizer steps.
+        batched: Generate by the continuous batching of transformers.
+    """
     shape = case.shape
     own: dict[str, Any] = {"max_length": shape.max_tokens}
     if case.is_online:
@@ -87,7 +97,15 @@ def settings(case: Case, folder: Path, steps: int, batched: bool) -> dict[str, A
 def run(
     case: Case, folder: Path, steps: int, after_step: Callable[[], None], batched: bool = False
 ) -> None:
-    """So many optimizer steps; `after_step` is called after each."""
+    """Run optimizer steps of the case.
+
+    Args:
+        case: Case of the benchmark.
+        folder: Folder with model and rows.
+        steps: Number of optimizer steps.
+        after_step: Function to call after each step.
+        batched: Generate by the continuous batching of transformers.
+    """
     kind, config = KINDS[case.algorithm]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     auto, options = AutoModelForCausalLM, {}

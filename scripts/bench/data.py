@@ -1,4 +1,4 @@
-"""What both libraries read: a random Llama, its tokenizer, and rows of known lengths."""
+"""Inputs of both libraries: a random Llama, its tokenizer, and rows of known lengths."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ FIRST_WORD = 3
 
 
 def reward(completions: list[str], **columns: object) -> list[float]:
-    """A reward that costs nothing and differs between answers."""
+    """Return a score for each response that takes no time to compute."""
     return [float(sum(map(ord, text[:8])) % 7) for text in completions]
 
 
 def write_files(case: Case, folder: Path, steps: int) -> None:
-    """Writes `rows.jsonl` for so many optimizer steps, and `model`, if there is none."""
+    """Write `rows.jsonl`, and the folder `model` if it does not exist.
+
+    Args:
+        case: Case of the benchmark.
+        folder: Folder to write to.
+        steps: Number of optimizer steps that the rows are for.
+    """
     if not (folder / "model").exists():
         save_tokenizer(MODELS[case.model]["vocab_size"], folder / "model")
         save_model(case, folder / "model")
@@ -36,7 +42,12 @@ def write_files(case: Case, folder: Path, steps: int) -> None:
 
 
 def save_tokenizer(vocabulary: int, folder: Path) -> None:
-    """One word per token id."""
+    """Save a tokenizer with one word per token id.
+
+    Args:
+        vocabulary: Number of token ids.
+        folder: Folder to write to.
+    """
     words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(FIRST_WORD, vocabulary))]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
@@ -45,10 +56,11 @@ def save_tokenizer(vocabulary: int, folder: Path) -> None:
 
 
 def save_model(case: Case, folder: Path) -> None:
-    """Random weights; answers end never, or after `mean` tokens on average.
+    """Save a model with random weights, whose responses never end or end after `mean_response`.
 
-    A hidden channel that no layer can turn around makes the stop impossible; a share of the
-    vocabulary that stops makes lengths geometric.
+    Args:
+        case: Case of the benchmark.
+        folder: Folder to write to.
     """
     size, shape = {"num_attention_heads": 4, **MODELS[case.model]}, case.shape
     config = LlamaConfig(
@@ -62,10 +74,12 @@ def save_model(case: Case, folder: Path) -> None:
     with torch.device(case.device):
         model = LlamaForCausalLM(config)
     with torch.no_grad():
+        # No stop: a hidden channel that is larger than any layer's output lowers its logit.
         if case.is_online and not shape.mean_response:
             model.model.embed_tokens.weight[:, 0] = 8.0
             model.lm_head.weight[EOS] = 0.0
             model.lm_head.weight[EOS, 0] = -40 / config.hidden_size**0.5  # nats of the stop
+    # A part of the vocabulary are stop tokens, so that lengths are geometric.
     stops = [EOS]
     if shape.mean_response and case.is_online:
         stops += range(FIRST_WORD, FIRST_WORD + round(config.vocab_size / shape.mean_response))
@@ -74,7 +88,12 @@ def save_model(case: Case, folder: Path) -> None:
 
 
 def row(case: Case, source: random.Random) -> dict[str, str]:
-    """A prompt, and one or two answers."""
+    """Return a row: a prompt, and one or two responses if the algorithm reads them.
+
+    Args:
+        case: Case of the benchmark.
+        source: Source of random numbers.
+    """
     shape, vocabulary = case.shape, MODELS[case.model]["vocab_size"]
     stops = round(vocabulary / shape.mean_response) if shape.mean_response else 0
 
@@ -82,8 +101,8 @@ def row(case: Case, source: random.Random) -> dict[str, str]:
         ids = [source.randrange(FIRST_WORD + stops, vocabulary) for _ in range(number)]
         return " ".join(f"w{i}" for i in ids)
 
-    def answer() -> str:
-        length = shape.response - 1  # and the stop
+    def response() -> str:
+        length = shape.response - 1  # without the stop token
         if shape.mean_response:
             length = min(length, 1 + int(source.expovariate(1 / (shape.mean_response - 1))))
         return " " + words(length)
@@ -94,5 +113,5 @@ def row(case: Case, source: random.Random) -> dict[str, str]:
     if case.is_online:
         return {"prompt": prompt}
     if case.algorithm == "sft":
-        return {"prompt": prompt, "completion": answer()}
-    return {"prompt": prompt, "chosen": answer(), "rejected": answer()}
+        return {"prompt": prompt, "completion": response()}
+    return {"prompt": prompt, "chosen": response(), "rejected": response()}
