@@ -1,4 +1,4 @@
-"""Fixtures that all tests share."""
+"""Fixtures for all tests."""
 
 import os
 import socket
@@ -17,15 +17,15 @@ torch.set_num_threads(1)  # two threads wait for each other when a machine is bu
 
 
 @pytest.fixture(autouse=True)
-def no_seed_stays() -> Iterator[None]:
-    """Lightning hands a command line's seed to ranks that start later through the environment."""
+def remove_seed_variable() -> Iterator[None]:
+    """Remove the seed that Lightning leaves in the environment for ranks that start later."""
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture
 def tiny_policy() -> Policy:
-    """A Llama of two blocks with the same random weights in every test."""
+    """Llama of two blocks with the same random weights in every test."""
     return tiny()
 
 
@@ -45,7 +45,7 @@ def prompts() -> Experience:
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs an algorithm on random prompts and returns the trainer."""
+    """Function that runs an algorithm on random prompts and returns the trainer."""
 
     def go(algorithm, num_batches: int = 3, **settings) -> Trainer:
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def port() -> int:
-    """A free one on the loopback."""
+    """Free port of the loopback interface."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number: int = free.getsockname()[1]
@@ -66,7 +66,7 @@ def port() -> int:
 
 
 def start_ranks(processes: int = 2) -> Iterator[Ranks]:
-    """Yield processes that wait for work, and end them."""
+    """Yield ranks that wait for functions, and end them afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
@@ -77,17 +77,17 @@ def start_ranks(processes: int = 2) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> Iterator[Ranks]:
-    """Shared by the tests of a file."""
+    """Two ranks that the tests of a file share."""
     yield from start_ranks()
 
 
 @pytest.fixture(scope="module")
 def four_ranks() -> Iterator[Ranks]:
-    """Twice as many."""
+    """Four ranks that the tests of a file share."""
     yield from start_ranks(4)
 
 
 @pytest.fixture
 def new_ranks() -> Iterator[Ranks]:
-    """A test's own, with memory that nobody has used."""
+    """Two new ranks for one test, with memory that no other test used."""
     yield from start_ranks()

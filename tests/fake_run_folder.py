@@ -31,7 +31,7 @@ def write_run(
     kl_coef: float = 0.1,
     completions: dict[str, list[dict[str, object]]] | None = None,
 ) -> Path:
-    """A folder with metrics.csv, config.yaml and completions."""
+    """Write metrics.csv, config.yaml and completions, and return the folder."""
     (folder / "completions").mkdir(parents=True)
     rows = list(rows) or [
         {"step": s, "iteration": float(s + 1), "reward": 0.5 * s} for s in range(4)

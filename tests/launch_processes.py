@@ -1,4 +1,4 @@
-"""Starts runs of several processes as users do: by the command line, or by torchrun per node."""
+"""Runs of several processes as users start them: by the command line or by torchrun."""
 
 import os
 import subprocess
@@ -12,16 +12,16 @@ FEW = [
 
 
 def lit_align(folder: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """A short run of `lit-align fit`; its output is one text.
+    """Start a short run of `lit-align fit`, with stdout and stderr in one pipe.
 
     Args:
-        folder: It runs there, and writes to `run` in it.
-        words: Of its command line.
-        before: What python is asked to run it.
+        folder: Working folder. The run writes to its subfolder `run`.
+        words: Options of the command line.
+        before: Options of Python before the module. Default: none.
     """
     line = [sys.executable, *before, "-m", "lit_align.cli.main", "fit", *words, *FEW]
-    kept = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(kept)}
+    removed = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
     return subprocess.Popen(
         [*line, "--trainer.default_root_dir", str(folder / "run")],
         cwd=folder,
@@ -32,8 +32,8 @@ def lit_align(folder: Path, *words: str, before: tuple[str, ...] = ()) -> subpro
     )
 
 
-def ended(process: subprocess.Popen[str], seconds: int) -> tuple[int, str]:
-    """The exit status and all that was printed; a run that hangs is killed and an error."""
+def wait_for(process: subprocess.Popen[str], seconds: int) -> tuple[int, str]:
+    """Return the exit status and all output. Kill a run that hangs, and raise."""
     try:
         text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

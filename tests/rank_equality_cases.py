@@ -1,4 +1,4 @@
-"""Runs of every algorithm that any number of ranks must repeat, and how exactly."""
+"""Runs of every algorithm that any number of ranks must repeat, with their tolerances."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import torch
 from tiny_models import (
     TINY,
     WORDS,
-    RandomAnswers,
+    RandomOfflineResponses,
     RandomPairs,
     RandomPrompts,
     RandomTexts,
@@ -45,7 +45,7 @@ from lit_align.rewards.shared_backbone import SharedBackboneReward
 
 
 def adam(params):
-    # eps is far above rounding noise: in its direction AdamW would take a whole step
+    # eps is far above rounding noise, by which AdamW would otherwise take a full step
     return AdamW(params, lr=1e-2, eps=1e-4)
 
 
@@ -53,8 +53,8 @@ def sgd(params):
     return SGD(params, lr=0.1)
 
 
-class Based(RandomPrompts):
-    """Prompts for runs whose frozen base is the reward model."""
+class SharedPrompts(RandomPrompts):
+    """Prompts for runs whose reward model shares the frozen base."""
 
 
 def remax(policy, optimizer):
@@ -113,7 +113,7 @@ def rto(policy, optimizer, dtype=None):
 
 
 def adapter_on(base):
-    """The same adapter each time."""
+    """Return a policy with the same adapter each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Policy(base, lora=LoRA(r=2, lora_alpha=4))
@@ -174,21 +174,23 @@ CASES = {
     "RLOO, SGD in float64": (partial(rloo, double, sgd), RandomPrompts, 1e-9),
     "RLOO, LoRA": (partial(rloo, low_rank, adam), RandomPrompts, 1e-5),
     "SPR, AdamW in float32": (partial(spr, tiny, adam, 0), RandomPrompts, 1e-5),
-    "SPR, SGD in float64": (partial(spr, double, sgd, 3), RandomAnswers, 1e-9),
+    "SPR, SGD in float64": (partial(spr, double, sgd, 3), RandomOfflineResponses, 1e-9),
     "SPR, LoRA": (partial(spr, low_rank, adam, 0), RandomPrompts, 1e-5),
-    "SPR, stored answers that decay": (partial(spr, tiny, adam, 3), RandomAnswers, 1e-5),
-    "PPO, critic on the policy's trunk": (partial(ppo, tiny, adam), RandomPrompts, 1e-5),
+    "SPR, offline responses with a half-life": (
+        partial(spr, tiny, adam, 3), RandomOfflineResponses, 1e-5),
+    "PPO, critic on the policy's backbone": (partial(ppo, tiny, adam), RandomPrompts, 1e-5),
     "PPO, SGD in float64": (partial(ppo, double, sgd), RandomPrompts, 1e-9),
     "PPO, four models of which two are adapted": (
         partial(four_model_ppo, adam), RandomPrompts, 1e-5),
-    "PPO on two adapted bases": (partial(dynamic_ppo, adam), Based, 1e-5),
+    "PPO on two adapted bases": (partial(dynamic_ppo, adam), SharedPrompts, 1e-5),
     "PPO on two adapted bases, SGD in float64": (
-        partial(dynamic_ppo, sgd, "float64"), Based, 1e-9),
-    "HydraPPO, AdamW in float32": (partial(hydra_ppo, Hydra, adam, None), Based, 1e-5),
+        partial(dynamic_ppo, sgd, "float64"), SharedPrompts, 1e-9),
+    "HydraPPO, AdamW in float32": (partial(hydra_ppo, Hydra, adam, None), SharedPrompts, 1e-5),
     "HydraPPO, SGD in float64": (partial(hydra_ppo, Hydra, sgd, "float64"), RandomPrompts, 1e-9),
-    "HydraPPO, one joint adapter": (partial(hydra_ppo, JointHydra, adam, None), Based, 1e-5),
+    "HydraPPO, one joint adapter": (
+        partial(hydra_ppo, JointHydra, adam, None), SharedPrompts, 1e-5),
     "HydraPPO, one joint adapter, SGD in float64": (
-        partial(hydra_ppo, JointHydra, sgd, "float64"), Based, 1e-9),
+        partial(hydra_ppo, JointHydra, sgd, "float64"), SharedPrompts, 1e-9),
     "HydraSFT, AdamW in float32": (partial(hydra_sft, adam, None), RandomPairs, 1e-5),
     "HydraSFT, AdamW in float64": (partial(hydra_sft, adam, "float64"), RandomPairs, 1e-9),
     "HydraSFT, SGD in float64": (partial(hydra_sft, sgd, "float64"), RandomPairs, 1e-9),
@@ -220,12 +222,12 @@ CASES = {
 
 
 def fit_three_batches(folder, algorithm, data, **settings):
-    """Weights and metrics after three batches; the seed is the same everywhere."""
+    """Return weights and metrics after three batches, with one seed for all ranks."""
     torch.manual_seed(0)
     run = trainer(folder, limit_val_batches=0, **settings)
     if not isinstance(algorithm, OnlineAlgorithm):
         run.callbacks.clear()
-    elif isinstance(data, Based):
+    elif isinstance(data, SharedPrompts):
         run.callbacks[1] = Reward(SharedBackboneReward())
     run.fit(algorithm, data)
     return trained(algorithm), {k: float(v) for k, v in run.callback_metrics.items()}

@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, forked from one that has imported all."""
+"""Runs of the command line in processes that are forked from this one, which imported all."""
 
 import csv
 import os
@@ -35,7 +35,7 @@ import_all()
 
 
 def fit_argv(folder: Path, config: str = "remax", *more: str, epochs: int = 2) -> list[str]:
-    """Epochs of four iterations on 32 shuffled rows of the toy data, each with a validation."""
+    """Return a command line: epochs of four iterations on 32 toy rows, each with a validation."""
     online = ["--rollout.max_new_tokens=4"] if config in ONLINE else []
     return [
         *("fit", "--config", config, "--config", "toy", f"--trainer.max_epochs={epochs}"),
@@ -46,7 +46,7 @@ def fit_argv(folder: Path, config: str = "remax", *more: str, epochs: int = 2) -
 
 
 def checkpoint_argv(every: int, keep: int = 2, *more: str) -> tuple[str, ...]:
-    """The words that say when to save."""
+    """Return the options that set when to save."""
     name = "lit_align.callbacks.checkpoint.Checkpoints"
     return (
         f"--trainer.callbacks+={name}",
@@ -59,13 +59,13 @@ def checkpoint_argv(every: int, keep: int = 2, *more: str) -> tuple[str, ...]:
 def start(
     argv: list[str], log: Path, ranks: int = 1, before: Callable[[], None] | None = None
 ) -> list[BaseProcess]:
-    """Forks one process per rank.
+    """Fork one process per rank.
 
     Args:
         argv: The command line.
-        log: File that takes what is printed.
-        ranks: Processes, as torchrun would start them.
-        before: Is called in each process first.
+        log: File for all output.
+        ranks: Number of processes, started as by torchrun.
+        before: Function that each process calls first. Default: none.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,26 +73,31 @@ def start(
     context = get_context("fork")
     processes = []
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        rank_variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+        }
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-        group = {name: str(value) for name, value in {**place, **address}.items()}
+        group = {name: str(value) for name, value in {**rank_variables, **address}.items()}
         processes.append(
-            context.Process(target=work, args=(argv, log, group if ranks > 1 else {}, before))
+            context.Process(target=run_rank, args=(argv, log, group if ranks > 1 else {}, before))
         )
         processes[-1].start()
     return processes
 
 
-def work(
+def run_rank(
     argv: list[str], log: Path, group: dict[str, str], before: Callable[[], None] | None
 ) -> None:
-    """One rank."""
+    """Run one rank and exit."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
     os.environ.update(group)
-    os.setpgid(0, 0)  # so that a signal to the group reaches this run alone
+    os.setpgid(0, 0)  # so that a signal to the group reaches only this run
     torch.set_num_threads(1)
     if before is not None:
         before()
@@ -102,7 +107,7 @@ def work(
 def run(
     argv: list[str], log: Path, ranks: int = 1, before: Callable[[], None] | None = None
 ) -> list[int | None]:
-    """The exit codes of a run; where one rank is killed, the others are, too."""
+    """Return the exit codes of a run. If one rank fails, the others are killed."""
     processes = start(argv, log, ranks, before)
     for process in processes:
         process.join(1)
@@ -116,7 +121,7 @@ def run(
 
 
 def succeed(argv: list[str], log: Path, ranks: int = 1) -> str:
-    """Runs to its end, and what it printed."""
+    """Run a command that must succeed and return its output."""
     log.unlink(missing_ok=True)
     codes = run(argv, log, ranks)
     assert codes == [0] * ranks, log.read_text()
@@ -124,24 +129,24 @@ def succeed(argv: list[str], log: Path, ranks: int = 1) -> str:
 
 
 def last(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run, whole."""
+    """Return the newest checkpoint of a run, unsharded."""
     return AtomicCheckpointIO().load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
 def metrics(folder: Path, since: int = 0) -> list[dict[str, str]]:
-    """What was logged from an optimizer step on, digit by digit, but for what a clock says."""
+    """Return the text of all logged values from an optimizer step on, except times."""
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) >= since]
-    return [{k: v for k, v in row.items() if v and not timed(k)} for row in rows]
+    return [{k: v for k, v in row.items() if v and not is_time(k)} for row in rows]
 
 
-def timed(metric: str) -> bool:
-    """Whether it is of the machine, and not of the run."""
+def is_time(metric: str) -> bool:
+    """Return True if a metric depends on the machine's speed."""
     return metric.startswith("time/") or metric == "tokens_per_second"
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two nested containers are equal, tensors bit by bit."""
+    """Return True if two nested containers are equal, with tensors equal bit by bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -152,7 +157,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer and logged metrics are equal, bit by bit."""
+    """Check that weights, optimizer states and logged metrics are equal bit by bit."""
     mine, theirs = last(one), last(other)
     assert mine["iteration"] == theirs["iteration"]
     for part in ("state_dict", "optimizer_states"):

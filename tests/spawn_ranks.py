@@ -1,4 +1,4 @@
-"""Two CPU processes that stay: forked once from a parent that has imported everything."""
+"""Long-lived CPU processes of one group, forked once from a parent that imported everything."""
 
 import os
 import traceback
@@ -12,27 +12,29 @@ from torch import distributed
 
 
 class Ranks:
-    """Calls a function on every rank of one process group (gloo) and returns what each says."""
+    """Process group (gloo) that calls a function on every rank and returns the results."""
 
     def __init__(self, number: int, port: int):
         context = get_context("fork")
         self.pipes, self.processes = [], []
         for rank in range(number):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, number, port, there), daemon=True)
+            parent_end, child_end = context.Pipe()
+            process = context.Process(
+                target=serve, args=(rank, number, port, child_end), daemon=True
+            )
             process.start()
-            self.pipes.append(here)
+            self.pipes.append(parent_end)
             self.processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results by rank; what one of them raised is raised here, with its traceback."""
+        """Return results by rank. Raise here, with its traceback, the error of any rank."""
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = [pipe.recv() for pipe in self.pipes]
-        for failed, answer in answers:
+        results = [pipe.recv() for pipe in self.pipes]
+        for failed, result in results:
             if failed:
-                raise AssertionError(answer)
-        return [answer for _, answer in answers]
+                raise AssertionError(result)
+        return [result for _, result in results]
 
     def close(self) -> None:
         for process in self.processes:
@@ -41,7 +43,7 @@ class Ranks:
 
 
 def serve(rank: int, number: int, port: int, pipe: Connection) -> None:
-    """One rank: joins the group as torchrun would start it, then does what it is asked."""
+    """Join the group as under torchrun, then run the functions that arrive."""
     torch.set_num_threads(1)
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}

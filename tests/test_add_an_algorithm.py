@@ -1,4 +1,4 @@
-"""The page on adding an algorithm is complete: its two files and its commands run as they stand."""
+"""docs/add_an_algorithm.md: its two files and its commands run as printed."""
 
 import os
 import re
@@ -15,7 +15,7 @@ FEW += " --data.batch_size 4 --trainer.enable_checkpointing false --trainer.defa
 
 
 def block(first: str) -> str:
-    """The indented block of the page that starts with a line."""
+    """Return the indented block of the page that starts with a line."""
     found = re.search(rf"^    {re.escape(first)}.*?\n(?=\S)", PAGE, re.MULTILINE | re.DOTALL)
     assert found, first
     return dedent(found[0])
@@ -23,7 +23,7 @@ def block(first: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """What a user has: the page's two files."""
+    """Folder with the page's two files."""
     (tmp_path / "my_module.py").write_text(block('"""RAFT'))
     (tmp_path / "my_config.yaml").write_text(block("# RAFT: best of 4"))
     return tmp_path
@@ -33,8 +33,8 @@ def commands() -> list[str]:
     return re.findall(r"^    lit-align (.*)$", PAGE, re.MULTILINE)
 
 
-def printed(folder: Path, words: list[str]) -> str:
-    """What a command says that is given in the folder."""
+def output_of(folder: Path, words: list[str]) -> str:
+    """Return the output of a command in the folder."""
     log = folder / "log"
     assert run(words, log, before=partial(os.chdir, folder)) == [0], log.read_text()
     return log.read_text()
@@ -45,15 +45,15 @@ def test_the_class_is_thirty_lines_long():
     assert len([line for line in lines if line.strip()]) <= 34
 
 
-def test_its_help_comes_from_its_docstring(folder):
+def test_the_help_comes_from_the_docstring(folder):
     (words,) = [command.split() for command in commands() if "help" in command]
-    assert "Samples per prompt, of which one is learnt" in printed(folder, words)
+    assert "Samples per prompt, of which one is learnt" in output_of(folder, words)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_it_runs(folder, number):
+def test_the_algorithm_runs(folder, number):
     trained = [command.split() for command in commands() if "help" not in command][number]
-    said = printed(folder, [*trained, *FEW.split()])
-    assert "prompts x 8 samples = 32 rows" in said or "prompts x 4 samples = 16 rows" in said
-    assert "val/reward" in said
+    printed = output_of(folder, [*trained, *FEW.split()])
+    assert "prompts x 8 samples = 32 rows" in printed or "prompts x 4 samples = 16 rows" in printed
+    assert "val/reward" in printed
     assert (folder / "run" / "hf" / "model.safetensors").is_file()

@@ -101,7 +101,7 @@ def test_the_bare_loop_of_grpo_runs_steps(bench, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["remax", "ppo", "lora_ppo", "hydra_ppo"])
-def test_the_papers_algorithms_step(bench, name, tmp_path):
+def test_the_algorithms_of_the_papers_take_steps(bench, name, tmp_path):
     from bench import papers
 
     case, steps = write_case(bench, "grpo", tmp_path), []
@@ -111,7 +111,7 @@ def test_the_papers_algorithms_step(bench, name, tmp_path):
 
 
 @pytest.mark.long  # writes and compiles C++
-def test_shares_of_what_the_device_can_do(bench, monkeypatch, capsys):
+def test_fractions_of_the_device_rate_are_printed(bench, monkeypatch, capsys):
     from bench import limits
 
     for name, small in {"ROUNDS": 1, "BATCH": 2, "PROMPT": 8, "RESPONSE": 4}.items():
@@ -120,14 +120,16 @@ def test_shares_of_what_the_device_can_do(bench, monkeypatch, capsys):
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("tiny: ")
     assert [line.split()[1] for line in lines] == ["plain", "recorded", "compiled"]
-    shares = [int(share) for line in lines for share in re.findall(r"(\d+)% of the rate", line)]
-    assert len(shares) == 3
-    assert all(share > 0 for share in shares[:2])
+    percents = [
+        int(percent) for line in lines for percent in re.findall(r"(\d+)% of the rate", line)
+    ]
+    assert len(percents) == 3
+    assert all(percent > 0 for percent in percents[:2])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_grows_by_what_was_touched(bench):
-    """200 million bytes more, in processes that have imported everything."""
+def test_peak_memory_grows_by_the_bytes_touched(bench):
+    """Two processes with the same imports differ by 200 million bytes."""
     import torch
     from bench.memory import peak, run_in_fork
 
@@ -139,10 +141,12 @@ def test_peak_memory_grows_by_what_was_touched(bench):
     )
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 7, 8, 13])
-def test_the_most_that_fits_is_found(bench, room):
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 13])
+def test_the_largest_fitting_factor_is_found(bench, limit):
     from bench import papers
 
-    asked = []
-    assert papers.largest_fitting_factor(lambda times: asked.append(times) or times <= room) == room
-    assert len(asked) <= 7
+    tried = []
+    assert (
+        papers.largest_fitting_factor(lambda times: tried.append(times) or times <= limit) == limit
+    )
+    assert len(tried) <= 7

@@ -1,4 +1,4 @@
-"""The figures by which an alignment is judged."""
+"""`scripts/compare_predictions.py`: figures of two models on the same prompts."""
 
 import json
 import runpy
@@ -9,15 +9,15 @@ import pytest
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "compare_predictions.py"))
 
 
-def answers(*scores: float, text: str = "a b a b") -> list[dict]:
+def predictions(*scores: float, text: str = "a b a b") -> list[dict]:
     return [
         {"prompt": str(number), "completion": text, "score": score, "kl": 2.0 * score}
         for number, score in enumerate(scores)
     ]
 
 
-def test_figures_of_a_constant_gain():
-    figures = SCRIPT["summarize"](answers(0, 1, 2), answers(2, 3, 4, text="a a a"))
+def test_a_constant_gain_has_known_figures():
+    figures = SCRIPT["summarize"](predictions(0, 1, 2), predictions(2, 3, 4, text="a a a"))
     assert figures == {
         "prompts": 3,
         "reward before": 1,
@@ -36,14 +36,14 @@ def test_the_interval_holds_the_mean_and_widens_with_the_spread():
     assert 0.35 < low < 0.5 < high < 0.65
 
 
-def test_only_answers_to_the_same_prompts_are_compared():
+def test_predictions_for_other_prompts_are_refused():
     with pytest.raises(ValueError, match="answer different prompts"):
-        SCRIPT["summarize"](answers(0, 1), answers(0, 1)[::-1])
+        SCRIPT["summarize"](predictions(0, 1), predictions(0, 1)[::-1])
 
 
-def test_the_tables(tmp_path, capsys):
+def test_the_table_is_printed(tmp_path, capsys):
     for name in ("before", "after"):
-        lines = "".join(json.dumps(row) + "\n" for row in answers(0, 1))
+        lines = "".join(json.dumps(row) + "\n" for row in predictions(0, 1))
         (tmp_path / name).write_text(lines)
     assert SCRIPT["main"]([str(tmp_path / "before"), str(tmp_path / "after")]) == 0
     assert "gain in standard deviations" in capsys.readouterr().out

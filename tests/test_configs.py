@@ -1,4 +1,4 @@
-"""Every config that ships runs, and every overlay fits what it is laid over."""
+"""Every packaged config runs, and every overlay applies to each of them."""
 
 import csv
 from typing import Any
@@ -18,7 +18,7 @@ OVERLAYS = [
     if "class_path" not in (read_config(name).get("model") or {})
 ]
 CONFIGS = [name for name in packaged_configs() if name not in OVERLAYS]
-KINDS = {"sft", "dpo", "remax", "ppo"}  # of configs: one answer, two, and online with a critic
+KINDS = {"sft", "dpo", "remax", "ppo"}  # texts, pairs, online, and online with a critic
 FEW = [
     *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
     *("--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "."),
@@ -27,30 +27,30 @@ FEW = [
 ]
 
 
-def of(config: str) -> Any:
-    """The tier of what each config does alike."""
+def tier(config: str) -> Any:
+    """Return the mark of a config: only one of each kind is in the first tier."""
     return () if config in KINDS else pytest.mark.long
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Relative paths of a run are the test's own."""
+    """Run in a folder of the test."""
     monkeypatch.chdir(tmp_path)
 
 
 def fit(*names: str) -> list[dict[str, str]]:
-    """The rows of the metrics that a short run logs."""
+    """Return the rows of metrics.csv of a short run."""
     configs = [word for name in names for word in ("--config", name)]
     assert main(["fit", *configs, *FEW]) == 0
     with open("lightning_logs/version_0/metrics.csv") as file:
         return list(csv.DictReader(file))
 
 
-def steps(rows: list[dict[str, str]], name: str) -> int:
+def num_logged(rows: list[dict[str, str]], name: str) -> int:
     return sum(bool(row.get(name)) for row in rows)
 
 
-def test_there_is_something_to_test():
+def test_configs_and_overlays_are_found():
     assert {"sft", "reward_model", "remax"} <= set(CONFIGS)
     assert {"toy", "lora", "fsdp"} <= set(OVERLAYS)
 
@@ -58,25 +58,27 @@ def test_there_is_something_to_test():
 @pytest.mark.parametrize(
     ("config", "overlays"),
     [pytest.param(name, ("toy",), id=f"{name}-toy") for name in CONFIGS]
-    + [pytest.param(name, ("toy", "lora"), marks=of(name), id=f"{name}-lora") for name in CONFIGS],
+    + [
+        pytest.param(name, ("toy", "lora"), marks=tier(name), id=f"{name}-lora") for name in CONFIGS
+    ],
 )
 def test_a_config_runs_on_toy_data(config, overlays):
     rows = fit(config, *overlays)
     norms = [name for name in rows[0] if name.startswith("grad_norm")]
-    assert [steps(rows, name) for name in ("loss", *norms)] == [2] * (1 + len(norms))
+    assert [num_logged(rows, name) for name in ("loss", *norms)] == [2] * (1 + len(norms))
     assert norms
-    assert steps(rows, "val/reward") + steps(rows, "val/loss") == 1
+    assert num_logged(rows, "val/reward") + num_logged(rows, "val/loss") == 1
 
 
 @pytest.mark.parametrize("overlays", [("toy",), ("toy", "lora")], ids="+".join)
-def test_the_reference_is_the_policy_as_it_was_at_the_start(overlays):
+def test_the_reference_is_the_initial_policy(overlays):
     first, second = fit("remax", *overlays)[:2]
     assert float(first["kl/per_response_k1"]) == 0
     assert float(second["kl/per_response_k1"]) != 0
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("config", [pytest.param(name, marks=of(name)) for name in CONFIGS])
+@pytest.mark.parametrize("config", [pytest.param(name, marks=tier(name)) for name in CONFIGS])
 def test_an_overlay_parses_over_each_config(config, overlay, capsys):
     with pytest.raises(SystemExit) as left:
         main(["fit", "--config", config, "--config", overlay, "--print_config"])
@@ -87,7 +89,7 @@ def test_an_overlay_parses_over_each_config(config, overlay, capsys):
             assert printed["trainer"][key] == value
 
 
-def test_an_overlay_applies_where_it_fits():
+def test_an_overlay_applies_only_existing_keys():
     import_all()
     line = resolve_configs(["fit", "--config", "sft", "--config", "toy"])
     toy = yaml.safe_load(line[4])
@@ -97,21 +99,21 @@ def test_an_overlay_applies_where_it_fits():
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_config_says_what_it_is_on_top_and_fits_on_one_screen(config):
+def test_a_config_starts_with_a_comment_and_is_short(config):
     lines = packaged_configs()[config].splitlines()
     assert lines[0].startswith("# ")
     assert 20 <= len(lines) <= 50
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_command_line_wins_over_a_config(config, capsys):
+def test_the_command_line_overrides_a_config(config, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", config, "--model.max_grad_norm", "0.125", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["init_args"]["max_grad_norm"] == 0.125
 
 
-def test_class_defaults_of_remax_are_the_papers():
+def test_class_defaults_of_remax_follow_arxiv_2310_10505():
     algorithm = ReMax(policy=tiny)
     assert (algorithm.kl_coef, algorithm.kl_to_go) == (0.1, False)  # part I, one-step
     assert (algorithm.gamma, algorithm.advantage_clip) == (1.0, None)
@@ -124,7 +126,7 @@ def test_class_defaults_of_remax_are_the_papers():
     assert (algorithm.warmup_ratio, algorithm.final_lr_ratio) == (0.0, 1.0)
 
 
-def test_remax_yaml_has_what_part_two_of_the_paper_changes():
+def test_remax_yaml_has_the_settings_of_the_papers_experiments():
     settings = read_config("remax")["model"]["init_args"]
     assert (settings["kl_coef"], settings["kl_to_go"]) == (0.01, True)
     assert settings["optimizer"]["init_args"]["lr"] == 5e-7

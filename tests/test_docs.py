@@ -384,7 +384,7 @@ RUN_ELSEWHERE = {  # commands that another test runs, or that need what a test m
     r"strategy \S*(fsdp2|FSDP2|ddp)|--config (fsdp|multi_node)": "tests/scale, and GPUs",
     r"WandbLogger|--tasks": "test_response_log.py and test_lm_eval.py",
     r"docs/examples/|runs/quickstart": "tests/test_real_data_runs.py and `make quickstart`",
-    r"my_module|my_remax": "test_add_an_algorithm.py and test_readme.py",
+    r"my_module|my_config|my_remax": "test_add_an_algorithm.py and test_readme.py",
     r"^plan ": "tests/plan and tests/cli/test_plan.py",
     r"Qwen/Qwen2.5-0.5B-Instruct": "models of the hub",
     r"\.help|--help|^configs ": "tests/cli/test_main.py and test_configs.py",

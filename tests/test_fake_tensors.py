@@ -1,4 +1,4 @@
-"""Nothing after the rollout reads a tensor's value: the step runs on tensors that have none."""
+"""No code after the rollout reads a tensor's value: a step runs on fake tensors."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from lit_align.models.policy import Policy
 
 
 def rollout() -> Experience:
-    """Two prompts, a sampled and a greedy answer each, as Rollout and Reward leave them."""
+    """Return two prompts with a sampled and a greedy response each, after Rollout and Reward."""
     batch = RandomPrompts(batch_size=2).batch(0).rows([0, 1, 0, 1])
     batch.group, batch.is_greedy = [0, 1, 0, 1], [False, False, True, True]
     batch.is_offline = [False] * 4
@@ -28,8 +28,8 @@ def rollout() -> Experience:
     return batch
 
 
-def with_stored() -> Experience:
-    """The same, where what was greedy came with the data."""
+def rollout_with_offline_responses() -> Experience:
+    """Return the same batch, with offline responses in place of the greedy ones."""
     batch = rollout()
     batch.is_greedy, batch.is_offline = batch.is_offline, batch.is_greedy
     batch.offline_scores, batch.offline_logprobs = [None, None, 0.5, None], [None, None, None, -9.0]
@@ -37,7 +37,7 @@ def with_stored() -> Experience:
 
 
 class Bare:
-    """An algorithm with an optimizer and without a Trainer around it."""
+    """Algorithm with an optimizer and without a Trainer."""
 
     trainer = SimpleNamespace(
         world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value, model=None)
@@ -57,15 +57,15 @@ class Bare:
 
 
 class BareReMax(Bare, ReMax):
-    """ReMax on its own."""
+    """ReMax without a Trainer."""
 
 
 class BareSPR(Bare, SPR):
-    """SPR on its own."""
+    """SPR without a Trainer."""
 
 
 def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
-    """A loaded policy without its weights' values: loading verifies them, a step does not."""
+    """Replace a policy's weights by fake ones after loading, which reads their values."""
     for module in policy.modules():
         for name, weight in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(mode.from_tensor(weight.detach())))
@@ -79,7 +79,11 @@ def fake(policy: Policy, mode: FakeTensorMode) -> Policy:
     [
         (BareReMax, {}, rollout),
         (BareReMax, {"kl_to_go": True, "gamma": 0.99, "loss_aggregation": "token_mean"}, rollout),
-        (BareSPR, {"num_samples": 1, "num_offline_samples": 1, "update_epochs": 2}, with_stored),
+        (
+            BareSPR,
+            {"num_samples": 1, "num_offline_samples": 1, "update_epochs": 2},
+            rollout_with_offline_responses,
+        ),
     ],
 )
 def test_one_step_runs_on_fake_tensors(kind, settings, make):

@@ -1,4 +1,4 @@
-"""The page for people who come from TRL: its names exist, and its example runs."""
+"""docs/from_trl.md: its names exist, and its example runs."""
 
 import json
 import re
@@ -16,8 +16,8 @@ PAGE = (ROOT / "docs" / "from_trl.md").read_text()
 EXAMPLE = ROOT / "docs" / "examples" / "from_trl.py"
 
 
-def resolved(capsys, *config: str) -> set[str]:
-    """The dotted names that --print_config knows."""
+def config_keys(capsys, *config: str) -> set[str]:
+    """Return the dotted names that --print_config prints."""
     with pytest.raises(SystemExit):
         main(["fit", *config, "--print_config"])
     names = flatten_settings(yaml.safe_load(capsys.readouterr().out))
@@ -25,8 +25,8 @@ def resolved(capsys, *config: str) -> set[str]:
 
 
 def test_each_name_on_our_side_of_the_tables_exists(capsys):
-    online = resolved(capsys, "--config", "grpo", "--config", "lora")
-    known = online | resolved(capsys, "--config", "dpo", "--config", "lora")
+    online = config_keys(capsys, "--config", "grpo", "--config", "lora")
+    known = online | config_keys(capsys, "--config", "dpo", "--config", "lora")
     ours = [line.split("|")[2] for line in PAGE.splitlines() if line.startswith("| `")]
     names = {name for cell in ours for name in re.findall(r"`((?:\w+\.)+\w+)`", cell)}
     assert len(names) > 25

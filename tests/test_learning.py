@@ -1,8 +1,8 @@
-"""Every algorithm learns, in seconds.
+"""Every algorithm learns a simple task in seconds.
 
-Online: say token 5 as often as there is room. The optimum is known: six tokens, all of them 5, a
-score of 1. A random policy starts at about 1/32. With the same scores dealt to the wrong rows
-nothing can be learnt. Offline: from 1,600 film reviews or pairs of them, for 500 that are held out.
+Online: the score is the fraction of six response tokens that are token 5. The optimum is 1, and a
+random policy starts at about 1/32. With scores shuffled over the rows, nothing can be learned.
+Offline: train on 1,600 film reviews or pairs of them, and evaluate on 500 that are held out.
 """
 
 from collections.abc import Collection, Iterable
@@ -40,7 +40,7 @@ from lit_align.models.policy_with_reward_head import PolicyWithRewardHead
 from lit_align.models.scalar_head import ScalarHead
 from lit_align.rewards.base import RewardFunction
 
-ROOM = 6  # tokens of a response
+MAX_TOKENS = 6  # tokens of a response
 ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
     "ReMax": (ReMax, {"num_samples": 4, "kl_coef": 0.0}),
     "GRPO": (GRPO, {"num_samples": 4, "kl_coef": 0.0}),
@@ -72,15 +72,15 @@ ALGORITHMS: dict[str, tuple[type[OnlineAlgorithm], dict]] = {
 }
 
 
-class Share(RewardFunction):
-    """The share of the room that token 5 fills."""
+class TokenFraction(RewardFunction):
+    """Reward: the fraction of the maximum length that token 5 fills."""
 
     def __init__(self, shuffled: bool = False):
         self.shuffled, self.seen = shuffled, []
 
     def __call__(self, batch: Experience) -> Tensor:
         fives = (batch.responses == 5) & batch.response_mask
-        scores = fives.sum(-1) / ROOM
+        scores = fives.sum(-1) / MAX_TOKENS
         self.seen.append(float(scores.mean()))
         if self.shuffled:
             order = torch.randperm(
@@ -90,8 +90,8 @@ class Share(RewardFunction):
         return scores
 
 
-def closed(name: str, seed: int, shuffled: bool) -> float:
-    """The share of the gap between start and optimum that a run closes."""
+def closed_gap(name: str, seed: int, shuffled: bool) -> float:
+    """Return the fraction of the gap between start and optimum that a run closes."""
     kind, settings = ALGORITHMS[name]
     torch.manual_seed(seed)
     algorithm = kind(
@@ -100,7 +100,7 @@ def closed(name: str, seed: int, shuffled: bool) -> float:
         final_lr_ratio=0.1,
         **{"policy": tiny, **settings},
     )
-    reward = Share(shuffled)
+    reward = TokenFraction(shuffled)
     run = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -109,7 +109,7 @@ def closed(name: str, seed: int, shuffled: bool) -> float:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Rollout(max_new_tokens=ROOM), Reward(reward)],
+        callbacks=[Rollout(max_new_tokens=MAX_TOKENS), Reward(reward)],
     )
     run.fit(algorithm, RandomPrompts(40, batch_size=64 // algorithm.num_samples))  # 64 rows each
     start, end = reward.seen[0], sum(reward.seen[-5:]) / 5
@@ -117,29 +117,29 @@ def closed(name: str, seed: int, shuffled: bool) -> float:
 
 
 SEEDS = [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)]
-KIN = {"GRPO without scaling", "HydraPPO, joint", "IPO"}  # of one that is in the first tier
-CONTROLS = {"ReMax", "GRPO", "PPO", "SPR"}  # shuffled, too
+SECOND_TIER = {"GRPO without scaling", "HydraPPO, joint", "IPO"}  # near another algorithm
+CONTROLS = {"ReMax", "PPO"}  # run with shuffled scores in the first tier
 
 
 def in_tiers(names: Iterable[str], first: Collection[str]) -> list[Any]:
-    """The names, of which all but the first ones are of the second tier."""
+    """Return the names, all but `first` marked for the second tier."""
     return [pytest.param(n, marks=() if n in first else pytest.mark.long) for n in names]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", in_tiers(ALGORITHMS, ALGORITHMS.keys() - KIN))
-def test_it_closes_half_of_the_gap(name, seed):
-    assert closed(name, seed, shuffled=False) > 0.5
+@pytest.mark.parametrize("name", in_tiers(ALGORITHMS, ALGORITHMS.keys() - SECOND_TIER))
+def test_a_run_closes_half_of_the_gap(name, seed):
+    assert closed_gap(name, seed, shuffled=False) > 0.5
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", in_tiers(ALGORITHMS, CONTROLS))
-def test_it_learns_nothing_from_shuffled_scores(name, seed):
-    assert closed(name, seed, shuffled=True) < 0.15
+def test_shuffled_scores_teach_nothing(name, seed):
+    assert closed_gap(name, seed, shuffled=True) < 0.15
 
 
 SMALL = {**WORDS, "initializer_range": 0.02}  # starts near a uniform policy
-OFFLINE = {  # algorithm, data, and by how much a metric on the held-out rows is to change
+OFFLINE = {  # algorithm, data, metric on held-out rows, and its least change
     "SFT": (partial(SFT, policy=partial(Policy, config=SMALL)), InstructionData, "loss", -3.0),
     "RewardModel": (
         partial(RewardModel, reward_model=partial(ScalarHead, config=SMALL)),
@@ -159,11 +159,11 @@ OFFLINE = {  # algorithm, data, and by how much a metric on the held-out rows is
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", in_tiers(OFFLINE, OFFLINE.keys() - KIN))
-def test_what_is_held_out_gets_better(name, seed):
-    """SFT: from 5.2 nats to below 2.3; HydraSFT, with both losses: from 5.9 to below 2.4.
+@pytest.mark.parametrize("name", in_tiers(OFFLINE, OFFLINE.keys() - SECOND_TIER))
+def test_held_out_metrics_improve(name, seed):
+    """SFT starts at 5.2 nats and HydraSFT, with both losses, at 5.9.
 
-    The others: from a guess to 7 of 10 pairs or more.
+    The others start at a guess and must get 7 of 10 pairs or more.
     """
     build, kind, metric, change = OFFLINE[name]
     torch.manual_seed(seed)

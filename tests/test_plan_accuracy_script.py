@@ -17,6 +17,7 @@ main = SCRIPT["main"]
 LINE = ("--model", "toy", "--device", "cpu", "--measured", "--methods", "SFT")
 
 
+@pytest.mark.long
 def test_estimates_are_compared_with_measured_peaks(tmp_path, capfd):
     plans = tmp_path / "plans.json"
     assert main([*LINE, "--within", "0.01", "--plans", str(plans)]) == 0
@@ -27,6 +28,7 @@ def test_estimates_are_compared_with_measured_peaks(tmp_path, capfd):
     assert '"toy SFT"' in plans.read_text()
 
 
+@pytest.mark.long
 def test_a_failed_method_prints_its_error_and_sets_the_status(capfd):
     assert main(["--model", "llama-9", "--device", "cpu", "--methods", "SFT", "--measured"]) == 1
     printed = capfd.readouterr().out

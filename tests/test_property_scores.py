@@ -1,4 +1,4 @@
-"""Any scores, group sizes, masks and answers: no crash without a message, no NaN."""
+"""Property tests of scores, groups, masks, reports and configs: no crash and no NaN."""
 
 import json
 import math
@@ -62,10 +62,10 @@ ODD = VALUE | st.floats() | st.lists(VALUE, max_size=2) | st.builds(object)
 
 @ANY
 @given(scores=ODD | st.lists(ODD, max_size=5) | st.tuples(ODD, ODD), rows=st.integers(0, 5))
-def test_a_reward_may_return_anything(scores, rows):
+def test_any_return_value_of_a_reward_is_handled(scores, rows):
     try:
         outcomes = check_scores(scores, rows)
-    except RewardError:  # a sentence; any other error is a failure of this test
+    except RewardError:  # any other error fails this test
         return
     assert len(outcomes) == rows
     for outcome in outcomes:
@@ -83,7 +83,7 @@ def folder(tmp_path_factory):
     st.sampled_from(["prompt", "completion", "score", "length", "truncated"]) | TEXT, VALUE
 )))  # fmt: skip
 @example(rows=[{"prompt": "</script>", "completion": HUGE}, {}])
-def test_a_report_holds_any_answers(rows, folder):
+def test_a_report_accepts_any_responses(rows, folder):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "completions" / "rollout_00010.jsonl").write_text(lines)
     shown = report_data([RunFolder(folder)])
@@ -109,7 +109,7 @@ CONFIG = st.recursive(
 @example(settings={"data": {"init_args": [1]}})
 @example(settings={"model": {"class_path": "", "init_args": {"": None}}})
 @example(settings={"trainer": 0, "rollout": [], "reward": {"init_args": {}}})
-def test_a_config_may_hold_anything(settings, tmp_path, capsys):
+def test_any_config_is_refused_with_one_sentence(settings, tmp_path, capsys):
     file = tmp_path / "any.yaml"
     file.write_text(json.dumps(settings))
     try:
@@ -117,5 +117,5 @@ def test_a_config_may_hold_anything(settings, tmp_path, capsys):
     except SystemExit as left:
         status = left.code
     assert status == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if "lit-align:" in line]
-    assert len(said) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "lit-align:" in line]
+    assert len(errors) == 1

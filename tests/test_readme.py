@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""The Python code of the README runs."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.fixture
 def quickstart(tmp_path, monkeypatch):
-    """Untrained models where the quickstart leaves its own."""
+    """A folder with untrained models in place of those of the quickstart."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = read_config("toy")["model"]["init_args"]["policy"]["init_args"]["config"]
@@ -33,9 +33,9 @@ def quickstart(tmp_path, monkeypatch):
 
 def test_the_run_in_python(quickstart):
     code = BLOCKS[0].replace("max_epochs=1", "max_epochs=1, limit_train_batches=2, logger=False")
-    shown: dict = {}
-    exec(compile(code, "README.md", "exec"), shown)
-    assert shown["remax"].iteration == 2
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["remax"].iteration == 2
 
 
 def test_the_subclass_runs_by_its_import_path(tmp_path, monkeypatch):

@@ -19,48 +19,48 @@ PAGE = (ROOT / "docs" / "results.md").read_text()
 
 @pytest.fixture
 def results(monkeypatch):
-    """The script as a module; its paths are relative to the project."""
+    """Script as a module, run in the project folder."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.chdir(ROOT)
     return importlib.import_module("results")
 
 
 def algorithms() -> set[str]:
-    """Our online algorithms; tests define others, and a parent leaves something to its children."""
+    """Return the names of the package's concrete online algorithms."""
     import_all()
     ours = [
         kind
         for kind in concrete_subclasses(OnlineAlgorithm)
         if kind.__module__.startswith("lit_align.")
     ]
-    return {kind.__name__ for kind in ours if not is_parent(kind)}
+    return {kind.__name__ for kind in ours if not is_abstract(kind)}
 
 
-def is_parent(kind: type) -> bool:
+def is_abstract(kind: type) -> bool:
     methods = (inspect.getattr_static(kind, name) for name in dir(kind))
     return any(getattr(method, "__isabstractmethod__", False) for method in methods)
 
 
-def rows() -> dict[str, list[str]]:
-    """The table's cells by title."""
+def table_rows() -> dict[str, list[str]]:
+    """Return the cells of the table by title."""
     made = PAGE.partition("<!-- made by scripts/results.py -->")[2].partition("<!-- end -->")[0]
     lines = [line.strip("| ").split(" | ") for line in made.splitlines() if line.startswith("| ")]
     return {title: cells for title, *cells in lines[1:]}
 
 
 def test_every_online_algorithm_has_a_row():
-    assert {title.partition(",")[0] for title in rows()} == algorithms()
+    assert {title.partition(",")[0] for title in table_rows()} == algorithms()
 
 
-def test_every_row_is_of_a_run_of_the_script(results):
-    assert list(rows()) == [run.title for run in results.RUNS]
+def test_every_row_is_a_run_of_the_script(results):
+    assert list(table_rows()) == [run.title for run in results.RUNS]
     for run in results.RUNS:
         assert run.config in packaged_configs()
         assert read_config(run.config)["model"]["class_path"] == run.name
 
 
-def test_every_gain_is_beyond_chance():
-    for title, (reward, gain, kl, *measured) in rows().items():
+def test_every_gain_is_significant():
+    for title, (reward, gain, kl, *measured) in table_rows().items():
         before, after = map(float, reward.split(" -> "))
         low, high = map(float, gain.split(" to "))
         assert 0 < low <= after - before + 0.01, title
@@ -80,7 +80,7 @@ def test_the_page_has_the_command_that_made_it():
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_what_needs_the_most_gains_in_a_short_run(results, tmp_path):
+def test_the_algorithms_with_most_parts_gain_in_a_short_run(results, tmp_path):
     """RTO needs a DPO adapter and a critic; Hydra a model with a reward head and adapters."""
     if not (SHARED / "models" / "stories260K").is_dir() or not (SHARED / "data").is_dir():
         pytest.skip("the reference data folder ../shared is not here")

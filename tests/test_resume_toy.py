@@ -1,4 +1,4 @@
-"""A run that is stopped in the middle of an epoch and resumed is the run that was not."""
+"""A run that is stopped inside an epoch and resumed equals the run that was not stopped."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ BATCHES, STOPS = 4, (1, 6)  # in the first epoch of 4 batches, and in the second
 
 
 class SaveAt(Callback):
-    """Saves as a preemption would, after some batches of the run."""
+    """Callback that saves after some batches of the run, as at a preemption."""
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -26,7 +26,7 @@ class SaveAt(Callback):
 
 
 def fit(folder: Path, config: str, *more: str) -> None:
-    """Two epochs on 32 shuffled rows of the toy data, with a validation after each."""
+    """Run two epochs on 32 shuffled rows of the toy data, with a validation after each."""
     words = ["fit", "--config", config, "--config", "toy", "--trainer.max_epochs", "2"]
     words += ["--data.batch_size", str(32 // BATCHES), "--data.max_rows", "32"]
     words += ["--trainer.limit_val_batches", "1", "--trainer.default_root_dir", str(folder)]
@@ -36,7 +36,7 @@ def fit(folder: Path, config: str, *more: str) -> None:
 
 
 def last(folder: Path) -> dict[str, Any]:
-    """The checkpoint at the end of the run."""
+    """Return the checkpoint at the end of the run."""
     (path,) = folder.glob("checkpoints/*.ckpt")
     return torch.load(path, weights_only=True)
 
@@ -46,43 +46,45 @@ def last(folder: Path) -> dict[str, Any]:
     [
         pytest.param("sft", 0, STOPS[1:], marks=pytest.mark.long),
         ("sft", 1, STOPS[1:]),
-        (
+        pytest.param(
             "sft --config galore --model.optimizer.rank 16 --model.optimizer.update_gap 3",
             0,
             STOPS[1:],
+            marks=pytest.mark.long,
         ),
-        ("sft --config sltrain", 0, STOPS[1:]),
-        ("reward_model", 0, STOPS[1:]),
+        pytest.param("sft --config sltrain", 0, STOPS[1:], marks=pytest.mark.long),
+        pytest.param("reward_model", 0, STOPS[1:], marks=pytest.mark.long),
         pytest.param("dpo", 0, STOPS[1:], marks=pytest.mark.long),
         ("dpo --model.precompute true", 0, STOPS[1:]),
-        ("remax", 0, STOPS),
-        ("grpo", 0, STOPS[1:]),
+        ("remax", 0, STOPS[1:]),
+        pytest.param("remax", 0, STOPS[:1], marks=pytest.mark.long),
+        pytest.param("grpo", 0, STOPS[1:], marks=pytest.mark.long),
         ("grpovi --model.running_bounds true", 0, STOPS[1:]),
         pytest.param("rloo", 0, STOPS[1:], marks=pytest.mark.long),
         (f"ppo {ADAPTIVE} --model.critic_warmup_iterations 2", 0, STOPS),
         pytest.param("spr", 0, STOPS[1:], marks=pytest.mark.long),
         ("spr --model.num_offline_samples 3 --model.offline_half_life 4", 1, STOPS[1:]),
-        ("hydra_sft", 0, STOPS[1:]),
-        ("hydra_ppo", 0, STOPS[1:]),
+        pytest.param("hydra_sft", 0, STOPS[1:], marks=pytest.mark.long),
+        pytest.param("hydra_ppo", 0, STOPS[1:], marks=pytest.mark.long),
         pytest.param("joint_hydra_ppo", 0, STOPS[1:], marks=pytest.mark.long),
-        ("rto", 0, STOPS[1:]),
+        pytest.param("rto", 0, STOPS[1:], marks=pytest.mark.long),
     ],
 )
-def test_resuming_is_bitwise(tmp_path, config, num_workers, stops):
+def test_a_resumed_run_is_bitwise_equal(tmp_path, config, num_workers, stops):
     config, *flags = config.split()
     more = (*flags, "--data.num_workers", str(num_workers))
-    fit(tmp_path / "whole", config, *more)
-    whole, logged = last(tmp_path / "whole"), metrics(tmp_path / "whole")
+    fit(tmp_path / "long", config, *more)
+    long, logged = last(tmp_path / "long"), metrics(tmp_path / "long")
     norms = [[v for k, v in row.items() if k.startswith("grad_norm")] for row in logged]
     assert len({tuple(norm) for norm in norms if norm}) == 2 * BATCHES
     for stop in stops:
-        part, folder = tmp_path / "whole" / f"{stop}.ckpt", tmp_path / str(stop)
+        part, folder = tmp_path / "long" / f"{stop}.ckpt", tmp_path / str(stop)
         state = torch.load(part, weights_only=True)["state_dict"]
-        assert not same(state, whole["state_dict"])
+        assert not same(state, long["state_dict"])
         assert not any(name.startswith("reference") for name in state)
         fit(folder, config, *more, "--ckpt_path", str(part))
         resumed = last(folder)
-        assert resumed["iteration"] == whole["iteration"] == 2 * BATCHES
+        assert resumed["iteration"] == long["iteration"] == 2 * BATCHES
         for kept in ("state_dict", "optimizer_states"):
-            assert same(resumed[kept], whole[kept]), f"{kept} after {stop} batches"
-        assert metrics(folder, stop) == metrics(tmp_path / "whole", stop)
+            assert same(resumed[kept], long[kept]), f"{kept} after {stop} batches"
+        assert metrics(folder, stop) == metrics(tmp_path / "long", stop)

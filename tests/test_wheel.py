@@ -1,4 +1,4 @@
-"""The wheel holds all that a run needs, and runs where there is nothing else of us."""
+"""The wheel has all files of a run, and runs without the repository."""
 
 import os
 import shutil
@@ -11,19 +11,20 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RUN = [
+ARGV = [
     *("fit", "--config", "remax", "--config", "toy", "--data.batch_size", "4"),
     *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "0"),
 ]
-WHERE = "import lit_align; print('from', lit_align.__file__, flush=True);"
+PRINT_LOCATION = "import lit_align; print('from', lit_align.__file__, flush=True);"
 MAIN = "import sys; from lit_align.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that nothing of an earlier build gets in."""
+    """Wheel, built from a copy so that it has no files of an earlier build."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "lit_align", source / "lit_align")
+    for name in ("lit_align", "configs"):
+        shutil.copytree(ROOT / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -34,11 +35,11 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def fit(python: str | Path, folder: Path, **environment: str) -> str:
-    """What a short run in an empty folder prints; it must not find this repository."""
+    """Return the output of a short run in an empty folder, which must not find the repository."""
     folder.mkdir()
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(
-        [python, "-c", WHERE + MAIN, *RUN],
+        [python, "-c", PRINT_LOCATION + MAIN, *ARGV],
         cwd=folder,
         env={**inherited, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -50,7 +51,7 @@ def fit(python: str | Path, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_it_holds_each_config_and_the_marker_of_types(wheel):
+def test_the_wheel_has_all_configs_and_modules(wheel):
     names = set(ZipFile(wheel).namelist())
     folder = ROOT / "configs"
     configs = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
@@ -63,7 +64,8 @@ def test_it_holds_each_config_and_the_marker_of_types(wheel):
     assert "License-Expression: Apache-2.0" in ZipFile(wheel).read(metadata).decode()
 
 
-def test_unpacked_into_an_empty_folder_it_runs(wheel, tmp_path):
+@pytest.mark.long
+def test_an_unpacked_wheel_runs(wheel, tmp_path):
     site = tmp_path / "site"
     ZipFile(wheel).extractall(site)
     printed = fit(sys.executable, tmp_path / "elsewhere", PYTHONPATH=str(site))
@@ -72,7 +74,7 @@ def test_unpacked_into_an_empty_folder_it_runs(wheel, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)  # torch comes over the network
-def test_installed_into_an_empty_environment_it_runs(wheel, tmp_path):
+def test_an_installed_wheel_runs(wheel, tmp_path):
     home = tmp_path / "environment"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"

@@ -1,4 +1,4 @@
-"""A whole run in a second: a tiny policy, random prompts, a reward that counts a token."""
+"""Tiny models, random data and a silent trainer, for a complete run in a second."""
 
 import random
 from pathlib import Path
@@ -35,11 +35,15 @@ TINY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-WORDS = {**TINY, "vocab_size": 192, "max_position_embeddings": 128}  # for the toy data
+WORDS = {
+    **TINY,
+    "vocab_size": 192,
+    "max_position_embeddings": 128,
+}  # has the vocabulary of the toy data
 
 
 class RandomPrompts(LightningDataModule):
-    """Prompts of five random tokens; texts are their token ids."""
+    """Prompts of five random tokens. Texts are the token ids."""
 
     def __init__(self, num_batches: int = 3, batch_size: int = 4):
         super().__init__()
@@ -51,7 +55,7 @@ class RandomPrompts(LightningDataModule):
         return " ".join(map(str, ids))
 
     def batch(self, number: int) -> Experience:
-        """The batch of all ranks."""
+        """Return the batch of all ranks."""
         world = self.trainer.world_size if self.trainer else 1
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(3, 32, (self.batch_size * world, 5), generator=generator)
@@ -63,8 +67,8 @@ class RandomPrompts(LightningDataModule):
             is_new=[True] * len(ids),
         )
 
-    def share(self, batch: Batch) -> Batch:
-        """The rows r, r + W, ... of this rank."""
+    def rank_rows(self, batch: Batch) -> Batch:
+        """Return the rows r, r + W, ... of rank r of W."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         return batch.rows(range(rank, len(batch), world))
 
@@ -74,46 +78,47 @@ class RandomPrompts(LightningDataModule):
     val_dataloader = predict_dataloader = train_dataloader
 
     def first(self, numbers: list[int]) -> Batch:
-        return self.share(self.batch(numbers[0]))
+        return self.rank_rows(self.batch(numbers[0]))
 
 
-class RandomAnswers(RandomPrompts):
-    """Random prompts with one to three answers each; of every other one nothing else is known."""
+class RandomOfflineResponses(RandomPrompts):
+    """Random prompts with one to three offline responses. Every other one has no score."""
 
     def batch(self, number: int) -> Experience:
         batch = super().batch(number)
         source = random.Random(number)
         batch.offline_responses = [
-            [self.answer(source, known=number % 2 == 0) for number in range(1 + row % 3)]
+            [self.response(source, has_score=number % 2 == 0) for number in range(1 + row % 3)]
             for row in range(len(batch))
         ]
         return batch
 
-    def answer(self, source: random.Random, known: bool) -> OfflineResponse:
-        """Up to four tokens and a stop."""
+    def response(self, source: random.Random, has_score: bool) -> OfflineResponse:
+        """Return a response of up to four tokens and a stop token."""
         tokens = [source.randrange(3, 32) for _ in range(source.randrange(5))]
         score, logprob = source.random(), -4.0 * len(tokens) - source.random()
-        return OfflineResponse([*tokens, 2], *((score, logprob) if known else (None, None)))
+        return OfflineResponse([*tokens, 2], *((score, logprob) if has_score else (None, None)))
 
 
 class RandomTexts(RandomPrompts):
-    """Four texts of 3, 8, 5 and 2 tokens; the first token is not learnt."""
+    """Four texts of 3, 8, 5 and 2 tokens. The first token is no target."""
 
     def batch(self, number: int) -> TextBatch:
         lengths = [3, 8, 5, 2]
         ids = torch.randint(3, 32, (4, 8), generator=torch.Generator().manual_seed(number))
         mask = torch.arange(8) < torch.tensor(lengths).unsqueeze(1)
-        learnt = mask & (torch.arange(8) > 0)
+        target_mask = mask & (torch.arange(8) > 0)
         return TextBatch(
             tokens=ids.where(mask, 0),
             token_mask=mask,
-            target_mask=learnt,
+            target_mask=target_mask,
             lengths=lengths,
             is_new=[True, True, True, False],
         )
 
 
 def scalar(**settings: Any) -> ScalarHead:
+    """Return a network with a score head and the same random weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return ScalarHead(config=dict(TINY), **settings)
@@ -126,12 +131,12 @@ class RandomPairs(RandomPrompts):
         generator = torch.Generator().manual_seed(number)
         chosen, rejected = torch.randint(7, 32, (2, 4, 6), generator=generator)
         chosen[:, 5], rejected[:, 3] = 5, 6
-        whole = torch.ones(4, 6, dtype=torch.bool)
+        full = torch.ones(4, 6, dtype=torch.bool)
         short = torch.arange(6).expand(4, 6) < 4
         return PreferenceBatch(
             chosen=chosen,
-            chosen_mask=whole,
-            chosen_target_mask=whole,
+            chosen_mask=full,
+            chosen_target_mask=full,
             chosen_lengths=[6] * 4,
             rejected=rejected.where(short, 0),
             rejected_mask=short,
@@ -143,7 +148,7 @@ class RandomPairs(RandomPrompts):
 
 
 class Count(RewardFunction):
-    """How often a token stands in the response."""
+    """Reward: how often a token occurs in the response."""
 
     def __init__(self, token: int = 5):
         self.token = token
@@ -153,20 +158,20 @@ class Count(RewardFunction):
 
 
 def tiny(**settings: Any) -> Policy:
-    """The same random weights each time."""
+    """Return a tiny Llama with the same random weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Policy(**{"config": dict(TINY), **settings})
 
 
 def weights(module: torch.nn.Module) -> list[Tensor]:
-    """The trained weights, whole and on their own."""
+    """Return unsharded copies of the trained weights."""
     tensors = [weight.detach() for weight in module.parameters() if weight.requires_grad]
     return [t.full_tensor() if isinstance(t, DTensor) else t.clone() for t in tensors]
 
 
 def adapted(kind: type[Backbone], rank: int = 2, spread: float = 0.02, **settings: Any) -> Backbone:
-    """The same random base and adapters each time; the frozen head's `spread` bounds logits."""
+    """Return the same random base and adapters each time. `spread` scales the frozen weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = {**TINY, "initializer_range": spread}
@@ -174,17 +179,17 @@ def adapted(kind: type[Backbone], rank: int = 2, spread: float = 0.02, **setting
 
 
 def trained(algorithm: Algorithm) -> list[Tensor]:
-    """The trained weights of all roles."""
+    """Return the trained weights of all roles."""
     return [weight for network in algorithm.roles.values() for weight in weights(network)]
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest distance of a tensor from its counterpart, relative to its norm."""
+    """Return the largest distance of two equally placed tensors, relative to their norm."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
 
 
 def trainer(folder, max_new_tokens: int = 6, **settings) -> Trainer:
-    """A silent trainer on one CPU process that rolls out and counts tokens."""
+    """Return a silent trainer on one CPU process that rolls out and counts tokens."""
     callbacks = [Rollout(max_new_tokens=max_new_tokens), Reward(Count())]
     defaults = {
         "accelerator": "cpu",
@@ -201,15 +206,15 @@ def trainer(folder, max_new_tokens: int = 6, **settings) -> Trainer:
 
 
 def ragged_rollout() -> Experience:
-    """Prompts of 3, 5 and 1 tokens, answered by 2, 1 and 4."""
+    """Return prompts of 3, 5 and 1 tokens with responses of 2, 1 and 4 tokens."""
     mask = torch.arange(5) >= 5 - torch.tensor([3, 5, 1]).unsqueeze(1)
-    answered = torch.arange(4) < torch.tensor([2, 1, 4]).unsqueeze(1)
+    response_mask = torch.arange(4) < torch.tensor([2, 1, 4]).unsqueeze(1)
     ids = torch.arange(3, 30).view(3, 9)
     return Experience(
         prompts=ids[:, :5].where(mask, 0),
         prompt_mask=mask,
         prompt_lengths=[3, 5, 1],
-        responses=ids[:, 5:].where(answered, 0),
-        response_mask=answered,
+        responses=ids[:, 5:].where(response_mask, 0),
+        response_mask=response_mask,
         response_lengths=[2, 1, 4],
     )

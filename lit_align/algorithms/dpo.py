@@ -187,12 +187,14 @@ class DPO(Algorithm):
         sums: list[Tensor] = []
         for loader in loaders:
             for batch in rank_batches(loader, self.global_rank, self.trainer.world_size):
+                # Lightning opens this context for its own steps, but not for hooks.
                 with self.trainer.precision_plugin.forward_context():
                     parts = self.map_microbatches(
                         batch.to(self.device), self.reference_pair_logprobs
                     )
                 sums.append(torch.stack(parts, -1))
                 pairs += batch.fingerprints
+        # Rows of other ranks too: another epoch's shuffle gives each rank other pairs.
         gather = self.trainer.strategy.all_gather
         names = gather(torch.tensor(pairs).to(self.device)).flatten()
         self.precomputed.store(names, gather(torch.cat(sums)).view(-1, 2))
@@ -243,5 +245,6 @@ def pair_logprobs(
         logprobs: Function of 2n texts that returns token log-probs [2n, T-1] in nats.
         batch: n pairs.
     """
+    # One pass for both sides: sharded weights are gathered once.
     chosen, rejected = logprobs(batch.texts()).sum(-1).view(-1, 2).unbind(-1)
     return chosen, rejected

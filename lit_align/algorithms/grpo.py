@@ -93,6 +93,7 @@ class GRPO(OnlineAlgorithm):
 
     def on_policy_logprobs(self, batch: Experience) -> Tensor:
         """Return the policy's log-probs [n, r] in nats and store them as the sampling policy's."""
+        # Detached, so that the ratio is 1 and its gradient that of the log-prob.
         logprobs, batch.entropy = self.policy.logprobs_and_entropy(batch)
         batch.logprobs = logprobs.detach()
         self.metrics.add_all(self.policy_metrics(batch))

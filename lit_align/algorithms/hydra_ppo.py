@@ -111,6 +111,7 @@ class HydraPPO(ActorCritic):
             yield from super().losses(batch)
             return
         logprobs, entropy, values = self.policy.logprobs_entropy_and_values(batch)
+        # One forward pass gives both losses, so they need one backward pass.
         loss = self.value_coef * self.value_loss(batch, values)
         if self.iteration >= self.critic_warmup_iterations:
             loss = loss + self.policy_loss(batch, logprobs, entropy)
@@ -125,6 +126,6 @@ class HydraPPO(ActorCritic):
 
     def reference_logprobs(self, batch: Experience) -> Tensor:
         """Return the reference's log-probs [n, r] in nats, if possible those of `base_scores`."""
-        if "ref_logprobs" in batch.fields():
+        if "ref_logprobs" in batch.fields():  # `SharedBackboneReward` has scored this batch
             return batch.ref_logprobs
         return super().reference_logprobs(batch)

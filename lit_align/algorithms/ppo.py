@@ -54,7 +54,7 @@ class PPO(ActorCritic):
 
     def base_scores(self, batch: Experience) -> Tensor:
         """Return the scores [N] of the critic's frozen base, for `SharedBackboneReward`."""
-        self.reward_role()
+        self.reward_role()  # refuses a critic whose base is not a reward model
         with self.critic.adapters.disable_all():
             (scores,) = self.map_microbatches(
                 batch, lambda microbatch: (self.critic.scores(microbatch),)

@@ -64,7 +64,7 @@ class ReMax(OnlineAlgorithm):
         """Drop the greedy rows, and add `advantages` [N, R]."""
         baseline = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if greedy]).scores
         batch = batch.rows([row for row, greedy in enumerate(batch.is_greedy) if not greedy])
-        batch = super().prepare(batch)
+        batch = super().prepare(batch)  # without greedy rows, which need no log-probs
         advantage = batch.scores - baseline.repeat_interleave(self.num_samples)
         self.metrics.add("frac_reward_zero_std", advantage == 0, batch.response_mask.any(-1))
         batch.advantages = self.token_advantages(batch, advantage)

@@ -52,6 +52,7 @@ class RLOO(OnlineAlgorithm):
 
     def losses(self, batch: Experience) -> Iterator[Tensor]:
         """Yield the clipped surrogate of each response, [n]."""
+        # Token log-probs add up to that of the response. Its ratio is clipped, not those of tokens.
         mask = batch.response_mask
         logprobs = self.policy.logprobs(batch).where(mask, 0.0).sum(-1)
         sampled = batch.logprobs.where(mask, 0.0).sum(-1)

@@ -81,6 +81,7 @@ class RTO(PPO):
         policy = networks["policy"]
         assert isinstance(policy, Policy)
         if self.dpo_adapter is not None:
+            # Frozen weights carry the adapter: the reference, or the policy's base below its own.
             base = networks.get("reference", policy)
             base.adapters.load_frozen_adapter(self.dpo_adapter, DPO_ROLE)
         for role, build in (
@@ -90,6 +91,7 @@ class RTO(PPO):
             if build is not None:
                 network = build().requires_grad_(False).eval()
                 check_same_vocabulary(role, network, policy)
+                # All log-ratios compare distributions of one temperature.
                 network.set_temperature(policy.temperature)
                 networks[role] = network
         return networks
@@ -135,6 +137,7 @@ class RTO(PPO):
         reference = batch.dpo_ref_logprobs if has_own_reference else batch.ref_logprobs
         mask, settings = batch.response_mask, (self.dpo_coef, self.dpo_clip)
         dpo_rewards = dpo_token_rewards(batch.dpo_logprobs, reference, mask, *settings)
+        # A token is clipped if its reward differs from the unclipped one.
         unclipped_rewards = dpo_token_rewards(batch.dpo_logprobs, reference, mask, self.dpo_coef)
         self.metrics.add("rto/dpo_reward", dpo_rewards.sum(-1), mask.any(-1))
         self.metrics.add("rto/dpo_clipped", dpo_rewards != unclipped_rewards, mask)

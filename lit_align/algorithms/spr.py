@@ -34,11 +34,12 @@ from lit_align.models.parallel.offload import (
 class SPR(OnlineAlgorithm):
     """Weighted supervised fine-tuning on sampled and offline responses.
 
-    Each iteration moves the policy to the maximizer of
-    E[score] - kl_coef * KL(pi || reference) - step_kl_coef * KL(pi || current policy), which is
-    the current policy re-weighted. The fixed point is the optimum of the first two terms. One
-    network is on the device at a time, and the optimizer state only during the update. All
-    formulas are our reconstruction: only the abstract and the reviews are public (docs/spr.md).
+    Each iteration moves the policy pi_t to the maximizer of
+    E[score] - kl_coef * KL(pi || pi_ref) - step_kl_coef * KL(pi || pi_t).
+    It is pi_t exp(ell) / Z, which weighted fine-tuning learns. The fixed point is the optimum of
+    the first two terms. One network is on the device at a time, and the optimizer state only
+    during the update. All formulas are our reconstruction: we know only the abstract and the
+    reviews of the paper (docs/spr.md).
 
     Args:
         num_samples: Sampled responses per prompt.
@@ -139,13 +140,14 @@ class SPR(OnlineAlgorithm):
 
     def prepare(self, batch: Experience) -> Experience:
         """Add `weights` [N], and sort each group: sampled responses, then offline responses."""
+        # `Rollout` appends offline rows after all sampled rows. Weights need groups side by side.
         sort_keys = list(zip(batch.group, batch.is_offline, strict=True))
         batch = super().prepare(batch.rows(sorted(range(len(batch)), key=sort_keys.__getitem__)))
         batch.scores = self.fill_missing(batch.offline_scores, batch.scores)
         if self.num_samples > 1:
             self.log_equal_groups(select_sampled(batch))
         batch.weights = self.sample_weights(batch).flatten().type_as(batch.scores)
-        self.optimizer_offload.reload()
+        self.optimizer_offload.reload()  # the last network pass without gradient is over
         return batch
 
     def sample_weights(self, batch: Experience) -> Tensor:
@@ -154,6 +156,7 @@ class SPR(OnlineAlgorithm):
         If an offline response has no log-prob, the reference is assumed to have generated it.
         """
         shape, mask = (-1, self.group_size), batch.response_mask
+        # float64: log-probs of long responses are large, and weights are their exponentials.
         scores = batch.scores.double().view(shape)
         logprobs = batch.logprobs.double().where(mask, 0.0).sum(-1).view(shape)
         reference = batch.ref_logprobs.double().where(mask, 0.0).sum(-1)

@@ -110,7 +110,10 @@ def prefill_first_and_last(
 
     Args:
         network: Causal language model.
-        chunks: Prompts, B rows together.
+        chunks: Token ids [B', P] of each chunk, B rows together.
+
+    Returns:
+        KV cache and hidden states [B', H] of each chunk.
     """
     outputs = [prefill_chunk(network, chunks[0])]
     for chunk in chunks[1:-1]:

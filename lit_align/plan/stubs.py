@@ -152,7 +152,10 @@ class SkipRepeatedMicrobatches:
 
         Args:
             batch: N rows.
-            compute: Function of a micro-batch.
+            compute: Function of a micro-batch that returns tensors with one entry per row.
+
+        Returns:
+            Tensors [N, ...] with the results of all rows.
         """
         known: dict[int, list[tuple[Tensor, ...]]] = {}
 

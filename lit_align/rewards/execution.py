@@ -65,6 +65,7 @@ class RewardExecutor:
             functions: Reward functions by name.
             batch: N rows with responses.
         """
+        # All async functions start before the first result is awaited.
         pending = {name: self.start_call(function, batch) for name, function in functions.items()}
         return {
             name: list(self.outcomes(name, function, batch, pending[name]))
@@ -90,7 +91,7 @@ class RewardExecutor:
         )
         warned = False
         for row, outcome in enumerate(outcomes):
-            if isinstance(outcome, RowFailure) and not warned:
+            if isinstance(outcome, RowFailure) and not warned:  # one warning per call is enough
                 message = f"reward '{name}' {outcome.message}\n{format_row(batch, row)}"
                 if not self.skip_failed_prompts:
                     raise RewardError(message) from outcome.cause
@@ -209,6 +210,7 @@ def run_in_thread(function: Callable[[], Any], seconds: float) -> Any:
         except BaseException as error:
             future.set_exception(error)
 
+    # Not a ThreadPoolExecutor: Python waits for its threads at exit, also for a hanging one.
     Thread(target=call_function, daemon=True).start()
     return future.result(seconds)
 
@@ -238,6 +240,7 @@ def check_scores(scores: Any, rows: int) -> list[Outcome]:
 def finite_or_failure(score: Any) -> float | RowFailure:
     """Return the score as a finite float, or a `RowFailure`."""
     try:
+        # float("1.0") would accept a text, which is more likely a mistake of the user's.
         number = math.nan if isinstance(score, str) else float(score)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
@@ -248,7 +251,7 @@ def finite_or_failure(score: Any) -> float | RowFailure:
 def describe_exception(error: BaseException) -> str:
     """Return the error and its file and line, in one line."""
     kind, text = type(error).__name__, shorten(str(error), 300)
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__)  # the last frame is the user's line
     location = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"raised {kind}: {text}{location}" if text else f"raised {kind}{location}"
 

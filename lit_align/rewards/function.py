@@ -72,7 +72,7 @@ class FunctionReward(RewardFunction):
             "completions": batch.columns["completion"],
             "completion_ids": [row[:length] for row, length in ids],
         }
-        del available["prompt"], available["completion"]
+        del available["prompt"], available["completion"]  # TRL passes the plural names only
         missing = sorted(self.required_arguments - set(available))
         if missing:
             known = ", ".join(available)
@@ -105,7 +105,7 @@ def load_function(path: str) -> Callable[..., Any]:
         )
     try:
         module = import_from_file(file) if file.endswith(".py") else import_by_name(file)
-    except Exception as error:
+    except Exception as error:  # the user's module may raise anything at import
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"reward function '{path}': cannot import {file}: {reason}") from error
     function: Any = getattr(module, name, None)

@@ -93,6 +93,7 @@ class ModelReward(RewardFunction):
             prompts, completions, batch.truncated, strict=True
         ):
             before, after = encode_response(self.tokenizer, prompt, completion)
+            # `encode_response` appends the stop token, which a truncated response does not have.
             text = [*before, *after[: len(after) - is_truncated]]
             texts.append(text[-self.max_tokens :])
         return texts

@@ -66,7 +66,7 @@ class ExactAnswer(AnswerRule):
     def compare(self, completion: str, answer: str) -> float:
         """Return 1 if both texts have the same answer, else 0."""
         predicted = self.find(completion)
-        expected = self.find(answer)
+        expected = self.find(answer)  # None if the column has the plain answer
         return float(
             predicted is not None
             and predicted == (collapse_whitespace(answer) if expected is None else expected)
@@ -271,6 +271,7 @@ def final_number(text: str) -> Decimal | None:
         if not matches:
             return None
         found = matches[-1]
+    # Decimal compares all digits. As floats, different long numbers would round to equal ones.
     number = Decimal(found["digits"].replace(",", ""))
     return -number if found["minus"] or found["dollars_minus"] else number
 

@@ -53,6 +53,7 @@ class WeightedSum:
             N flags. A row of a skipped prompt has False, the score 0 and an empty mask.
         """
         outcomes = self.executor(self.functions, batch)
+        # Advantages need the scores of all responses to a prompt: a failed row skips its prompt.
         skipped = {
             batch.group[row]
             for column in outcomes.values()
@@ -73,6 +74,7 @@ class WeightedSum:
         batch.scores = torch.tensor(totals, dtype=torch.float32, device=device)
         if skipped:
             scored_rows = torch.tensor(is_scored, device=device).unsqueeze(1)
+            # Without mask a row has no loss and no metric, so nothing else needs to know.
             batch.response_mask = batch.response_mask & scored_rows
         return is_scored
 
@@ -88,7 +90,7 @@ class WeightedSum:
                 f"no reward function applies to this row. Return a number for it.\n"
                 f"{format_row(batch, row)}"
             )
-        return math.fsum(applying)
+        return math.fsum(applying)  # exact, so the order of the functions does not matter
 
 
 def unique_name(name: str, taken: Container[str]) -> str:

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_models import Count, RandomAnswers, RandomPrompts, distance, tiny, trainer, weights
+from tiny_models import (
+    Count,
+    RandomOfflineResponses,
+    RandomPrompts,
+    distance,
+    tiny,
+    trainer,
+    weights,
+)
 from torch.optim import SGD, AdamW
 
 from lit_align.algorithms.sft import SFT
@@ -99,7 +107,7 @@ class FixedTexts(RandomPrompts):
 def test_the_update_is_an_sft_step_with_a_weight_per_text(tmp_path, microbatch_tokens):
     settings = {"microbatch_tokens": microbatch_tokens, "optimizer": lambda p: AdamW(p, lr=1e-2)}
     algorithm = RecordingSPR(policy=tiny, num_samples=2, num_offline_samples=2, **settings)
-    metrics = fit(tmp_path, algorithm, RandomAnswers)
+    metrics = fit(tmp_path, algorithm, RandomOfflineResponses)
     (batch,) = algorithm.batches
     data = FixedTexts(1)
     no_target = torch.zeros_like(batch.prompt_mask)
@@ -124,7 +132,7 @@ def test_microbatches_do_not_change_the_result(tmp_path, settings):
     results = []
     for more in ({}, settings):
         algorithm = SPR(policy=tiny, num_offline_samples=2, optimizer=sgd, **more)
-        fit(tmp_path, algorithm, RandomAnswers, num_batches=2)
+        fit(tmp_path, algorithm, RandomOfflineResponses, num_batches=2)
         results.append(weights(algorithm))
     assert distance(results[0], weights(tiny())) > 1e-3
     assert distance(*results) < 1e-5
@@ -176,14 +184,14 @@ class EmptyResponses(RecordingSPR):
         return super().prepare(batch)
 
 
-@pytest.mark.parametrize("data", [RandomPrompts, RandomAnswers])
+@pytest.mark.parametrize("data", [RandomPrompts, RandomOfflineResponses])
 def test_empty_responses_and_equal_scores_give_no_nan(tmp_path, data):
     class EqualScores(Count):
         def __call__(self, batch):
             return torch.ones(len(batch))
 
     algorithm = EmptyResponses(
-        policy=tiny, num_offline_samples=2 if data is RandomAnswers else 0, optimizer=sgd
+        policy=tiny, num_offline_samples=2 if data is RandomOfflineResponses else 0, optimizer=sgd
     )
     torch.manual_seed(0)
     run = trainer(tmp_path, limit_val_batches=0)
@@ -221,11 +229,11 @@ def test_a_resume_with_offline_responses_is_bitwise(tmp_path):
         return RecordingSPR(policy=tiny, optimizer=lambda p: AdamW(p, lr=1e-2), **settings)
 
     unbroken, first, second = algorithm(), algorithm(), algorithm()
-    fit(tmp_path, unbroken, RandomAnswers, 3, max_epochs=2)
+    fit(tmp_path, unbroken, RandomOfflineResponses, 3, max_epochs=2)
     stop = StopAfter(tmp_path / "part.ckpt")
-    fit(tmp_path, first, RandomAnswers, 3, max_epochs=2, callbacks=[stop])
+    fit(tmp_path, first, RandomOfflineResponses, 3, max_epochs=2, callbacks=[stop])
     torch.manual_seed(0)
     run = trainer(tmp_path, limit_val_batches=0, max_epochs=2)
-    run.fit(second, RandomAnswers(3), ckpt_path=stop.path)
+    run.fit(second, RandomOfflineResponses(3), ckpt_path=stop.path)
     assert [batch.is_offline.count(True) // 4 for batch in unbroken.batches] == [4, 3, 2, 2, 1, 1]
     assert all(map(torch.equal, weights(unbroken), weights(second)))

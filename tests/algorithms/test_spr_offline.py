@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tabular import TabularSPR, rollout
-from tiny_models import RandomAnswers, tiny, trainer
+from tiny_models import RandomOfflineResponses, tiny, trainer
 from torch.optim import SGD
 
 from lit_align.algorithms.spr import SPR
@@ -58,7 +58,8 @@ def weighted_batch(offline_logprobs, offline_scores=None, max_ratio=2.0):
     with torch.no_grad():
         prepared = algorithm.prepare(batch)
         algorithm.metrics.log_train(algorithm)
-        both = (table.response_logprobs[groups] for table in (algorithm.policy, algorithm.reference))
+        tables = (algorithm.policy, algorithm.reference)
+        both = (table.response_logprobs[groups] for table in tables)
     return prepared, groups, *both, algorithm.logged
 
 
@@ -129,7 +130,7 @@ def test_metrics_are_of_sampled_rows(tmp_path):
         algorithm = SPR(policy=tiny, optimizer=lambda p: SGD(p, lr=0.1), **settings)
         torch.manual_seed(0)
         run = trainer(tmp_path, limit_val_batches=0)
-        run.fit(algorithm, RandomAnswers(1))
+        run.fit(algorithm, RandomOfflineResponses(1))
         return {name: float(value) for name, value in run.callback_metrics.items()}
 
     sampled, mixed = logged(), logged(num_offline_samples=3)

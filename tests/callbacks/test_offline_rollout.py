@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from tiny_models import RandomAnswers, tiny
+from tiny_models import RandomOfflineResponses, tiny
 
 from lit_align.algorithms.remax import ReMax
 from lit_align.batches import Experience, OfflineResponse
@@ -22,7 +22,7 @@ class OfflineReMax(ReMax):
 
 def prompts(rows: list[int] | None = None) -> Experience:
     """Return four prompts of five tokens with 1, 2, 3 and 1 offline responses."""
-    batch = RandomAnswers().batch(0)
+    batch = RandomOfflineResponses().batch(0)
     return batch.rows(range(4) if rows is None else rows)
 
 

@@ -60,6 +60,7 @@ def test_status_0_says_that_it_fits(capsys):
     assert set(found["phases"]) == {"load", "rollout", "score", "prepare", "update"}
 
 
+@pytest.mark.long
 def test_status_1_comes_with_small_changes_of_what_does_not_fit(capsys):
     given = ("--gpu_memory", "30MB", "--json", "--config", "lora", "--data.batch_size", "32")
     assert status(*given) == 1
@@ -101,6 +102,7 @@ def test_what_a_plan_silences_is_heard_again(capsys):
         warnings.warn("heard", UserWarning, stacklevel=1)
 
 
+@pytest.mark.long
 def test_ranks_that_are_forked_after_a_plan_save_shares_of_their_own(tmp_path):
     """torch keeps answers about equal meshes, in which the planned rank is the first."""
     assert (

@@ -8,6 +8,7 @@ from tiny_models import WORDS
 
 from lit_align.cli.main import main
 from lit_align.data.text import load_tokenizer
+from lit_align.errors import UserError
 from lit_align.evaluation.compare import compare_models, model_comparison_table
 from lit_align.models.policy import Policy
 from lit_align.tools.resolve_model import resolve_model
@@ -82,7 +83,7 @@ def test_a_run_or_an_export_of_several_roles_is_a_model_too(tmp_path):
     assert resolve_model(str(tmp_path / "two" / "hf")) == str(tmp_path / "two/hf/policy")
     assert resolve_model("some/hub-id") == "some/hub-id"
     (tmp_path / "notes").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no model is saved there. Found: nothing"):
+    with pytest.raises(UserError, match=r"no model is saved there. Found: nothing"):
         resolve_model(str(tmp_path / "notes"))
 
 

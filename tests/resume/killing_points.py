@@ -1,4 +1,4 @@
-"""Counts the moments of a run in which it can be killed, and kills it in one of them."""
+"""Points of a run at which it can be killed: counts them, and kills the run at one."""
 
 import io
 import json
@@ -13,14 +13,14 @@ import torch
 from lit_align.callbacks.checkpoint import Checkpoints
 
 
-class Moment(NamedTuple):
+class KillingPoint(NamedTuple):
     """One forward pass, or one step of a save.
 
     Args:
-        number: Of the run, from 1 on.
+        number: Index in the run, from 1.
         phase: rollout, prepare, update or save.
-        iteration: In which it is.
-        what: The step of a save.
+        iteration: Iteration of the run.
+        what: "forward", or the step of a save.
     """
 
     number: int
@@ -29,12 +29,12 @@ class Moment(NamedTuple):
     what: str
 
 
-class Moments:
-    """Logs every moment of a process, and kills the process in one of them.
+class KillingPoints:
+    """Log of the killing points of a process, which can be killed at one of them.
 
     Args:
-        log: A line is written into it for each moment before it passes.
-        kill_at: Number of the last moment; 0 for none.
+        log: File. A line is written for each point when the run reaches it.
+        kill_at: Number of the point at which to kill. 0 never kills.
     """
 
     def __init__(self, log: Path, kill_at: int = 0):
@@ -47,23 +47,23 @@ class Moments:
     def end(self, phase: str) -> None:
         self.phase = ""
 
-    def passes(self, what: str) -> bool:
-        """Logs a moment; whether it is the last one."""
+    def is_last(self, what: str) -> bool:
+        """Log a point and return True if the process ends at it."""
         self.number += 1
-        moment = Moment(self.number, self.phase, self.algorithm.iteration, what)
+        point = KillingPoint(self.number, self.phase, self.algorithm.iteration, what)
         with self.log.open("a") as file:
-            file.write(json.dumps(moment) + "\n")
+            file.write(json.dumps(point) + "\n")
         return self.number == self.kill_at
 
     def tick(self, what: str) -> None:
-        """A moment; the end, if it is the chosen one."""
-        if self.phase and self.passes(what):
+        """Log a point, and kill the process if it is the chosen one."""
+        if self.phase and self.is_last(what):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    # What is watched ------------------------------------------------------------------------------
+    # Hooks ---------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Comes in the process that is to be watched, before anything else; on rank 0 alone."""
+        """Install the hooks on rank 0, before anything else in the process."""
         if os.environ.get("RANK", "0") != "0":
             return
         start, save = Checkpoints.on_train_start, Checkpoints.save
@@ -89,7 +89,7 @@ class Moments:
             setattr(owner, name, self.around(getattr(owner, name), name))
 
     def around(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function with a moment before it and one after it, in a save."""
+        """Return the function with a point before it and one after it, during a save."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             saving = self.phase == "save"
@@ -103,25 +103,25 @@ class Moments:
         return watched
 
     def half_saved(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """torch.save with a moment in which half of the file is written."""
+        """Return torch.save with a point at which half of the file is written."""
 
-        def watched(content: Any, place: Any, *args: Any, **kwargs: Any) -> None:
-            a_file = self.phase == "save" and isinstance(place, str | os.PathLike)
-            if a_file and self.passes("half a file"):
-                whole = io.BytesIO()
-                function(content, whole, *args, **kwargs)
-                Path(place).write_bytes(whole.getvalue()[: whole.tell() // 2])
+        def watched(content: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+            a_file = self.phase == "save" and isinstance(target, str | os.PathLike)
+            if a_file and self.is_last("half a file"):
+                buffer = io.BytesIO()
+                function(content, buffer, *args, **kwargs)
+                Path(target).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            function(content, place, *args, **kwargs)
+            function(content, target, *args, **kwargs)
 
         return watched
 
 
-def read(log: Path) -> list[Moment]:
-    """All moments of a run."""
-    return [Moment(*json.loads(line)) for line in log.read_text().splitlines()]
+def read(log: Path) -> list[KillingPoint]:
+    """Return all killing points of a run."""
+    return [KillingPoint(*json.loads(line)) for line in log.read_text().splitlines()]
 
 
-def spread(moments: list[Moment], number: int) -> list[Moment]:
-    """So many of them, at equal distances, none at the very ends."""
-    return [moments[(2 * place + 1) * len(moments) // (2 * number)] for place in range(number)]
+def evenly_spaced(points: list[KillingPoint], number: int) -> list[KillingPoint]:
+    """Return `number` of the points at equal distances, not the first or last."""
+    return [points[(2 * index + 1) * len(points) // (2 * number)] for index in range(number)]

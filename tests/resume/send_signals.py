@@ -1,4 +1,4 @@
-"""A callback that sends the run a signal in the middle of an iteration."""
+"""Callbacks for resume tests: send a signal inside an iteration, and log random numbers."""
 
 import os
 import random
@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class SignalAt(Callback):
-    """Sends signals to the process it is in.
+    """Callback that sends signals to its own process.
 
     Args:
-        name: Of the signal.
-        iteration: In which it comes.
-        times: How many are sent.
+        name: Name of the signal.
+        iteration: Iteration at whose start it is sent.
+        times: Number of signals.
     """
 
     def __init__(self, name: str, iteration: int, times: int = 1):
@@ -30,15 +30,15 @@ class SignalAt(Callback):
                 self.send(signal.Signals[self.name])
 
     def send(self, number: signal.Signals) -> None:
-        """To this process; Ctrl-C goes to its children, too, as a terminal sends it."""
+        """Send a signal. SIGINT goes to the children too, as a terminal sends Ctrl-C."""
         os.killpg(0, number) if number == signal.SIGINT else os.kill(os.getpid(), number)
 
 
-class Draws(Callback):
-    """Logs the sum of a number of python's, one of numpy's and one of torch's."""
+class RandomNumbers(Callback):
+    """Callback that logs the sum of random numbers of Python, numpy and torch."""
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         number = random.random() + np.random.rand() + float(torch.rand(()))
-        trainer.lightning_module.log("drawn", number)
+        trainer.lightning_module.log("random_number", number)

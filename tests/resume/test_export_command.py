@@ -1,4 +1,4 @@
-"""`lit-align export`: what a fresh process computes from the folder is what was trained."""
+"""`lit-align export`: another process computes the same logits from the exported folder."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from lit_align.models.merge_adapter import merge_adapter
 from lit_align.models.policy import Policy
 
 LM, SCORER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-FRESH = """
+NEW_PROCESS = """
 import sys, torch, transformers
 from peft import PeftModel
 logits = []
@@ -34,16 +34,16 @@ torch.save(logits, sys.argv[1])
 """
 
 
-def fresh(place, *models: tuple) -> list[torch.Tensor]:
-    """Logits of twelve tokens of each model, from a process that has never heard of us.
+def logits_in_new_process(folder, *models: tuple) -> list[torch.Tensor]:
+    """Return the logits of twelve tokens of each model, from a process without lit_align.
 
     Args:
-        place: Folder in which it runs.
-        models: Class, folder and, of an adapter, the folder of its base.
+        folder: Working folder of the process.
+        models: Class, folder and, for an adapter, the folder of its base.
     """
     words = ["|".join(map(str, model)) for model in models]
-    subprocess.run([sys.executable, "-c", FRESH, "logits", *words], check=True, cwd=place)
-    return torch.load(place / "logits")
+    subprocess.run([sys.executable, "-c", NEW_PROCESS, "logits", *words], check=True, cwd=folder)
+    return torch.load(folder / "logits")
 
 
 def export(folder, out, log, *more) -> str:
@@ -52,7 +52,7 @@ def export(folder, out, log, *more) -> str:
 
 @torch.no_grad()
 def logits_of(folder, role: str, kind=AutoModelForCausalLM) -> torch.Tensor:
-    """The same logits, from the newest checkpoint itself."""
+    """Return the same logits from the newest checkpoint itself."""
     from transformers import LlamaConfig
 
     from lit_align.cli.overlays import read_config
@@ -66,7 +66,7 @@ def logits_of(folder, role: str, kind=AutoModelForCausalLM) -> torch.Tensor:
     return model(torch.arange(5, 17)[None]).logits
 
 
-def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
+def test_a_policy_is_exported_from_the_middle_of_a_run(tmp_path):
     run, log, template = tmp_path / "run", tmp_path / "log", "{{ messages[0]['content'] }}!"
     more = (f"--data.chat_template={template}", *checkpoint_argv(3, 9))
     succeed(fit_argv(run, "remax", *more, epochs=1), log)
@@ -74,7 +74,7 @@ def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
     assert "wrote" in export(middle, tmp_path / "out", log)
     assert "trained by ReMax with" in (tmp_path / "out" / "README.md").read_text()
     export(run, tmp_path / "end", log)
-    (found,) = fresh(tmp_path, (LM, tmp_path / "out"))
+    (found,) = logits_in_new_process(tmp_path, (LM, tmp_path / "out"))
     (run / "checkpoints" / "iteration_000004.ckpt").unlink()
     torch.testing.assert_close(found, logits_of(run, "policy"), rtol=0, atol=0)
     end = (tmp_path / "end" / "model.safetensors").read_bytes()
@@ -85,18 +85,19 @@ def test_a_policy_as_it_was_in_the_middle_of_a_run(tmp_path):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
 
 
-def test_policy_and_critic_of_a_sharded_checkpoint(tmp_path):
+@pytest.mark.long
+def test_policy_and_critic_are_exported_from_a_sharded_checkpoint(tmp_path):
     run, log, out = tmp_path / "run", tmp_path / "log", tmp_path / "out"
     succeed(fit_argv(run, "ppo", *TWO_RANKS, epochs=1), log, 2)
     assert (run / "checkpoints" / "iteration_000004.ckpt").is_dir()
     export(run, out, log)
-    logits, scores = fresh(tmp_path, (LM, out / "policy"), (SCORER, out / "critic"))
+    logits, scores = logits_in_new_process(tmp_path, (LM, out / "policy"), (SCORER, out / "critic"))
     torch.testing.assert_close(logits, logits_of(run, "policy"), rtol=0, atol=0)
     expected = logits_of(run, "critic", AutoModelForSequenceClassification)
     torch.testing.assert_close(scores, expected, rtol=0, atol=0)
 
 
-def test_an_adapter_and_the_same_adapter_merged(tmp_path):
+def test_a_merged_adapter_has_the_logits_of_the_adapter(tmp_path):
     run, log, base = tmp_path / "run", tmp_path / "log", tmp_path / "base"
     succeed(fit_argv(base, "sft", epochs=1), log)
     lora = ("--config", "lora", f"--model.policy.path={base / 'hf'}", "--model.policy.lora.r=4")
@@ -106,10 +107,12 @@ def test_an_adapter_and_the_same_adapter_merged(tmp_path):
     export(run, tmp_path / "merged", log, "--merge")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     assert not list((tmp_path / "merged").glob("adapter_*"))
-    worn_on = ("PeftModel", tmp_path / "adapter", base / "hf")
-    plain, worn, whole = fresh(tmp_path, (LM, base / "hf"), worn_on, (LM, tmp_path / "merged"))
-    assert float((worn - plain).abs().max()) > 1e-2
-    torch.testing.assert_close(whole, worn, rtol=1e-5, atol=1e-5)
+    adapter_on_base = ("PeftModel", tmp_path / "adapter", base / "hf")
+    plain, adapter, merged = logits_in_new_process(
+        tmp_path, (LM, base / "hf"), adapter_on_base, (LM, tmp_path / "merged")
+    )
+    assert float((adapter - plain).abs().max()) > 1e-2
+    torch.testing.assert_close(merged, adapter, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.long
@@ -119,7 +122,7 @@ def test_two_adapters_become_two_models(tmp_path):
     succeed(fit_argv(run, "hydra_ppo", *more, epochs=1), log)
     export(run, out, log, "--merge")
     models = [(kind, out / role) for kind in (LM, SCORER) for role in ("actor", "critic")]
-    actor, other, reward, scores = fresh(tmp_path, *models)
+    actor, other, reward, scores = logits_in_new_process(tmp_path, *models)
     assert not torch.equal(actor, other)
     assert scores.shape == reward.shape == (1, 1)
     assert not torch.equal(scores, reward)
@@ -131,8 +134,8 @@ def test_other_frozen_weights_are_refused(tmp_path, capsys):
     succeed(fit_argv(run, "remax", *lora, epochs=1), log)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("seed_everything: 0", "seed_everything: 1"))
-    words_ = ["export", "--ckpt_path", str(run), "--out", str(tmp_path / "out")]
-    assert main(words_) == 2
+    argv = ["export", "--ckpt_path", str(run), "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
     assert "frozen weights differ from those" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -140,11 +143,11 @@ def test_other_frozen_weights_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (("--out", "x"), "export needs --ckpt_path"),
-        (("--ckpt_path", "nowhere", "--out", "x"), "nowhere: no such checkpoint"),
+        (("--out", "x"), "the following arguments are required: --ckpt_path"),
+        (("--ckpt_path", "nowhere", "--out", "x"), "--ckpt_path nowhere: no such checkpoint."),
     ],
 )
-def test_what_is_missing_is_named(argv, reason, capsys):
+def test_a_missing_argument_or_checkpoint_is_refused(argv, reason, capsys):
     assert main(["export", *argv]) == 2
     assert reason in capsys.readouterr().err
 
@@ -161,16 +164,16 @@ def test_merging_is_computed_in_float32():
     plain = merge_adapter(policy, "default")
     assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, exact)
     assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert policy.adapted is not None  # the original stays
+    assert policy.adapted is not None  # the original is unchanged
     assert layer.base_layer.weight.dtype == torch.bfloat16
 
 
 def test_only_adapters_that_train_are_saved(tmp_path):
     tiny().save(tmp_path / "base")
-    lent = Policy(str(tmp_path / "base"), lora=LoRA(r=2, lora_alpha=4))
-    lent.save(tmp_path / "lent")
+    frozen = Policy(str(tmp_path / "base"), lora=LoRA(r=2, lora_alpha=4))
+    frozen.save(tmp_path / "frozen")
     policy = Policy(str(tmp_path / "base"), lora=LoRA(r=2, lora_alpha=4))
-    policy.adapters.load_frozen_adapter(str(tmp_path / "lent"), "dpo")
+    policy.adapters.load_frozen_adapter(str(tmp_path / "frozen"), "dpo")
     policy.save(tmp_path / "own")
     files = sorted(path.name for path in (tmp_path / "own").rglob("*") if path.is_file())
     assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]

@@ -1,4 +1,4 @@
-"""Every config that ships, by every word that makes it run on several ranks: the same numbers."""
+"""Every packaged config logs the same numbers on two ranks as on one, under every strategy."""
 
 import csv
 import math
@@ -15,7 +15,7 @@ OVERLAYS = [
 ]
 CONFIGS = [name for name in packaged_configs() if name not in OVERLAYS]
 TWO = "--trainer.devices=2"
-WAYS = {
+STRATEGIES = {
     "fsdp2": (TWO, "--trainer.strategy=fsdp2"),
     "fsdp2_cpu_offload": (TWO, "--trainer.strategy=fsdp2_cpu_offload"),
     "ddp": (TWO, "--trainer.strategy=ddp"),
@@ -24,25 +24,22 @@ WAYS = {
     "ddp, LoRA": ("--config=lora", "--model.policy.lora.r=4", "--trainer.strategy=ddp", TWO),
     "multi_node.yaml": ("--config=multi_node", TWO, "--trainer.num_nodes=1"),
 }
-FIRST = {("hydra_ppo", "ddp"), ("dpo", "fsdp.yaml, LoRA")}
+FIRST_TIER = {("hydra_ppo", "ddp"), ("dpo", "fsdp.yaml, LoRA")}
 IN_TIERS = [
-    pytest.param(config, way, marks=() if (config, way) in FIRST else pytest.mark.long)
+    pytest.param(
+        config, strategy, marks=() if (config, strategy) in FIRST_TIER else pytest.mark.long
+    )
     for config in CONFIGS
-    for way in WAYS
+    for strategy in STRATEGIES
 ]
-ADAPTED = {
-    "hydra_ppo",
-    "joint_hydra_ppo",
-    "dynamic_lora_ppo",
-    "lora_ppo",
-}  # have adapters of their own
+ADAPTED = {"hydra_ppo", "joint_hydra_ppo", "dynamic_lora_ppo", "lora_ppo"}  # with own adapters
 
 
 def logged(folder, config, more, rows, ranks):
-    """What four iterations of so many rows on each rank log."""
-    room = ("--rollout.max_new_tokens=8",) if config in ONLINE else ()
-    argv = fit_argv(folder, config, *room, f"--data.batch_size={rows}", *more, epochs=1)
-    # far above rounding noise: in its direction AdamW would take a whole step
+    """Return the metrics of four iterations with `rows` rows on each rank."""
+    online = ("--rollout.max_new_tokens=8",) if config in ONLINE else ()
+    argv = fit_argv(folder, config, *online, f"--data.batch_size={rows}", *more, epochs=1)
+    # far above rounding noise, by which AdamW would otherwise take a full step
     argv += ["--model.optimizer.eps=1e-4", "--trainer.enable_checkpointing=false"]
     log = folder.parent / f"{folder.name}.log"
     assert run(argv, log, ranks) == [0] * ranks, log.read_text()
@@ -52,10 +49,10 @@ def logged(folder, config, more, rows, ranks):
     return {name: [float(row[name]) for row in table if row[name]] for name in names}
 
 
-@pytest.mark.parametrize(("config", "way"), IN_TIERS)
-def test_two_ranks_log_what_one_logs(tmp_path, config, way):
-    more = WAYS[way]
-    if config in ADAPTED:  # the overlay would change nothing but their rank
+@pytest.mark.parametrize(("config", "strategy"), IN_TIERS)
+def test_two_ranks_log_what_one_logs(tmp_path, config, strategy):
+    more = STRATEGIES[strategy]
+    if config in ADAPTED:  # the overlay would only change their rank
         more = tuple(word for word in more if "lora" not in word)
     alone = tuple(word for word in more if "lora" in word)
     one = logged(tmp_path / "one", config, alone, 8, 1)

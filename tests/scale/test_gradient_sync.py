@@ -1,4 +1,4 @@
-"""Gradients cross the network once per optimizer step, whatever the number of micro-batches."""
+"""Gradients are synchronized once per optimizer step, for any number of micro-batches."""
 
 import pytest
 from tiny_models import RandomTexts, distance, tiny, trainer, weights
@@ -13,8 +13,8 @@ BLOCKS_AND_ROOT = 3
 STEPS = 3
 
 
-class Scattered(TorchDispatchMode):
-    """Counts how often gradients are summed and scattered over the ranks."""
+class ReduceScatterCounter(TorchDispatchMode):
+    """Count of reduce-scatter operators."""
 
     number = 0
 
@@ -23,41 +23,41 @@ class Scattered(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def run_on_two(folder, strategy, tokens, counted):
-    """An algorithm after three steps, and the passes that it took."""
+def fit_on_two_ranks(folder, strategy, tokens, on_start):
+    """Return the weights after three steps, and the number of micro-batches."""
     policy = {"policy": tiny, "optimizer": lambda params: SGD(params, lr=0.1)}
     algorithm, passes = SFT(microbatch_tokens=tokens, **policy), []
     losses = algorithm.losses
     algorithm.losses = lambda batch: passes.append(len(batch)) or losses(batch)
     done = trainer(folder, devices=2, strategy=strategy, limit_val_batches=0)
     done.callbacks.clear()
-    algorithm.on_train_start = lambda: counted(done.strategy.model)
+    algorithm.on_train_start = lambda: on_start(done.strategy.model)
     done.fit(algorithm, RandomTexts(STEPS))
     return weights(algorithm.policy), len(passes)
 
 
 def sharded(folder, tokens, sync_every_microbatch=False):
-    """Weights, passes, and how often gradients were scattered, once per block and for the root."""
+    """Return weights, micro-batches and reduce-scatters: one per block and one for the root."""
     strategy = FSDP2(sync_every_microbatch=sync_every_microbatch)
-    with Scattered() as seen:
-        trained, passes = run_on_two(folder, strategy, tokens, lambda model: None)
+    with ReduceScatterCounter() as seen:
+        trained, passes = fit_on_two_ranks(folder, strategy, tokens, lambda model: None)
     return trained, passes, seen.number
 
 
 def replicated(folder, tokens):
-    """The same for whole weights, whose gradients DDP sends in one bucket."""
+    """Return the same for replicated weights, whose gradients DDP reduces in one bucket."""
     sent = []
 
     def hook(state, bucket):
         sent.append(bucket.index())
         return allreduce_hook(None, bucket)
 
-    watch = lambda model: model.register_comm_hook(None, hook)  # noqa: E731
-    return *run_on_two(folder, "ddp", tokens, watch), len(sent)
+    register = lambda model: model.register_comm_hook(None, hook)  # noqa: E731
+    return *fit_on_two_ranks(folder, "ddp", tokens, register), len(sent)
 
 
 @pytest.mark.parametrize(("function", "sums"), [(sharded, BLOCKS_AND_ROOT), (replicated, 1)])
-def test_only_the_last_micro_batch_synchronises(two_ranks, tmp_path, function, sums):
+def test_only_the_last_micro_batch_synchronizes(two_ranks, tmp_path, function, sums):
     trained = []
     for tokens, passes in ((9, 2), (1000, 1)):
         for found, taken, sent in two_ranks(function, tmp_path, tokens):
@@ -67,9 +67,9 @@ def test_only_the_last_micro_batch_synchronises(two_ranks, tmp_path, function, s
     assert max(distance(found, trained[0]) for found in trained) < 1e-5
 
 
-def test_gradients_are_shared_out_after_each_micro_batch_on_request(two_ranks, tmp_path):
+def test_every_micro_batch_synchronizes_on_request(two_ranks, tmp_path):
     once, _, _ = two_ranks(sharded, tmp_path, 9)[0]
-    for found, taken, sent in two_ranks(sharded, tmp_path, 9, False):
+    for found, taken, sent in two_ranks(sharded, tmp_path, 9, True):
         assert taken == 2 * STEPS
         assert sent == taken * BLOCKS_AND_ROOT
         assert distance(found, once) < 1e-5

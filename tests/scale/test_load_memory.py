@@ -1,4 +1,4 @@
-"""What a rank needs in host memory until training starts: its shards, and one tensor at a time."""
+"""Host memory of a rank while it loads: its shards, and one tensor at a time."""
 
 import gc
 from pathlib import Path
@@ -22,15 +22,15 @@ SHAPE = {
 }
 
 
-def kib(name: str) -> int:
-    """A line of what Linux says of this process, in bytes."""
+def process_memory(name: str) -> int:
+    """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> str:
-    """A model of 1.1 GiB in float32, in files of 300 MB and an index."""
+    """Folder of a model of 1.1 GiB in float32, in files of 300 MB with an index."""
     place = tmp_path_factory.mktemp("big")
     network = LlamaForCausalLM(LlamaConfig(**SHAPE))
     assert network.num_parameters() * 4 > GIB
@@ -42,31 +42,31 @@ def path(tmp_path_factory) -> str:
 
 
 class LoadedError(Exception):
-    """Training would start now."""
+    """Raised where training would start."""
 
 
 def load(folder, path, lora):
-    """The algorithm as training would begin with it, and the most bytes that it took until then."""
-    algorithm, most = SFT(policy=lambda: Policy(path, lora=LoRA(r=8) if lora else None)), []
+    """Return the loaded algorithm, and the peak bytes of the process until then."""
+    algorithm, peaks = SFT(policy=lambda: Policy(path, lora=LoRA(r=8) if lora else None)), []
 
     def stop() -> None:
-        most.append(kib("VmHWM"))
+        peaks.append(process_memory("VmHWM"))
         raise LoadedError
 
     algorithm.on_fit_start = stop
     run = trainer(folder, devices=2, strategy="fsdp2")
     run.callbacks.clear()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most so far, starts anew
-    before = kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
+    before = process_memory("VmRSS")
     with pytest.raises(LoadedError):
         run.fit(algorithm, RandomTexts(1))
-    return algorithm, most[0] - before
+    return algorithm, peaks[0] - before
 
 
-def loading(folder, path, lora):
-    """Bytes that loading took at most, those of shards, of the largest tensor and of all."""
-    load(folder, str(folder / "tiny"), lora)  # imports what is imported late
+def load_bytes(folder, path, lora):
+    """Return bytes: peak of loading, shards, the largest tensor, and all weights."""
+    load(folder, str(folder / "tiny"), lora)  # runs the late imports
     algorithm, taken = load(folder, path, lora)
     weights = list(algorithm.parameters())
     held = sum(weight.to_local().numel() * weight.element_size() for weight in weights)
@@ -76,8 +76,8 @@ def loading(folder, path, lora):
 
 @pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_rank_loads_in_little_more_than_its_shards(new_ranks, tmp_path, path, lora):
+def test_loading_takes_little_more_than_the_shards(new_ranks, tmp_path, path, lora):
     tiny().save(tmp_path / "tiny")
-    for taken, held, largest, whole in new_ranks(loading, tmp_path, path, lora):
-        assert held == pytest.approx(whole / 2, rel=0.01)
+    for taken, held, largest, total in new_ranks(load_bytes, tmp_path, path, lora):
+        assert held == pytest.approx(total / 2, rel=0.01)
         assert taken < 1.3 * held + largest

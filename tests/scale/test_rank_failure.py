@@ -1,4 +1,4 @@
-"""What goes wrong on one rank ends all of them, with its message."""
+"""A failure on one rank ends all ranks with the same message."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from lit_align.rewards.base import RewardError
 
 
 class FailsOn(Count):
-    """Adds up the token ids, and breaks on one rank."""
+    """Reward that sums token ids, and raises on one rank."""
 
     def __init__(self, rank):
         super().__init__()
@@ -25,8 +25,8 @@ class FailsOn(Count):
         return (batch.responses * batch.response_mask).sum(-1).float()
 
 
-def failing(folder, strategy, rank):
-    """The message with which a rank ends."""
+def failure_message(folder, strategy, rank):
+    """Return the message of the error on this rank."""
     run = trainer(folder, devices=2, strategy=strategy)
     run.callbacks[1] = Reward(FailsOn(rank))
     with pytest.raises(RewardError) as error:
@@ -37,13 +37,13 @@ def failing(folder, strategy, rank):
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_reward_that_fails_on_one_rank_ends_both(two_ranks, tmp_path, strategy, rank):
-    said = two_ranks(failing, tmp_path, strategy, rank)
-    assert "raised KeyError: 'no such word'" in said[rank]
-    assert said[1 - rank] == f"on rank {rank}: {said[rank]}"
+    messages = two_ranks(failure_message, tmp_path, strategy, rank)
+    assert "raised KeyError: 'no such word'" in messages[rank]
+    assert messages[1 - rank] == f"on rank {rank}: {messages[rank]}"
 
 
-def skipping(folder):
-    """Weights and metrics of a run in which one rank has no answer left to learn from."""
+def fit_with_skipped_prompts(folder):
+    """Return weights and skipped prompts of a run in which one rank skips all its prompts."""
     algorithm = ReMax(policy=tiny, microbatch_tokens=40)
     run = trainer(folder, devices=2, strategy="fsdp2")
     run.callbacks[1] = Reward(FailsOn(1), skip_failed_prompts=True)
@@ -51,8 +51,8 @@ def skipping(folder):
     return weights(algorithm.policy), float(run.callback_metrics["rewards/skipped_prompts"])
 
 
-def test_a_rank_without_answers_still_takes_part(two_ranks, tmp_path):
-    (one, skipped), (other, same) = two_ranks(skipping, tmp_path)
+def test_a_rank_without_scored_responses_takes_part(two_ranks, tmp_path):
+    (one, skipped), (other, same) = two_ranks(fit_with_skipped_prompts, tmp_path)
     assert skipped == same == 2  # both prompts of the second rank
     assert all(bool(mine.isfinite().all()) for mine in one)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
@@ -60,7 +60,7 @@ def test_a_rank_without_answers_still_takes_part(two_ranks, tmp_path):
 
 
 class UnevenPrompts(RandomPrompts):
-    """Answers end at once on the second rank: every token but one is a stop there."""
+    """Prompts whose responses end at once on the second rank, where most tokens are stops."""
 
     @property
     def stop_ids(self):
@@ -72,8 +72,8 @@ class UnevenPrompts(RandomPrompts):
         pass
 
 
-def uneven(folder, gather):
-    """Lengths of the answers, and the passes that the update took, by rank."""
+def fit_uneven(folder, gather):
+    """Return the response lengths and the metrics of this rank."""
     algorithm = GRPO(policy=tiny, num_samples=2, microbatch_tokens=8)
     run = trainer(folder, devices=2, strategy=FSDP2(gather_for_generation=gather))
     lengths = []
@@ -84,8 +84,8 @@ def uneven(folder, gather):
 
 
 @pytest.mark.parametrize("gather", [True, False])
-def test_ranks_may_answer_at_different_lengths(two_ranks, tmp_path, gather):
-    (long, metrics), (short, same) = two_ranks(uneven, tmp_path, gather)
+def test_ranks_can_have_different_response_lengths(two_ranks, tmp_path, gather):
+    (long, metrics), (short, same) = two_ranks(fit_uneven, tmp_path, gather)
     assert max(short) < 6 == max(long)
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     assert {k: v for k, v in metrics.items() if "rewards/" not in k} == pytest.approx(

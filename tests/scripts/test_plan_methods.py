@@ -41,7 +41,7 @@ def small(tmp_path):
 @pytest.mark.parametrize(
     ("method", "by"),
     [
-        ("sft", "AdamW"),
+        pytest.param("sft", "AdamW", marks=pytest.mark.long),
         pytest.param("sft", "SLTrain", marks=pytest.mark.long),
         pytest.param("remax", "AdamW", marks=pytest.mark.long),
         pytest.param("hydra_ppo", "AdamW", marks=pytest.mark.long),

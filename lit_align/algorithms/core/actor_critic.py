@@ -88,6 +88,7 @@ class ActorCritic(OnlineAlgorithm):
     def training_step(self, batch: Experience, batch_idx: int) -> None:
         """Run one iteration, then adapt the KL coefficient to the rollout's KL."""
         super().training_step(batch, batch_idx)
+        # After the update, so that rewards and losses of a rollout have one coefficient.
         self.kl.update(*self.observed_kl)
 
     def prepare(self, batch: Experience) -> Experience:
@@ -102,6 +103,7 @@ class ActorCritic(OnlineAlgorithm):
             rewards, batch.values, mask, self.gamma, self.gae_lambda
         )
         self.log_rewards(batch, rewards)
+        # After the returns: the critic predicts returns in the units of the reward.
         if self.whiten_advantages:
             _, mean, variance = self.moments_over_ranks(batch.advantages, mask)
             whitened = (batch.advantages - mean) / (variance + 1e-8).sqrt()
@@ -119,7 +121,7 @@ class ActorCritic(OnlineAlgorithm):
 
     def shape_scores(self, batch: Experience) -> Tensor:
         """Return the scores [N], normalized, clipped and charged for a missing stop token."""
-        scores = batch.scores
+        scores = batch.scores  # unchanged: the log key `reward` reads it
         if self.scale is not None:
             self.scale.update_from_moments(
                 *self.moments_over_ranks(scores, batch.response_mask.any(-1))
@@ -143,6 +145,7 @@ class ActorCritic(OnlineAlgorithm):
             logprobs: [n, r] nats, under the policy that trains.
             entropy: [n, r] nats, of the policy that trains.
         """
+        # The entropy is a metric here, not a bonus in the loss.
         mask, log_ratio = batch.response_mask, (logprobs - batch.logprobs).detach()
         clipping = (batch.logprobs, batch.advantages, self.clip_low, self.clip_high)
         loss = clipped_surrogate(logprobs, *clipping)

@@ -68,7 +68,7 @@ class Algorithm(LightningModule):
         max_grad_norm: float = 1.0,
     ):
         super().__init__()
-        self.automatic_optimization = False
+        self.automatic_optimization = False  # Lightning would step once per batch, on one loss
         self.strict_loading = False  # frozen weights are not in a checkpoint
         self.build_optimizer = optimizer
         self.warmup_ratio, self.final_lr_ratio = warmup_ratio, final_lr_ratio
@@ -82,6 +82,7 @@ class Algorithm(LightningModule):
         self.iteration = 0  # Lightning batches trained on, over all fits of this run
 
     # Methods that an algorithm overrides --------------------------------------------------------
+
     def build(self) -> dict[str, Backbone]:
         """Return the unsharded networks by role: the policy and, if there is one, the reference."""
         policy = self.build_policy()
@@ -118,6 +119,7 @@ class Algorithm(LightningModule):
         return roles if self.reference_model is None else [*roles, self.reference_model.role()]
 
     # The optimizer step -------------------------------------------------------------------------
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Prepare a batch and take one optimizer step on it."""
         with torch.no_grad(), self.phase("prepare"):
@@ -127,10 +129,18 @@ class Algorithm(LightningModule):
         self.end_iteration(metrics)
 
     def update(self, batch: AnyBatch) -> dict[str, Tensor]:
-        """Take one optimizer step on the summed losses; return the loss [] and grad norms []."""
+        """Take one optimizer step on the summed losses, divided once by the loss denominator.
+
+        Args:
+            batch: The rows of the step on this rank.
+
+        Returns:
+            The loss [] over all ranks, and the gradient norms [] before clipping.
+        """
         world_size = self.trainer.world_size
         denominator = self.sum_over_ranks(self.loss_denominator(batch).float()).clamp(min=1.0)
         loss_scale = world_size / denominator  # DDP and FSDP2 average gradients over the ranks
+        # Sums are linear: micro-batches of any size add up to the gradient of the batch.
         row_groups = self.split_microbatches(batch)
         total_loss, self.finite_rows = loss_scale.new_zeros(()), []
         for number, rows in enumerate(row_groups, start=1):
@@ -139,6 +149,7 @@ class Algorithm(LightningModule):
             for loss in self.losses(microbatch):
                 mask = microbatch.loss_mask  # a row counts if any of its tokens does
                 loss_mask = mask if loss.ndim == mask.ndim else mask.any(-1)
+                # `where`, since a product with the mask would keep a NaN of padding.
                 token_losses = torch.where(loss_mask, loss, 0.0)
                 self.record_finite_rows(microbatch, rows, token_losses)
                 microbatch_loss = token_losses.sum() * loss_scale
@@ -199,6 +210,7 @@ class Algorithm(LightningModule):
         self.iteration += 1
 
     # Lightning's hooks --------------------------------------------------------------------------
+
     def setup(self, stage: str) -> None:
         """Refuse unsupported trainer settings, and let DDP accept losses that skip weights."""
         check_trainer(self.trainer)
@@ -207,7 +219,7 @@ class Algorithm(LightningModule):
 
     def configure_model(self) -> None:
         """Build, shard and register the networks once. Lightning calls this before every run."""
-        if hasattr(self, self.trained_roles[0]):
+        if hasattr(self, self.trained_roles[0]):  # a validation before this fit has built them
             return
         with self.phase("load"):
             built = self.build()
@@ -222,7 +234,7 @@ class Algorithm(LightningModule):
         if self.device_mesh is None:
             return network
         strategy = self.trainer.strategy
-        if network.shard_state.weight_files is not None:
+        if network.shard_state.weight_files is not None:  # read after the split, shard by shard
             self.to_verify.append(network)
         sharding = strategy.sharding if isinstance(strategy, FSDP2) else ShardingConfig()
         network.shard(self.device_mesh, sharding)
@@ -238,6 +250,7 @@ class Algorithm(LightningModule):
             for role, network in self.roles.items()
         ]
         optimizer = build_optimizer(self.build_optimizer, groups)
+        # The configured rates. The schedule overwrites those of the groups, also in a checkpoint.
         self.learning_rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
         return optimizer
 
@@ -292,5 +305,5 @@ class Algorithm(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the iteration, and check that the checkpoint has exactly the trained weights."""
-        self.iteration = checkpoint["iteration"]
+        self.iteration = checkpoint["iteration"]  # sampling continues from it
         checkpoints.check_checkpoint(checkpoint, self, self.reference_model, self.trainer.training)

@@ -43,6 +43,7 @@ class MetricAccumulator:
             values: [n, R] or [n].
             mask: Same shape, True where a value counts. Other values are not read.
         """
+        # float32: a sum of many bf16 values would stop growing.
         counted = torch.where(mask, values.detach().float(), 0.0)
         total = torch.stack([counted.sum(), mask.sum()])
         self.sums[name] = self.sums.get(name, 0.0) + total

@@ -67,6 +67,7 @@ def join_microbatches(parts: Iterable[Tensor], rows: list[list[int]], width: int
     padded = [pad(part, (0, width - part.shape[1])) if part.ndim > 1 else part for part in parts]
     order = [row for part in rows for row in part]
     joined = torch.cat(padded)
+    # Position of each row in `joined`. Computed on the CPU, so that no step waits for the device.
     positions = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
     return joined[positions.to(joined.device)]
 

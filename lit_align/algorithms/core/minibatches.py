@@ -11,8 +11,8 @@ def shuffle_rows(
 
     Rank r holds each `world_size`-th prompt from r on. The order is that of one process, which
     takes one sample of every prompt, then another sample of every prompt. A pass visits the n
-    prompts as (a i + b) mod n, with a random b and a random a that has no factor in common with
-    n. Each rank then has exactly one of any `world_size` neighbors in the order.
+    prompts as (a i + b) mod n with random a and b, and a has no factor in common with n. Each
+    rank then has exactly one of any `world_size` neighbors in the order.
 
     Args:
         num_rows: Rows of this rank. Those of a prompt are adjacent.
@@ -26,9 +26,11 @@ def shuffle_rows(
         >>> [sorted(rows) for rows in ranks]
         [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
     """
+    # Python's generator gives equal draws on all ranks and leaves torch's generator unchanged.
     rng, prompts = random.Random(seed), num_rows // rows_per_prompt * world_size
     rows = []
     for sample in rng.sample(range(rows_per_prompt), rows_per_prompt):
+        # With these steps, i -> (a i + b) mod n visits each prompt once.
         steps = [a for a in range(1, prompts + 1) if math.gcd(a, prompts) == 1]
         step, start = rng.choice(steps), rng.randrange(prompts)
         for position in range(prompts):

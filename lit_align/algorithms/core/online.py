@@ -158,7 +158,7 @@ class OnlineAlgorithm(Algorithm):
         """Log the fraction of prompts with equal scores. Their advantages are 0."""
         scores = batch.scores.view(-1, self.num_samples)
         has_response = batch.response_mask.any(-1).view(-1, self.num_samples).any(-1)
-        equal = scores.amax(-1) == scores.amin(-1)
+        equal = scores.amax(-1) == scores.amin(-1)  # the std may round to more than 0
         self.metrics.add("frac_reward_zero_std", equal, has_response)
 
     def moments_over_ranks(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,6 +171,7 @@ class OnlineAlgorithm(Algorithm):
         Returns:
             Three float64 scalars [].
         """
+        # Two passes, in float64: the variance is exact also if the mean is large.
         masked = values.double().where(mask, 0.0)
         number, total = self.sum_over_ranks(torch.stack([mask.sum().double(), masked.sum()]))
         mean = total / number.clamp(min=1.0)
@@ -186,6 +187,7 @@ class OnlineAlgorithm(Algorithm):
         """
         if self.loss_aggregation != "sequence_mean":
             return losses
+        # `update` sums over all tokens, which then is a sum of means over responses.
         return losses / batch.response_mask.sum(-1, keepdim=True).clamp(min=1)
 
     def loss_denominator(self, batch: Experience) -> Tensor:
@@ -225,4 +227,5 @@ class OnlineAlgorithm(Algorithm):
     @torch.no_grad()
     def predict_step(self, batch: Experience, batch_idx: int) -> Experience:
         """Return the scored batch with the log-probs of both models."""
+        # Not `self.prepare`: a subclass reads groups, and evaluation has one response per prompt.
         return OnlineAlgorithm.prepare(self, batch)

@@ -47,7 +47,7 @@ class ReferenceModel:
         Args:
             policy: The policy, not yet sharded.
         """
-        self.network = policy
+        self.network = policy  # its base, since `logprobs` disables the adapters
         if self.build_network is None and policy.adapted is not None:
             return {}
         reference = self.build_network() if self.build_network else copy_policy(policy)
@@ -90,6 +90,7 @@ class ReferenceModel:
         Args:
             checkpoint: The loaded checkpoint.
         """
+        # A sum of weights depends on the order of the ranks' additions, hence the tolerance.
         expected = checkpoint.get("frozen_fingerprint", self.fingerprint)
         if not math.isclose(expected, self.fingerprint, abs_tol=1e-6):
             raise UserError(
@@ -117,6 +118,7 @@ def check_same_vocabulary(role: str, network: Backbone, policy: Backbone) -> Non
 def copy_policy(policy: Policy) -> Policy:
     """Return a copy of the policy. Compiled blocks are not copied but compiled again."""
     copy = deepcopy(policy)
+    # Only the policy needs activation checkpointing: the reference has no backward pass.
     if copy.is_compiled:
         compile_blocks(copy.blocks, uses_checkpointing=False)
     return copy

@@ -62,6 +62,7 @@ class KLController(Float64State):
             num_responses: [] responses of all ranks.
         """
         if self.target is not None:
+            # Clipped to 20 %: one rollout with a large KL must not set the coefficient.
             error = (kl / self.target - 1).clamp(-0.2, 0.2)
             self.coef *= 1 + error * (num_responses / self.horizon).clamp(max=1.0)
 
@@ -94,6 +95,7 @@ class RunningMeanStd(Float64State):
         """
         old_count, old_mean, squares = self.moments.unbind()
         total, delta = (old_count + number).clamp(min=1), mean - old_mean
+        # Squares about the joint mean. A sum of x^2 would cancel if the mean is large.
         between = delta.square() * old_count * number / total
         squares = squares + variance * (number - 1).clamp(min=0) + between
         self.moments = torch.stack([old_count + number, old_mean + delta * number / total, squares])
@@ -101,6 +103,7 @@ class RunningMeanStd(Float64State):
     def normalize(self, scores: Tensor) -> Tensor:
         """Return scores [N] minus the running mean, divided by the running standard deviation."""
         number, mean, squares = self.moments.unbind()
+        # The first rollout is in the moments already, so that one score alone gives 0.
         return (scores - mean) / (squares / (number - 1).clamp(min=1) + 1e-8).sqrt()
 
 

@@ -49,12 +49,12 @@ def prefill(
     Args:
         network: Causal language model with unsharded weights, or with shards that each pass
             gathers.
-        prompts: B prompts of P tokens.
+        prompts: Token ids [B, P], with masks and positions.
         max_over_ranks: Function that returns the maximum of a number over all ranks. Default: one
             rank, or ranks with unsharded weights.
 
     Returns:
-        KV cache and last hidden states of all prompts.
+        KV cache, and hidden states [B, H] of the last tokens.
     """
     rows = torch.arange(len(prompts.tokens), device=prompts.tokens.device)
     # A layer with other state than keys and values cannot be concatenated: one chunk.
@@ -87,7 +87,10 @@ def prefill_chunks(network: PreTrainedModel, chunks: list[PromptTensors]) -> lis
 
     Args:
         network: Causal language model.
-        chunks: Prompts, B rows together.
+        chunks: Token ids [B', P] of each chunk, B rows together.
+
+    Returns:
+        KV cache and hidden states [B', H] of each chunk.
     """
     return [prefill_chunk(network, chunk) for chunk in chunks]
 
@@ -97,7 +100,7 @@ def prefill_chunk(network: PreTrainedModel, chunk: PromptTensors) -> PrefillOutp
 
     Args:
         network: Causal language model.
-        chunk: B prompts of P tokens.
+        chunk: Token ids [B, P], with masks and positions.
 
     Returns:
         KV cache, and hidden states [B, H] of the last tokens.

@@ -407,7 +407,10 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+RANK_SCHEMES = [Int8Weights, pytest.param(NF4Weights, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("scheme", RANK_SCHEMES)
 @pytest.mark.parametrize("strategy", ["ddp_find_unused_parameters_true", "fsdp2"])
 def test_two_ranks_equal_one_process(two_ranks, tmp_path, scheme, strategy):
     reference, num_bytes = fit(tmp_path, scheme(), 1)
@@ -418,7 +421,7 @@ def test_two_ranks_equal_one_process(two_ranks, tmp_path, scheme, strategy):
     assert sum(bytes_here for _, bytes_here in parts) == num_copies * num_bytes
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", RANK_SCHEMES)
 def test_gathering_in_half_precision_does_not_change_the_base(two_ranks, tmp_path, scheme):
     """DDP does not cast weights, so its base is the quantized one."""
     runs = [

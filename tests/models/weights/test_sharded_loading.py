@@ -145,8 +145,9 @@ def run(folder, case, ranks):
     algorithm = build(folder)
     more = {"devices": ranks, "strategy": "fsdp2"} if ranks > 1 else {}
     trained, _ = fit_three_batches(folder, algorithm, data(3, 4 // ranks), **more)
-    reference = getattr(algorithm, "reference_model", None)
-    return trained, reference.fingerprint if reference is not None else 0.0
+    return trained, algorithm.reference_model.fingerprint if hasattr(
+        algorithm, "reference"
+    ) else 0.0
 
 
 @pytest.mark.parametrize("case", CASES)
