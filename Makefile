@@ -10,7 +10,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 quickstart: $(VENV)/installed  ## SFT, reward model and ReMax on embedded data; about five minutes
 	$(BIN)/python scripts/quickstart.py
 
-test: $(VENV)/installed  ## the first tier: no network, under ten minutes on two cores
+test: $(VENV)/installed  ## the first tier and the doctests: no network, under ten CPU minutes
 	$(BIN)/pytest -n 2 --dist loadfile -m "not long"
 
 test-all: $(VENV)/installed  ## both tiers; PARTS="-k word" runs a part

@@ -1,9 +1,9 @@
-"""What reward variance increase costs, and how the cost grows: medians, sizes interleaved.
+"""Time of reward variance increase (GRPOVI) by group size: medians, sizes interleaved.
 
     python scripts/bench_grpovi.py
 
-Prints milliseconds of one call, cost per n log2 n relative to the smallest group, and the slope
-of log cost over log n; then one batch of 512 prompts with 64 samples each, beside as many calls.
+Prints milliseconds per call, the cost per n log2 n relative to the smallest group, and the slope
+of log cost over log n. Then it compares one batch of 512 prompts with 512 single calls.
 """
 
 import math
@@ -21,7 +21,7 @@ ROUNDS = 15
 
 
 def group(prompts: int, samples: int, ties: bool) -> tuple[Tensor, Tensor]:
-    """Scores [B, G], without ties or 0 and 1 alone, and probabilities [B, G]."""
+    """Return random scores [B, G] and probabilities [B, G]. With ties, scores are 0 or 1."""
     generator = torch.Generator().manual_seed(samples)
     scores = torch.rand(prompts, samples, generator=generator, dtype=torch.float64)
     weights = torch.randn(prompts, samples, generator=generator, dtype=torch.float64)
@@ -29,7 +29,7 @@ def group(prompts: int, samples: int, ties: bool) -> tuple[Tensor, Tensor]:
 
 
 def medians(calls: list[Callable[[], object]]) -> list[float]:
-    """Milliseconds of each call; all take turns, so that a busy moment strikes every one."""
+    """Return the median milliseconds of each call. Calls alternate, so load affects all equally."""
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(ROUNDS + 1):
         for call, spent in zip(calls, seconds, strict=True):
@@ -41,7 +41,7 @@ def medians(calls: list[Callable[[], object]]) -> list[float]:
 
 
 def growth(ties: bool) -> None:
-    """One table over the sizes."""
+    """Print one table over the sizes."""
     groups = [group(1, size, ties) for size in SIZES]
     costs = medians([lambda pair=pair: increase_variance(*pair, 0.0, 1.0) for pair in groups])
     print(f"{'rewards of 0 and 1' if ties else 'rewards without ties'}, one group")
@@ -56,16 +56,16 @@ def growth(ties: bool) -> None:
 
 
 def batch() -> None:
-    """512 prompts at once against one by one."""
+    """Print the time of 512 prompts at once and one by one."""
     scores, probs = group(512, 64, ties=False)
     rows = list(zip(scores.split(1), probs.split(1), strict=True))
-    whole, single = medians(
+    batched, single = medians(
         [
             lambda: increase_variance(scores, probs, 0.0, 1.0),
             lambda: [increase_variance(*row, 0.0, 1.0) for row in rows],
         ]
     )
-    print(f"a batch [512, 64]: {whole:.2f} ms at once, {single:.1f} ms prompt by prompt")
+    print(f"a batch [512, 64]: {batched:.2f} ms at once, {single:.1f} ms prompt by prompt")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Bytes by phase of every algorithm, beside the formulas of the papers, to the byte.
+"""Compare the bytes of every algorithm by phase with the formulas of the papers, exactly.
 
     python scripts/bench_memory.py            # the table and the checks; status 1 if one is missed
     python scripts/bench_memory.py --quick    # a smaller network and head
 
-A small Llama learns two batches of each algorithm on a CPU. What trains is in fp32, what is frozen
-in bf16, as in training with `bf16-mixed`. A GPU has no parked network in the update; a CPU moves
-nothing, so they are taken off its peak.
+A small Llama trains on two batches of each algorithm on a CPU. Trained weights are in fp32 and
+frozen ones in bf16, as in training with `bf16-mixed`. On a GPU, frozen networks are offloaded in
+the update. A CPU offloads nothing, so their bytes are subtracted from its peak.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ PHASES = ("load", "rollout", "score", "prepare", "update")
 
 
 def head_peak(tokens: int, vocabulary: int, hidden: int) -> tuple[int, int]:
-    """Bytes at the height of log-probs, forward and backward, and those that nobody can avoid.
+    """Return the peak bytes of log-probs, forward and backward, and their minimum.
 
     Args:
-        tokens: T.
-        vocabulary: V.
-        hidden: H.
+        tokens: Number of tokens T.
+        vocabulary: Vocabulary size V.
+        hidden: Hidden size H.
     """
     counter = CPUAllocations()
     counter.start()
@@ -54,12 +54,12 @@ def head_peak(tokens: int, vocabulary: int, hidden: int) -> tuple[int, int]:
     return peak, 2 * storage_bytes([states, weight], torch.device("cpu")) + 4 * 1024 * vocabulary
 
 
-def measure_rows(size: Size, answer: int) -> list[Row]:
-    """All lines of the table.
+def measure_rows(size: Size, response_tokens: int) -> list[Row]:
+    """Return all rows of the table.
 
     Args:
-        size: Of every network.
-        answer: Tokens of an answer.
+        size: Size of every network.
+        response_tokens: Tokens of a response.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -68,13 +68,15 @@ def measure_rows(size: Size, answer: int) -> list[Row]:
         PolicyWithRewardHead(config=size.config).save(Path(base))
         load_tokenizer("toy").save_pretrained(base)
         for method in METHODS:
-            rows += [measured(case, folder, answer) for case in algorithms(size, base, method)]
-        rows += [measured(case, folder, answer) for case in layouts(size, base)]
+            rows += [
+                measured(case, folder, response_tokens) for case in algorithms(size, base, method)
+            ]
+        rows += [measured(case, folder, response_tokens) for case in layouts(size, base)]
     return rows
 
 
 def failed_checks(rows: list[Row], head: tuple[int, int]) -> list[str]:
-    """What is not as it has to be."""
+    """Return a sentence for each check that fails."""
     found = {(row.algorithm, row.method): row for row in rows}
     wrong = [
         f"{row.algorithm}, {row.method}: weights, gradients and state are {row.static} bytes, not "
@@ -89,16 +91,16 @@ def failed_checks(rows: list[Row], head: tuple[int, int]) -> list[str]:
     remax, ppo = sum(found["ReMax", "AdamW"].static), sum(found["PPO", "AdamW"].static)
     if remax > 0.56 * ppo:
         wrong.append(f"ReMax: {remax / ppo:.3f} of PPO, and 0.56 is allowed")
-    peak, unavoidable = head
-    if peak >= 1.3 * unavoidable:
-        wrong.append(f"log-probs: {peak / unavoidable:.2f} of the unavoidable, 1.3 is allowed")
+    peak, minimum = head
+    if peak >= 1.3 * minimum:
+        wrong.append(f"log-probs: {peak / minimum:.2f} of the minimum, 1.3 is allowed")
     return wrong
 
 
 def report(rows: list[Row], head: tuple[int, int]) -> None:
-    """Prints the table and what it is judged by."""
+    """Print the table and the ratios that are checked."""
     print(f"{'algorithm':<12} {'by':<8}" + "".join(f"{phase:>12}" for phase in PHASES), end="")
-    print(f"{'parked':>11}{'static':>11}{'by formula':>11}  formula")
+    print(f"{'offloaded':>11}{'static':>11}{'by formula':>11}  formula")
     for row in rows:
         peaks = [f"{row.peaks[p].peak:,}" if p in row.peaks else "-" for p in PHASES]
         print(f"{row.algorithm:<12} {row.method:<8}" + "".join(f"{p:>12}" for p in peaks), end="")
@@ -110,11 +112,11 @@ def report(rows: list[Row], head: tuple[int, int]) -> None:
         print(f"update of SPR over SFT, {method}: {ratio:.4f}")
     ratio = sum(found["ReMax", "AdamW"].static) / sum(found["PPO", "AdamW"].static)
     print(f"static bytes of ReMax over PPO: {ratio:.4f}")
-    print(f"log-probs: {head[0]:,} bytes at most, {head[0] / head[1]:.3f} of the unavoidable")
+    print(f"log-probs: {head[0]:,} bytes at most, {head[0] / head[1]:.3f} of the minimum")
 
 
 def main(argv: list[str]) -> int:
-    """Measures, prints, and says whether all is as it has to be."""
+    """Measure and print. Return 1 if a check fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smaller network and head")
     quick = parser.parse_args(argv).quick
@@ -124,7 +126,7 @@ def main(argv: list[str]) -> int:
     head = head_peak(2048, 20_000, 64) if quick else head_peak(8192, 152_000, 64)
     report(rows, head)
     wrong = failed_checks(rows, head)
-    print("\n".join(wrong) or "all as it has to be")
+    print("\n".join(wrong) or "all checks passed")
     return int(bool(wrong))
 
 

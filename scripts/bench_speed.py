@@ -1,13 +1,12 @@
-"""Seconds and bytes of a step: beside TRL, beside a bare loop, and as sizes grow.
+"""Compare seconds and bytes of a step with TRL, with a bare loop, and as sizes grow.
 
     python scripts/bench_speed.py            # 1 M and 7 M parameters on the CPU
-    python scripts/bench_speed.py --quick    # 1 M alone, beside TRL alone
+    python scripts/bench_speed.py --quick    # only 1 M, only TRL
     python scripts/bench_speed.py --device cuda --models 0.5B 1.5B --parts trl papers limits
 
-What is compared takes turns, a step each. `clock` and `work` say how many times more samples a
-second lit_align makes: by the clock, and by the seconds that the process had a processor, which
-other processes of the machine disturb less. `memory` is lit_align's peak over the other's, above
-what a process holds once everything is imported. TRL comes with the extra `bench`.
+The two sides alternate step by step. `clock` and `work` are the ratios of samples per second, by
+the clock and by CPU time. Other processes disturb CPU time less. `memory` is the ratio of the peak
+bytes, without those of a process that has only imported everything. TRL is in the extra `bench`.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from bench.case import OFFLINE, ONLINE, Case, shapes
 from bench.interleave import Step, interleave_steps
 from bench.memory import peak, run_in_fork
 
-Side = Callable[..., None]  # of (case, folder, steps, after_step)
+Side = Callable[..., None]  # takes (case, folder, steps, after_step)
 HEAD = "               model shape    clock   work  memory   MiB other MiB  seconds  other"
 
 
 def disable_output() -> None:
-    """No progress bars and no advice."""
+    """Disable progress bars, warnings and logs."""
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
@@ -48,39 +47,39 @@ def disable_output() -> None:
 
 
 def write_files(case: Case, folder: Path, steps: int) -> None:
-    """What the runs read."""
+    """Write the files that the runs read."""
     data.write_files(case, folder, steps)
 
 
 def time_steps(case: Case, folder: Path, sides: list[Side], rounds: int) -> list[list[Step]]:
-    """Each step of each side, in turns."""
+    """Return each step of each side, measured in turns."""
     return interleave_steps([partial(side, case, folder) for side in sides], rounds)
 
 
 def measure_peak(case: Case, folder: Path, side: Side) -> int:
-    """Peak bytes of two steps of one side."""
+    """Return the peak bytes of two steps of one side."""
     return peak(lambda: side(case, folder, 2, lambda: None), case.device)
 
 
 def print_comparison(
     name: str, case: Case, sides: list[Side], args: argparse.Namespace, times: int = 1
 ) -> None:
-    """Prints one line: the first side beside the second.
+    """Print one line that compares two sides.
 
-    On a CPU each measurement has a process of its own; a GPU's allocator tells sides apart.
+    On a CPU each measurement runs in its own process. A GPU's allocator counts each side alone.
 
     Args:
-        name: Of the line.
-        case: What they do, and whose rows are written.
-        sides: Two.
-        args: Of the command line.
-        times: How many times as many samples the first makes in a step.
+        name: Name of the line.
+        case: Work of both sides.
+        sides: Two runs.
+        args: Arguments of the command line.
+        times: Samples per step of the first side divided by those of the second.
     """
     folder = Path(args.folder) / case.folder_name
     run_in_fork(write_files, case, folder, args.rounds + 2)
     try:
         one, other = run_in_fork(time_steps, case, folder, sides, args.rounds)
-    except RuntimeError as failure:  # its own words stand above
+    except RuntimeError as failure:  # its traceback is printed above
         print(f"{name:<14} {case.model:>5} {case.shape.name:<7} {failure}", flush=True)
         args.failed = True
         return
@@ -100,10 +99,10 @@ def print_comparison(
 
 
 def compare_with_trl(args: argparse.Namespace) -> None:
-    """lit_align beside TRL."""
+    """Compare lit_align with TRL."""
     from bench import trl_side  # only where TRL is installed
 
-    print(f"beside TRL\n{HEAD}")
+    print(f"compared with TRL\n{HEAD}")
     for model in args.models:
         for algorithm in args.algorithms:
             for shape in shapes(algorithm, args.device):
@@ -112,10 +111,10 @@ def compare_with_trl(args: argparse.Namespace) -> None:
 
 
 def compare_with_batching(args: argparse.Namespace) -> None:
-    """lit_align beside TRL that answers by transformers' continuous batching."""
+    """Compare with TRL that generates by transformers' continuous batching."""
     from bench import trl_side
 
-    print(f"beside TRL with continuous batching\n{HEAD}")
+    print(f"compared with TRL with continuous batching\n{HEAD}")
     for model in args.models:
         for shape in shapes("grpo", args.device):
             case = Case("grpo", model, shape, args.device)
@@ -125,15 +124,15 @@ def compare_with_batching(args: argparse.Namespace) -> None:
 
 
 def compare_with_loop(args: argparse.Namespace) -> None:
-    """lit_align beside the same maths without a Trainer."""
-    print(f"beside a bare loop\n{HEAD}")
+    """Compare with the same computation without a Trainer."""
+    print(f"compared with a bare loop\n{HEAD}")
     for algorithm in ("grpo", "sft"):
         case = Case(algorithm, args.models[-1], shapes(algorithm, args.device)[0], args.device)
         print_comparison(algorithm, case, [lit_align_side.run, loop.run], args)
 
 
 def check_paper_claims(args: argparse.Namespace) -> None:
-    """One algorithm beside another, a sample per prompt as the papers have it."""
+    """Compare two algorithms, with one sample per prompt as in the papers."""
     print(f"what papers claim\n{HEAD}")
     for one, other in papers.CLAIMS:
         for shape in shapes("grpo", args.device):
@@ -145,7 +144,7 @@ def check_paper_claims(args: argparse.Namespace) -> None:
 
 
 def prepare_case(case: Case, args: argparse.Namespace) -> Path:
-    """The folder of a case with all that the papers' algorithms read."""
+    """Write all files that the papers' algorithms read, and return the folder."""
     folder = Path(args.folder) / case.folder_name
     run_in_fork(write_files, case, folder, args.rounds + 2)
     run_in_fork(papers.prepare, folder)
@@ -153,7 +152,7 @@ def prepare_case(case: Case, args: argparse.Namespace) -> Path:
 
 
 def compare_at_equal_memory(args: argparse.Namespace) -> None:
-    """Hydra-PPO with as many rows in a step as fit into the bytes that LoRA-PPO takes with few."""
+    """Compare LoRA-PPO with Hydra-PPO of as many rows as fit into the same bytes."""
     shape = shapes("grpo", args.device)[0]._replace(
         num_samples=1, num_rows=4, rows_per_microbatch=1
     )
@@ -179,12 +178,12 @@ def compare_at_equal_memory(args: argparse.Namespace) -> None:
 
 
 def draw_growth(args: argparse.Namespace) -> None:
-    """The picture of how cost grows."""
+    """Draw how the cost grows."""
     growth.save_picture(growth.measure_points(), Path(args.picture))
 
 
 def report_limits(args: argparse.Namespace) -> None:
-    """Shares of what the device can do, and the price of greedy rows."""
+    """Print percentages of the device's limits, and the cost of greedy rows."""
     print("near the device's limits")
     for model in args.models:
         limits.report(Case("grpo", model, shapes("grpo", args.device)[0], args.device))
@@ -201,7 +200,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """The tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -211,7 +210,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=BENCHMARKS, default=["trl", "loop", "papers"])
     parser.add_argument("--picture", default="docs/pictures/growth.png")
-    parser.add_argument("--quick", action="store_true", help="the smallest model beside TRL")
+    parser.add_argument(
+        "--quick", action="store_true", help="compare only the smallest model with TRL"
+    )
     args = parser.parse_args()
     args.failed = False
     if args.quick:

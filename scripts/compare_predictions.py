@@ -1,4 +1,4 @@
-"""Completions of two models for the same prompts, and what their difference amounts to.
+"""Compare the completions of two models for the same prompts.
 
     python scripts/compare_predictions.py BEFORE.jsonl AFTER.jsonl
 
@@ -21,9 +21,11 @@ from lit_align.evaluation.tables import completions_table, statistics_table
 
 
 def summarize(before: ResponseRows, after: ResponseRows) -> dict[str, float]:
-    """The statistics by which an alignment is judged; both lists answer the same prompts."""
+    """Return the statistics of an alignment. Both lists have the same prompts in the same order."""
     if [row["prompt"] for row in before] != [row["prompt"] for row in after]:
-        raise ValueError("the two files answer different prompts, or in another order")
+        raise ValueError(
+            "The two files have different prompts, or in another order. Use two runs of one config."
+        )
     old, new = [float(r["score"]) for r in before], [float(r["score"]) for r in after]
     low, high = bootstrap_interval([b - a for a, b in zip(old, new, strict=True)])
     std = (sum((score - mean(old)) ** 2 for score in old) / (len(old) - 1)) ** 0.5
@@ -41,7 +43,7 @@ def summarize(before: ResponseRows, after: ResponseRows) -> dict[str, float]:
 
 
 def main(files: list[str]) -> int:
-    """Prints both tables."""
+    """Print both tables and return the exit status."""
     if len(files) != 2:
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""SFT from random weights, a reward model from pairs, ReMax with that reward model; then a table.
+"""Quickstart: SFT from random weights, a reward model from pairs, and ReMax with both.
 
-Runs the command line as a user would, five times, and needs no network. Everything it makes is
+The script runs the command line five times, as a user would, and needs no network. All files are
 under runs/quickstart: metrics, curves, completions, and each model as a transformers folder.
 """
 
@@ -24,7 +24,7 @@ BEFORE, AFTER = RUNS / "before", RUNS / "after"
 
 
 def lit_align(*args: object) -> None:
-    """Shows a command and runs it; one thread, since so small a model gains nothing from two."""
+    """Print a command and run it with one thread, because a second does not speed up this model."""
     line = [str(arg) for arg in args]
     print(f"\n$ lit-align {' '.join(line)}", flush=True)
     command = [sys.executable, "-m", "lit_align.cli.main", *line]
@@ -32,7 +32,7 @@ def lit_align(*args: object) -> None:
 
 
 def train() -> None:
-    """The three fits, and answers of the SFT and of the aligned model to held-out prompts."""
+    """Train three models and sample responses of the first and the last to held-out prompts."""
     toy = ("--config", "toy", "--trainer.default_root_dir")
     reward = ("--reward.functions", "ModelReward", "--reward.functions.path", REWARD / "hf")
     lit_align("fit", "--config", "sft", *toy, SFT, "--model.optimizer.lr", 8e-3,
@@ -49,12 +49,12 @@ def train() -> None:
 
 
 def measure(before: ResponseRows, after: ResponseRows) -> dict[str, float]:
-    """The figures by which the quickstart is judged."""
+    """Return the figures that decide if the quickstart succeeded."""
     grammar = {
         f"parses {when}": mean(
-            [is_grammatical(str(r["prompt"]), str(r["completion"])) for r in answers]
+            [is_grammatical(str(r["prompt"]), str(r["completion"])) for r in rows]
         )
-        for when, answers in (("before", before), ("after", after))
+        for when, rows in (("before", before), ("after", after))
     }
     return {**summarize(before, after), **grammar}
 
@@ -62,7 +62,7 @@ def measure(before: ResponseRows, after: ResponseRows) -> dict[str, float]:
 def print_results(
     before: ResponseRows, after: ResponseRows, figures: dict[str, float], seconds: float
 ) -> None:
-    """Prints the table of completions and the figures, and keeps both in the run folder."""
+    """Print the tables of completions and figures, and write both to the run folder."""
     rows = completions_table(before, after)
     table = statistics_table(figures, f"After {seconds:.0f} s")
     with (RUNS / "table.txt").open("w") as file:
@@ -72,12 +72,12 @@ def print_results(
 
 
 def missed_goals(figures: dict[str, float]) -> list[str]:
-    """What the run did not reach."""
+    """Return the goals that the run did not reach."""
     goals = {
         "a gain of one standard deviation": figures["gain in standard deviations"] >= 1,
         "a gain above 0 with 95 % certainty": figures["gain, 95 % low"] > 0,
         "at most 20 nats per response": figures["KL after, nats per response"] <= 20,
-        "95 % grammatical answers": figures["parses after"] >= 0.95,
+        "95 % grammatical responses": figures["parses after"] >= 0.95,
         "half of the SFT model's distinct-2":
             figures["distinct-2 after"] >= figures["distinct-2 before"] / 2,
     }  # fmt: skip
@@ -85,7 +85,7 @@ def missed_goals(figures: dict[str, float]) -> list[str]:
 
 
 def main() -> int:
-    """Trains, shows, and says what was not reached."""
+    """Train, print the results and return the number of goals that were not reached."""
     started = time.monotonic()
     train()
     before, after = (read_predictions(folder / "predictions.jsonl") for folder in (BEFORE, AFTER))

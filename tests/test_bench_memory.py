@@ -41,7 +41,7 @@ def rows(tmp_path_factory):
 
     def row(*name):
         if name not in found:
-            found[name] = measured(cases[name], str(folder), answer=12)
+            found[name] = measured(cases[name], str(folder), response_tokens=12)
         return found[name]
 
     return row

@@ -37,7 +37,7 @@ def test_the_interval_holds_the_mean_and_widens_with_the_spread():
 
 
 def test_predictions_for_other_prompts_are_refused():
-    with pytest.raises(ValueError, match="answer different prompts"):
+    with pytest.raises(ValueError, match="have different prompts"):
         SCRIPT["summarize"](predictions(0, 1), predictions(0, 1)[::-1])
 
 

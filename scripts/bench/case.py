@@ -28,15 +28,15 @@ MODELS = {"1M": SMALL, "7M": MEDIUM, "0.5B": LARGE, "1.5B": HUGE}
 
 
 class Shape(NamedTuple):
-    """How many tokens a step has, and how they are spread.
+    """Number of tokens of a step, and their distribution over rows.
 
     Args:
         name: For the table.
-        num_rows: Answers, texts or pairs per optimizer step.
-        num_samples: Answers to one prompt.
+        num_rows: Responses, texts or pairs per optimizer step.
+        num_samples: Responses to one prompt.
         prompt: Tokens of the longest prompt.
         response: Tokens of the longest response.
-        mean_response: Tokens of the mean answer, geometric lengths cut at `answer`; 0: all full.
+        mean_response: Mean of geometric lengths, cut at `response`. 0: all have that length.
         rows_per_microbatch: Rows of full length in one micro-batch.
     """
 
@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
     @property
     def is_online(self) -> bool:
-        """Whether answers are sampled."""
+        """True if responses are sampled."""
         return self.algorithm in ONLINE
 
     @property
@@ -81,12 +81,12 @@ class Case(NamedTuple):
 
     @property
     def is_bf16(self) -> bool:
-        """Whether weights are bfloat16."""
+        """True if weights are bfloat16."""
         return self.device != "cpu"
 
 
 def shapes(algorithm: str, device: str) -> list[Shape]:
-    """All answers of full length, and geometric lengths as a real stop gives them."""
+    """Return a shape of full responses, and one of geometric lengths as a stop token gives."""
     if device != "cpu":
         rows = 128 if algorithm in ONLINE else 64
         return [

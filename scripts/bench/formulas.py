@@ -37,7 +37,7 @@ class Size(NamedTuple):
             "num_key_value_heads": 4,
             "tie_word_embeddings": True,
             "bos_token_id": 2,
-            "eos_token_id": None,  # so that every answer has all of its tokens
+            "eos_token_id": None,  # so that every response has the maximum length
             "pad_token_id": 0,
         }
 
@@ -97,12 +97,12 @@ class Static(NamedTuple):
 
 
 def state(size: Size, tensors: list[int], rank: int | None) -> int:
-    """Bytes of an optimizer for a trunk, and of a step per tensor.
+    """Return the bytes of an optimizer for a backbone, with a step counter per tensor.
 
     Args:
-        size: Of the trunk.
-        tensors: Numbers of each.
-        rank: GaLore's, or None for AdamW.
+        size: Size of the backbone.
+        tensors: Number of values of each tensor.
+        rank: Rank of GaLore, or None for AdamW.
     """
     if rank is None:
         return sum(8 * number + 4 for number in tensors)
@@ -111,5 +111,5 @@ def state(size: Size, tensors: list[int], rank: int | None) -> int:
 
 
 def head_state(size: Size, rank: int | None) -> int:
-    """The same for a score head: GaLore counts steps in 8 bytes, AdamW in 4."""
+    """Return the same for a score head. GaLore counts steps in 8 bytes, AdamW in 4."""
     return 8 * size.hidden + (4 if rank is None else 8)

@@ -98,7 +98,7 @@ def doubling_slope(points: list[Point], of: str) -> float:
 
 
 def save_picture(points: list[Point], picture: Path) -> None:
-    """The picture, and its numbers beside it."""
+    """Write the picture, and its numbers as a CSV file of the same name."""
     with picture.with_suffix(".csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(Point._fields)

@@ -48,13 +48,13 @@ def seconds(works: list[Callable[[], object]], device: str) -> list[float]:
 
 
 def synchronize(device: str) -> None:
-    """Waits until the device has done all that it was told."""
+    """Wait until the device has finished all work."""
     if device != "cpu":
         torch.accelerator.synchronize()
 
 
 def limits(device: str, dtype: torch.dtype) -> Limits:
-    """Of dense products in `dtype`, and of memory."""
+    """Measure the rate of dense products in `dtype` and the bandwidth of memory."""
     size = 8192 if device != "cpu" else 1024
     one = torch.randn(size, size, device=device, dtype=dtype)
     block = torch.empty(size * size * 4, device=device, dtype=torch.uint8)
@@ -64,7 +64,7 @@ def limits(device: str, dtype: torch.dtype) -> Limits:
 
 
 def policy(case: Case, **settings: bool) -> Policy:
-    """A random network of the case's size."""
+    """Return a random network of the case's size."""
     size = {"num_attention_heads": 4, **MODELS[case.model]}
     config = {"model_type": "llama", "max_position_embeddings": 2048, **size}
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def policy(case: Case, **settings: bool) -> Policy:
 
 
 def prompts(case: Case, number: int) -> Experience:
-    """Prompts of full length."""
+    """Return prompts of the maximum length."""
     ids = torch.randint(3, MODELS[case.model]["vocab_size"], (number, PROMPT))
     mask = torch.ones_like(ids, dtype=torch.bool)
     batch = Experience(prompts=ids, prompt_mask=mask, prompt_lengths=[PROMPT] * number)
@@ -81,21 +81,21 @@ def prompts(case: Case, number: int) -> Experience:
 
 
 def respond(network: Policy, batch: Experience, greedy: int) -> None:
-    """Answers of full length, the last rows of the batch greedily."""
+    """Generate responses of the maximum length, the last `greedy` rows greedily."""
     noise = torch.rand(len(batch), RESPONSE, device=batch.prompts.device)
     choices = [row >= len(batch) - greedy for row in range(len(batch))]
     network.generate(batch, noise, choices, [], PAD, SamplingParams())
 
 
 def update(network: Policy, batch: TextBatch) -> None:
-    """A forward and a backward pass."""
+    """Run a forward and a backward pass."""
     loss: Tensor = -network.logprobs(batch).mean()
     loss.backward()
     network.zero_grad()
 
 
 def texts(case: Case) -> TextBatch:
-    """Texts of 1,024 tokens; fewer and shorter ones on a CPU."""
+    """Return texts of 1,024 tokens. On a CPU they are fewer and shorter."""
     shape = (16, 1024) if case.is_bf16 else (2, PROMPT + RESPONSE)
     ids = torch.randint(3, MODELS[case.model]["vocab_size"], shape)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -104,7 +104,7 @@ def texts(case: Case) -> TextBatch:
 
 
 def min_bytes(network: Policy) -> int:
-    """Bytes that answers of BATCH rows read at least: weights, keys and values for each token."""
+    """Return the least bytes that BATCH responses read: weights, keys and values per token."""
     config, weight = network.network.config, network.head.weight
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     cache = 2 * config.num_hidden_layers * heads * config.head_dim * BATCH * (PROMPT + RESPONSE / 2)
@@ -112,23 +112,22 @@ def min_bytes(network: Policy) -> int:
 
 
 def num_matmul_weights(network: Policy) -> int:
-    """Numbers of all weights that products read: those but the input embedding's."""
+    """Return the number of weights in matrix products: all but the input embedding."""
     weights = sum(weight.numel() for weight in network.parameters())
     return weights - network.network.get_input_embeddings().weight.numel()
 
 
 def num_operations(network: Policy, batch: TextBatch) -> int:
-    """Floating point operations of a forward and a backward pass over full texts."""
+    """Return the floating point operations of a forward and a backward pass over full texts."""
     config, tokens = network.network.config, batch.tokens.numel()
     width = config.num_attention_heads * config.head_dim
+    # half of the attention's, because it is causal
     attention = 6 * config.num_hidden_layers * width * tokens * batch.tokens.shape[1]
-    return (
-        6 * num_matmul_weights(network) * tokens + attention
-    )  # half of the attention's, as it is causal
+    return 6 * num_matmul_weights(network) * tokens + attention
 
 
 def report(case: Case) -> None:
-    """Prints shares of the limits for one size, of each way to decode and to update."""
+    """Print the percentages of the limits for one size, for each way to decode and to update."""
     limit = limits(case.device, torch.bfloat16 if case.is_bf16 else torch.float32)
     print(
         f"{case.model}: {limit.rate / 1e12:.3f} Tflop/s, {limit.bandwidth / 1e9:.0f} GB/s",

@@ -61,7 +61,7 @@ def rollout(
     batch: Experience,
     decode: Callable[[list[int]], str],
 ) -> Experience:
-    """Answers, scores, log-probs of the reference, advantages."""
+    """Sample responses, score them, and add reference log-probs and advantages."""
     shape, stops = case.shape, sorted({EOS, *policy.stop_ids})
     group = [row for row in range(len(batch)) for _ in range(shape.num_samples)]
     batch = batch.rows(group)
@@ -84,7 +84,7 @@ def rollout(
 
 
 def grpo(microbatch: Experience, logprobs: Tensor) -> Tensor:
-    """Summed over responses; the one update's policy is the one that has sampled."""
+    """Return the loss summed over responses. The policy has not changed since it sampled."""
     loss = clipped_surrogate(logprobs, logprobs.detach(), microbatch.advantages)
     loss = loss + 0.04 * k3(logprobs, microbatch.ref_logprobs)
     mask = microbatch.response_mask
@@ -92,5 +92,5 @@ def grpo(microbatch: Experience, logprobs: Tensor) -> Tensor:
 
 
 def sft(microbatch: TextBatch, logprobs: Tensor, batch: TextBatch) -> Tensor:
-    """This part's share of the mean over all learnt tokens."""
+    """Return the micro-batch's part of the mean over all target tokens."""
     return -logprobs.sum() / batch.response_mask.sum()

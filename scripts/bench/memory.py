@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def run_in_fork(work: Callable[..., Result], *args: Any) -> Result:
-    """What `work` says in a fork of this process, whose imports it finds done."""
+    """Return the result of `work` in a fork of this process, which has its imports."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -34,19 +34,19 @@ def run_in_fork(work: Callable[..., Result], *args: Any) -> Result:
 
 
 def peak(work: Callable[[], None], device: str) -> int:
-    """Bytes that `work` needs at most, above what the process has when it starts."""
+    """Return the peak bytes of `work` above those of the process before it."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark comes down to now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = status("VmRSS")
     work()
     return status("VmHWM") - before
 
 
 def status(name: str) -> int:
-    """Bytes, from what Linux says of this process."""
+    """Return a field of /proc/self/status in bytes."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -28,7 +28,7 @@ CLAIMS = [("remax", "ppo"), ("hydra_ppo", "lora_ppo")]
 
 
 def prepare(folder: Path) -> None:
-    """A reward model and a two-headed model beside the policy, of the same size, if lacking."""
+    """Write a reward model and a two-headed model of the policy's size, unless they exist."""
     if (folder / "two_headed").exists():
         return
     model = str(folder / "model")
@@ -40,7 +40,7 @@ def prepare(folder: Path) -> None:
 
 
 def algorithm(name: str, case: Case, folder: Path) -> tuple[Algorithm, RewardFunction]:
-    """The algorithm, and what judges its answers: a reward model of the policy's size."""
+    """Build the algorithm and its reward, a model of the policy's size."""
     model, reward_model = str(folder / "model"), str(folder / "reward")
     settings: dict[str, Any] = {
         "microbatch_tokens": case.shape.rows_per_microbatch * case.shape.max_tokens
@@ -65,7 +65,7 @@ def algorithm(name: str, case: Case, folder: Path) -> tuple[Algorithm, RewardFun
 
 
 def run(name: str, case: Case, folder: Path, steps: int, after_step: Callable[[], None]) -> None:
-    """So many optimizer steps; `after_step` is called after each."""
+    """Take `steps` optimizer steps and call `after_step` after each."""
     built, reward_model = algorithm(name, case, folder)
     callbacks = [Rollout(max_new_tokens=case.shape.response), Reward(reward_model)]
     lit_align_side.fit(case, folder, steps, after_step, built, callbacks)
@@ -74,12 +74,12 @@ def run(name: str, case: Case, folder: Path, steps: int, after_step: Callable[[]
 def run_case(
     own: Case, name: str, case: Case, folder: Path, steps: int, after_step: Callable[[], None]
 ) -> None:
-    """`run` of a case of its own, beside another side that makes more of the same rows."""
+    """Run `own` in place of the case of the other side, which has more of the same rows."""
     run(name, own, folder, steps, after_step)
 
 
 def largest_fitting_factor(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, given that 1 does and that larger ones need more."""
+    """Return the largest number that fits. 1 must fit, and larger numbers must need more."""
     low, high = 1, 2
     while fits(high):
         low, high = high, 2 * high

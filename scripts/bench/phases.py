@@ -48,7 +48,7 @@ class Row(NamedTuple):
         algorithm: And its layout.
         method: AdamW, GaLore or SLTrain.
         peaks: Of each phase.
-        offloaded_bytes: Bytes of networks that are parked in the update.
+        offloaded_bytes: Bytes of networks that are offloaded in the update.
         expected: By formula.
     """
 
@@ -66,21 +66,21 @@ class Row(NamedTuple):
 
     @property
     def update(self) -> int:
-        """The update's peak where parked networks are elsewhere."""
+        """Peak of the update without the offloaded networks."""
         return self.peaks["update"].peak - self.offloaded_bytes
 
 
 class RandomTexts(LightningDataModule):
-    """Random prompts of one length, or texts that are as long as prompts with their answers.
+    """Random prompts of one length, or texts as long as a prompt with its response.
 
     Args:
-        rows: Per batch.
-        answer: Tokens of an answer, 0 for prompts alone.
+        rows: Rows of a batch.
+        response_tokens: Tokens of a response. 0 makes prompts only.
     """
 
-    def __init__(self, rows: int, answer: int):
+    def __init__(self, rows: int, response_tokens: int):
         super().__init__()
-        self.rows, self.width = rows, PROMPT_TOKENS + answer
+        self.rows, self.width = rows, PROMPT_TOKENS + response_tokens
         self.tokenizer, self.stop_ids = load_tokenizer("toy"), list[int]()
 
     def decode(self, ids: list[int]) -> str:
@@ -88,7 +88,7 @@ class RandomTexts(LightningDataModule):
         return str(self.tokenizer.decode(ids))
 
     def batch(self, numbers: list[int]) -> Batch:
-        """The batch of that number."""
+        """Return the batch of that number."""
         generator = torch.Generator().manual_seed(numbers[0])
         ids = torch.randint(4, 190, (self.rows, self.width), generator=generator)
         real, lengths = torch.ones_like(ids, dtype=torch.bool), [self.width] * self.rows
@@ -179,7 +179,7 @@ def algorithms(size: Size, base: str, method: str) -> Iterator[Case]:
 
 
 def layouts(size: Size, base: str) -> Iterator[Case]:
-    """The layouts of the Hydra paper that have adapters."""
+    """Yield the layouts of arXiv:2309.00754 that have adapters."""
     half = {"dtype": "bfloat16", "lora": LoRA(ADAPTER, lora_alpha=8)}
     n, head, one = sum(size.dense), size.hidden, size.adapter
 
@@ -202,18 +202,18 @@ def layouts(size: Size, base: str) -> Iterator[Case]:
         yield Case(name, "AdamW", build, SharedBackboneReward, rows, expected)
 
 
-def measured(case: Case, folder: str, answer: int) -> Row:
+def measured(case: Case, folder: str, response_tokens: int) -> Row:
     """One run.
 
     Args:
         case: What is run.
         folder: For what it writes.
-        answer: Tokens of an answer.
+        response_tokens: Tokens of a response.
     """
     torch.manual_seed(0)
     algorithm, memory = case.build(), Memory()
     reward = case.reward() if case.reward else None
-    rollout_callbacks = [Rollout(max_new_tokens=answer), Reward(reward)] if reward else []
+    rollout_callbacks = [Rollout(max_new_tokens=response_tokens), Reward(reward)] if reward else []
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -227,7 +227,7 @@ def measured(case: Case, folder: str, answer: int) -> Row:
         callbacks=[memory, *rollout_callbacks],
     )
     online = isinstance(algorithm, OnlineAlgorithm)
-    trainer.fit(algorithm, RandomTexts(case.prompts, 0 if online else answer))
+    trainer.fit(algorithm, RandomTexts(case.prompts, 0 if online else response_tokens))
     networks = dict(algorithm.named_children())
     frozen = [each for name, each in networks.items() if name not in algorithm.roles]
     others = [role.network for role in reward.all_roles()] if reward else []

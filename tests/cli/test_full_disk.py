@@ -1,4 +1,4 @@
-"""A disk that is full: a sentence, and nothing half-written. Files may grow to a limit alone."""
+"""A full disk, simulated by a limit on file sizes: one message and no incomplete file."""
 
 import os
 import resource
@@ -17,15 +17,15 @@ RUN = [
 ]
 
 
-def full_at(num_bytes: int, argv: list[str], folder: Path) -> tuple[int, list[str]]:
-    """Status and what is said where no file may be larger."""
+def run_with_file_limit(num_bytes: int, argv: list[str], folder: Path) -> tuple[int, list[str]]:
+    """Run a command whose files may not exceed `num_bytes`; return status and messages."""
 
-    def fill() -> None:
+    def set_limit() -> None:
         os.chdir(folder)
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
-    reader, writer = os.pipe()  # a file of what is said would be full, too
-    (status,) = run(argv, Path(f"/dev/fd/{writer}"), before=fill)
+    reader, writer = os.pipe()  # a log file would reach the limit too
+    (status,) = run(argv, Path(f"/dev/fd/{writer}"), before=set_limit)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         text = pipe.read()
@@ -34,8 +34,8 @@ def full_at(num_bytes: int, argv: list[str], folder: Path) -> tuple[int, list[st
     return status, [line for line in text.splitlines() if "lit-align:" in line]
 
 
-def left(folder: Path) -> set[str]:
-    """Names of what might be half a file."""
+def unfinished_files(folder: Path) -> set[str]:
+    """Return names of files that may be incomplete."""
     parts = {path.name for path in folder.rglob("*") if path.name.endswith(".part")}
     return parts | {path.name for path in folder.rglob("*.safetensors")}
 
@@ -43,59 +43,59 @@ def left(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("num_bytes", "more", "text"),
     [
-        (1_000, (), "There is no room left on the disk"),
+        (1_000, (), "There is no space left on the disk"),
         (60_000, (), "iteration_000002.ckpt could not be written; "),
-        (300_000, ("--trainer.enable_checkpointing", "false"), "no room left on the disk"),
+        (300_000, ("--trainer.enable_checkpointing", "false"), "no space left on the disk"),
     ],
     ids=["config", "checkpoint", "export"],
 )
-def test_a_run_ends_in_a_sentence(num_bytes, more, text, tmp_path):
-    status, said = full_at(num_bytes, [*RUN, *more], tmp_path)
+def test_a_run_on_a_full_disk_ends_with_one_message(num_bytes, more, text, tmp_path):
+    status, messages = run_with_file_limit(num_bytes, [*RUN, *more], tmp_path)
     assert status == 2
-    assert text in said[0]
-    assert len(said) == 1
-    assert not left(tmp_path)
+    assert text in messages[0]
+    assert len(messages) == 1
+    assert not unfinished_files(tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))
     assert all(path.stat().st_size for path in tmp_path.rglob("config.yaml"))
 
 
-def test_the_checkpoint_before_stays_whole_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_from_the_checkpoint_before_the_disk_was_full(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(RUN) == 0
     more = ["--ckpt_path", "last", "--trainer.max_epochs", "2"]
-    status, said = full_at(60_000, [*RUN, *more], tmp_path)
+    status, messages = run_with_file_limit(60_000, [*RUN, *more], tmp_path)
     assert status == 2
-    assert "Last checkpoint: " in said[0]
-    assert "iteration_000002.ckpt. Free disk space" in said[0]
+    assert "Last checkpoint: " in messages[0]
+    assert "iteration_000002.ckpt. Free disk space" in messages[0]
     folder = tmp_path / "runs" / "remax" / "checkpoints"
-    path, complaints = newest_readable(folder)
+    path, unreadable = newest_readable(folder)
     assert list_checkpoints(folder) == [path]
-    assert not complaints
+    assert not unreadable
     assert main([*RUN, *more]) == 0
     assert newest_readable(folder)[0].name == "iteration_000004.ckpt"
 
 
-def write_half(place: Path) -> None:
-    with atomic_folder(place) as part:
+def fail_halfway(folder: Path) -> None:
+    with atomic_folder(folder) as part:
         (part / "a").write_text("half")
         raise OSError("full")
 
 
-def test_a_folder_is_replaced_when_all_of_it_is_written(tmp_path):
-    place = tmp_path / "hf"
+def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path):
+    folder = tmp_path / "hf"
     for text in ("old", "new"):
-        with atomic_folder(place) as part:
+        with atomic_folder(folder) as part:
             (part / "a").write_text(text)
             (part / "adapter").mkdir()
             (part / "adapter" / "b").write_text(text)
-    assert [(place / name).read_text() for name in ("a", "adapter/b")] == ["new", "new"]
+    assert [(folder / name).read_text() for name in ("a", "adapter/b")] == ["new", "new"]
     with pytest.raises(OSError, match="full"):
-        write_half(place)
-    assert (place / "a").read_text() == "new"
+        fail_halfway(folder)
+    assert (folder / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path, monkeypatch):
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path, monkeypatch):
     write_text_atomic(tmp_path / "x", "old")
 
     def fail(self, other):

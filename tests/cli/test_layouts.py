@@ -1,4 +1,4 @@
-"""The five layouts of arXiv:2309.00754 from configuration alone: models, adapters, bytes."""
+"""The five layouts of arXiv:2309.00754 as configs: number of models and adapters, and bytes."""
 
 import re
 
@@ -14,8 +14,9 @@ SHAPE = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
     "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
 }  # fmt: skip
-N, L, HEAD = 117056, 9856, 64  # a model without its score head, an adapter of rank 4, the head
-LAYOUTS = {  # whole models, adapters, heads (score and value), and the formula of static bytes
+# parameters of a model without its score head, of an adapter of rank 4, and of the head
+N, L, HEAD = 117056, 9856, 64
+LAYOUTS = {  # full models, adapters, heads (score and value), and static bytes by the formula
     "ppo": (4, 0, 2, 28 * N),
     "lora_ppo": (4, 2, 3, 8 * N + 24 * L),
     "dynamic_lora_ppo": (2, 2, 2, 4 * N + 24 * L),
@@ -26,7 +27,7 @@ LAYOUTS = {  # whole models, adapters, heads (score and value), and the formula 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A two-headed model with the toy tokenizer: serves every role."""
+    """Save a policy with a reward head and the toy tokenizer, which can serve every role."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     PolicyWithRewardHead(config=dict(SHAPE)).save(folder)
@@ -34,34 +35,34 @@ def base(tmp_path_factory) -> str:
     return str(folder)
 
 
-def words(layout: str, base: str) -> list[str]:
-    """A run of one batch in which every path is `base`."""
-    given = ["fit", "--config", layout, "--model.policy.path", base, "--trainer.max_epochs", "1"]
-    given += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
-    given += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
-    given += ["--data.path", "toy", "--data.batch_size", "4", "--data.max_rows", "8"]
-    given += ["--data.tokenizer", "toy", "--rollout.max_new_tokens", "4"]
-    given += ["--model.policy.dtype", "float32", "--trainer.enable_checkpointing", "false"]
+def run_argv(layout: str, base: str) -> list[str]:
+    """Return the arguments of a run of one batch in which every path is `base`."""
+    argv = ["fit", "--config", layout, "--model.policy.path", base, "--trainer.max_epochs", "1"]
+    argv += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
+    argv += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    argv += ["--data.path", "toy", "--data.batch_size", "4", "--data.max_rows", "8"]
+    argv += ["--data.tokenizer", "toy", "--rollout.max_new_tokens", "4"]
+    argv += ["--model.policy.dtype", "float32", "--trainer.enable_checkpointing", "false"]
     if "hydra" not in layout:
-        given += ["--model.critic.path", base, "--model.critic.dtype", "float32"]
+        argv += ["--model.critic.path", base, "--model.critic.dtype", "float32"]
     if layout in ("ppo", "lora_ppo"):
-        given += ["--reward.functions.path", base]
-        given += ["--reward.functions.dtype", "float32"]
+        argv += ["--reward.functions.path", base]
+        argv += ["--reward.functions.dtype", "float32"]
     if layout == "ppo":
-        given += ["--model.minibatch_size", "4"]
+        argv += ["--model.minibatch_size", "4"]
     else:
-        given += ["--model.policy.lora.r", "4"]
+        argv += ["--model.policy.lora.r", "4"]
     if layout == "lora_ppo":
-        given += ["--model.reference.path", base, "--model.reference.dtype", "float32"]
+        argv += ["--model.reference.path", base, "--model.reference.dtype", "float32"]
     if layout in ("lora_ppo", "dynamic_lora_ppo"):
-        given += ["--model.critic.lora.r", "4"]
-    return given
+        argv += ["--model.critic.lora.r", "4"]
+    return argv
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_holds_the_models_of_its_formula(layout, base, tmp_path, capsys):
+def test_a_layout_has_the_models_and_bytes_of_its_formula(layout, base, tmp_path, capsys):
     models, adapters, heads, static = LAYOUTS[layout]
-    assert main([*words(layout, base), "--trainer.default_root_dir", str(tmp_path)]) == 0
+    assert main([*run_argv(layout, base), "--trainer.default_root_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     line = r"^(policy|critic|reference|reward) .* ([\d,]+) +([\d,]+)$"
     table = {
@@ -71,6 +72,6 @@ def test_a_layout_holds_the_models_of_its_formula(layout, base, tmp_path, capsys
     assert table.keys() == {"policy", "critic", "reference", "reward"}
     trained, total = (sum(column) for column in zip(*table.values(), strict=True))
     assert total == models * N + adapters * L + heads * HEAD
-    value_head = HEAD  # trains in every layout, and the formulas leave heads out
-    learnt = trained - value_head
-    assert 2 * (total - heads * HEAD) + 10 * learnt == static
+    # 2 bytes per weight and 10 more per trained one; the formulas do not count heads
+    trained_without_head = trained - HEAD
+    assert 2 * (total - heads * HEAD) + 10 * trained_without_head == static

@@ -1,4 +1,4 @@
-"""The command line: names of configs, what overlays may say, what wins over what."""
+"""The command line: help, packaged configs, overlays, and which setting wins."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import yaml
 from lit_align.algorithms.remax import ReMax
 from lit_align.algorithms.reward_model import RewardModel
 from lit_align.cli.discovery import import_all, init_arguments
-from lit_align.cli.main import main
+from lit_align.cli.main import TOOLS, TRAINER_COMMANDS, main
 from lit_align.cli.overlays import (
     SECTIONS,
     chosen_class,
@@ -32,36 +32,31 @@ def all_imported():
 
 
 def printed_config(capsys, *argv: str) -> dict:
-    """What --print_config says of a command."""
-    with pytest.raises(SystemExit) as left:
+    """Return the config that --print_config prints for a command."""
+    with pytest.raises(SystemExit) as end:
         main([*argv, "--print_config"])
-    assert left.value.code == 0
+    assert end.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_version(capsys):
+def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lit-align {__version__}\n"
 
 
 @pytest.mark.parametrize("command", [[], ["fit"], ["predict"], ["configs"]])
-def test_help(command, capsys):
-    try:
-        status = main([*command, "--help"])
-    except SystemExit as left:
-        status = left.code
-    assert status == 0
-    assert "usage" in capsys.readouterr().out
+def test_help_has_status_0(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        raise SystemExit(main([*command, "--help"]))
+    assert "usage" in capsys.readouterr().out.lower()
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["fit", "--help"]])
-def test_the_help_names_what_is_beside_lightnings_own_words(argv, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    assert end.value.code == 0
-    said = capsys.readouterr().out
-    assert "`fit --plan`" in said
-    assert ("lit-align configs | chat" in said) == (argv != ["fit", "--help"])
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_the_help_lists_all_commands_by_group(argv, capsys):
+    assert main(argv) == 0
+    training, _, tools = capsys.readouterr().out.partition("Tools:")
+    assert all(f"\n  {name} " in training for name in TRAINER_COMMANDS)
+    assert all(f"\n  {name} " in tools for name in TOOLS)
 
 
 def test_the_help_of_an_algorithm_is_its_docstring(capsys):
@@ -72,7 +67,7 @@ def test_the_help_of_an_algorithm_is_its_docstring(capsys):
     assert "Padded tokens per forward pass" in text
 
 
-def test_the_version_needs_no_torch():
+def test_the_version_does_not_import_torch():
     code = (
         "import sys; from lit_align.cli.main import main; main(['--version']); "
         "assert 'torch' not in sys.modules"
@@ -83,8 +78,10 @@ def test_the_version_needs_no_torch():
 def test_configs_are_listed_and_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["configs", "list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in packaged_configs())
+    recipes, _, overlays = capsys.readouterr().out.partition("Overlays")
+    assert "  remax " in recipes
+    assert "  lora " in overlays
+    assert all(f"  {name} " in recipes + overlays for name in packaged_configs())
     assert main(["configs", "copy", "remax", "mine.yaml"]) == 0
     assert (tmp_path / "mine.yaml").read_text() == packaged_configs()["remax"]
     assert read_config("mine.yaml")["model"]["class_path"] == "ReMax"
@@ -92,7 +89,7 @@ def test_configs_are_listed_and_copied(tmp_path, monkeypatch, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_a_later_config_and_the_command_line_win(capsys, tmp_path):
+def test_a_later_config_and_the_command_line_override_a_config(capsys, tmp_path):
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("model: {init_args: {kl_coef: 0.7, num_samples: 3}}")
     config = printed_config(
@@ -103,7 +100,7 @@ def test_a_later_config_and_the_command_line_win(capsys, tmp_path):
     assert settings["policy"]["init_args"]["path"] == "mistralai/Mistral-7B-Instruct-v0.2"
 
 
-def test_sections_take_short_forms(capsys):
+def test_sections_accept_short_class_names(capsys):
     config = printed_config(
         capsys, "fit", "--config", "remax", "--rollout.max_new_tokens", "77",
         "--reward.functions", "Length", "--reward.functions.target", "9",
@@ -113,22 +110,22 @@ def test_sections_take_short_forms(capsys):
     assert config["reward"]["init_args"]["functions"]["init_args"]["target"] == 9
 
 
-def test_an_overlay_applies_where_it_fits():
+def test_settings_of_an_overlay_that_the_class_does_not_have_are_dropped():
     overlay = {
         "model": {"init_args": {"policy": 1, "reward_model": 2, "max_grad_norm": 3, "typo": 4}},
         "data": {"init_args": {"max_tokens": 5, "max_prompt_tokens": 6}},
         "rollout": {"class_path": "Rollout"},
     }
-    left = drop_unsupported(overlay, {"model": RewardModel, "data": PreferenceData})
-    assert left["model"]["init_args"] == {"reward_model": 2, "max_grad_norm": 3, "typo": 4}
-    assert left["data"]["init_args"] == {"max_tokens": 5}
-    assert "rollout" not in left
+    remaining = drop_unsupported(overlay, {"model": RewardModel, "data": PreferenceData})
+    assert remaining["model"]["init_args"] == {"reward_model": 2, "max_grad_norm": 3, "typo": 4}
+    assert remaining["data"]["init_args"] == {"max_tokens": 5}
+    assert "rollout" not in remaining
     assert drop_unsupported(overlay, {"model": ReMax, "data": None})["rollout"] == {
         "class_path": "Rollout"
     }
 
 
-def test_the_command_line_names_the_class_that_overlays_are_cut_to():
+def test_overlays_are_cut_to_the_class_of_the_command_line():
     argv = ["fit", "--config", "remax", "--model", "SFT"]
     assert chosen_class("model", SECTIONS["model"], [read_config("remax")], argv).__name__ == "SFT"
     argv = resolve_configs(["fit", "--config=sft", "--config", "toy"])
@@ -138,8 +135,8 @@ def test_the_command_line_names_the_class_that_overlays_are_cut_to():
     assert "kl_coef" not in overlay["model"]["init_args"]
 
 
-def test_a_config_may_say_infinity(tmp_path, capsys):
-    """As `config.yaml` of a run without clipping does."""
+def test_a_config_may_contain_infinity(tmp_path, capsys):
+    """The `config.yaml` of a run without clipping has it."""
     file = tmp_path / "unclipped.yaml"
     file.write_text("model: {init_args: {max_grad_norm: .inf, optimizer: {init_args: {lr: 1e-3}}}}")
     line = ["fit", "--config", "sft", "--config", "toy", "--config", str(file), "--print_config"]
@@ -151,13 +148,13 @@ def test_a_config_may_say_infinity(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["two\nlines: {{ x }}", "1e3", "null", "é", "a" * 500, ""])
-def test_texts_of_a_config_stay_what_they_are(text):
+def test_texts_of_a_config_are_unchanged(text):
     assert yaml.safe_load(to_inline_yaml({"data": {"init_args": {"chat_template": text}}})) == {
         "data": {"init_args": {"chat_template": text}}
     }
 
 
-def test_arguments_are_those_of_the_class_and_its_parents():
+def test_arguments_include_those_of_parents():
     assert {"kl_coef", "policy", "update_epochs", "microbatch_tokens"} <= init_arguments(ReMax)
     assert "kwargs" not in init_arguments(ReMax)
 
@@ -172,18 +169,20 @@ def test_predict_writes_completions(tmp_path, monkeypatch):
     assert all(row["kl"] == 0.0 for row in rows)  # policy and reference start the same
 
 
-def test_the_batch_plan_is_printed(tmp_path, monkeypatch, capsys):
+def test_a_run_prints_its_batch_and_writes_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model.num_samples", "3",
           "--trainer.limit_train_batches", "2"])  # fmt: skip
-    said = capsys.readouterr().out
-    assert "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in said
-    assert "stop token ids: [3]" in said
+    printed = capsys.readouterr().out
+    assert (
+        "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in printed
+    )
+    assert "stop token ids: [3]" in printed
     run = tmp_path / "runs" / "remax"
     assert {"metrics.csv", "config.yaml", "curves.png", "hf"} <= {p.name for p in run.iterdir()}
 
 
-def test_the_command_line_wins_over_a_checkpoint(tmp_path, monkeypatch):
+def test_the_command_line_overrides_the_settings_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = ("fit", "--config", "sft", "--config", "toy", *FAST)
     main([*start, "--trainer.default_root_dir", "one"])
@@ -194,7 +193,7 @@ def test_the_command_line_wins_over_a_checkpoint(tmp_path, monkeypatch):
     assert config["model"]["init_args"]["max_grad_norm"] == 0.5
 
 
-def test_an_overlay_may_name_a_class_and_a_config_may_be_short(tmp_path, capsys):
+def test_an_overlay_may_set_a_class_and_a_section_may_be_a_class_name(tmp_path, capsys):
     (tmp_path / "data.yaml").write_text(
         "data: {class_path: PreferenceData, init_args: {path: mine}}"
     )
@@ -206,7 +205,7 @@ def test_an_overlay_may_name_a_class_and_a_config_may_be_short(tmp_path, capsys)
     assert argv[3:] == ["--model", "ReMax"]
 
 
-def test_validate_and_predict_leave_the_records_of_a_fit_alone(tmp_path, monkeypatch):
+def test_validate_and_predict_do_not_overwrite_the_files_of_a_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = ("--config", "remax", "--config", "toy", "--data.max_rows", "64")
     main(["fit", *start, *FAST])
@@ -217,7 +216,7 @@ def test_validate_and_predict_leave_the_records_of_a_fit_alone(tmp_path, monkeyp
     assert before == {name: (run / name).read_text() for name in before}
 
 
-def test_an_error_of_pythons_own_keeps_its_traceback(tmp_path, monkeypatch):
+def test_an_index_error_of_a_users_algorithm_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text(
         "from lit_align.algorithms.remax import ReMax\n"
@@ -231,7 +230,7 @@ def test_an_error_of_pythons_own_keeps_its_traceback(tmp_path, monkeypatch):
         main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model", "broken.Broken"])
 
 
-def test_a_file_of_data_is_read_as_such_and_not_as_a_config(tmp_path, monkeypatch):
+def test_a_data_file_is_not_read_as_a_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.csv").write_text("prompt,answer\na film,b\nthe film,c\n")
     start = ("predict", "--config", "remax", "--config", "toy", "--data.eval_split", "null")

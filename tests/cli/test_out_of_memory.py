@@ -1,4 +1,4 @@
-"""Where memory runs out is named, with three settings that exist and help."""
+"""Out of memory: the message names the phase and three settings that exist."""
 
 import re
 
@@ -22,7 +22,7 @@ VALUES = {
 }
 
 
-def full(*args, **kwargs):
+def run_out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
 
@@ -32,28 +32,28 @@ PLACES = {
     "score": (Length, "__call__"),
     "prepare": (ReMax, "reference_logprobs"),
     "update": (ReMax, "losses"),
-    "evaluate": (Policy, "generate"),  # before the first iteration, to see whether it works
+    "evaluate": (Policy, "generate"),  # of the sanity check before the first iteration
 }
 
 
 @pytest.mark.parametrize("phase", PLACES)
-def test_the_phase_and_three_settings_are_named(phase, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(*PLACES[phase], full)
+def test_the_message_names_the_phase_and_three_settings(phase, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(*PLACES[phase], run_out_of_memory)
     start = ["fit", "--config", "remax", "--config", "toy"]
     length = ["--reward.functions", "Length", "--reward.functions.target", "8"]
     end = ["--data.max_rows", "64", "--trainer.default_root_dir", str(tmp_path)]
     end += [] if phase == "evaluate" else ["--trainer.num_sanity_val_steps", "0"]
     assert main([*start, *length, *end]) == 2
-    said = capsys.readouterr().err
-    assert f"lit-align: Out of memory in phase {phase}: " in said
-    assert "tried to allocate 20 GiB" in said
-    named = re.findall(r"--config \w+|--[\w.]+\w|a smaller reward model", said)
+    message = capsys.readouterr().err
+    assert f"lit-align: Out of memory in phase {phase}: " in message
+    assert "tried to allocate 20 GiB" in message
+    named = re.findall(r"--config \w+|--[\w.]+\w|a smaller reward model", message)
     assert len(named) == 3, named
-    judge = ["--reward.functions", "ModelReward", "--reward.functions.path", "x"]
-    for name in named:  # the parser knows it
+    reward_model = ["--reward.functions", "ModelReward", "--reward.functions.path", "x"]
+    for name in named:  # the parser accepts each of them
         config = name.split() if name.startswith("--config") else []
         setting = [name, VALUES[name]] if name in VALUES else []
         assert config or setting or name == "a smaller reward model"
-        with pytest.raises(SystemExit) as left:
-            main([*start, *config, *judge, *setting, "--print_config"])
-        assert left.value.code == 0
+        with pytest.raises(SystemExit) as end:
+            main([*start, *config, *reward_model, *setting, "--print_config"])
+        assert end.value.code == 0

@@ -21,7 +21,7 @@ def undisturbed_run(folder: Path, argv: list[str], ranks: int = 1) -> list[Killi
 
 
 def assert_resumes_after_kill(
-    point: KillingPoint, whole: Path, argv: list[str], folder: Path, ranks: int
+    point: KillingPoint, undisturbed: Path, argv: list[str], folder: Path, ranks: int
 ) -> None:
     """Kill a run at a point, resume it and compare it with the run that was not killed."""
     log = folder / "log"
@@ -31,7 +31,7 @@ def assert_resumes_after_kill(
     there = list_checkpoints(folder / "run" / "checkpoints")
     assert newest_readable(folder / "run" / "checkpoints") == (there[-1] if there else None, [])
     succeed([*argv, "--ckpt_path=last"], log, ranks)
-    assert_same_run(folder / "run", whole)
+    assert_same_run(folder / "run", undisturbed)
     assert not list((folder / "run" / "checkpoints").glob(".*"))
 
 
@@ -39,16 +39,18 @@ def assert_resumes_after_kills(
     tmp_path: Path, chosen, *settings: str, ranks: int = 1
 ) -> list[KillingPoint]:
     """Kill at each of the points that `chosen` selects, and return these points."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    points = undisturbed_run(whole, fit_argv(whole / "run", *settings, *checkpoint_argv(2)), ranks)
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    points = undisturbed_run(
+        undisturbed, fit_argv(undisturbed / "run", *settings, *checkpoint_argv(2)), ranks
+    )
     taken = chosen(points)
     for point in taken:
         folder = tmp_path / f"killed at {point.number}"
         folder.mkdir()
         argv = fit_argv(folder / "run", *settings, *checkpoint_argv(2))
-        assert_resumes_after_kill(point, whole / "run", argv, folder, ranks)
-    rows = [row["step"] for row in metrics(whole / "run") if "loss" in row]
+        assert_resumes_after_kill(point, undisturbed / "run", argv, folder, ranks)
+    rows = [row["step"] for row in metrics(undisturbed / "run") if "loss" in row]
     assert rows == [str(step) for step in range(8)]
     return taken
 
