@@ -60,7 +60,7 @@ def with_lit_align(model: Path, data: Path) -> None:
 
 
 def with_trl(model: Path, data: Path) -> None:
-    """The script that the words above replace."""
+    """Run the TRL script that the command above replaces."""
     from datasets import load_dataset
     from trl import GRPOConfig, GRPOTrainer
 

@@ -126,16 +126,10 @@ class Rollout(Callback):
             seed_key: Text that selects the sampling noise, such as "train 3".
             offline_responses: Offline responses, the same number for each prompt, in prompt order.
         """
-        prompts = list(range(len(batch)))
-        groups = [row for row in prompts for _ in range(num_samples)] + prompts * num_greedy
-        rollout = batch.rows(groups)
-        rollout.group = groups
-        rollout.is_greedy = [row >= len(batch) * num_samples for row in range(len(groups))]
-        rollout.is_offline = [False] * len(groups)
-        rollout.offline_scores = rollout.offline_logprobs = [None] * len(groups)
-        uniform = self.uniform_noise(trainer, len(batch), num_samples, seed_key).to(
-            algorithm.device
-        )
+        rollout = rollout_rows(batch, num_samples, num_greedy)
+        uniform = self.uniform_noise(trainer, len(batch), num_samples, seed_key)
+        uniform = uniform.to(algorithm.device)
+        # greedy rows ignore their noise
         unused_noise = uniform.new_zeros(len(batch) * num_greedy, self.max_new_tokens)
         stop_ids, pad = self.stop_ids(trainer, algorithm), trainer.datamodule.tokenizer.pad_token_id
         with (
@@ -214,3 +208,26 @@ class Rollout(Callback):
     def stop_ids(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> list[int]:
         """Return the token ids that end a response: the policy's, tokenizer's and template's."""
         return sorted({*algorithm.policy.stop_ids, *trainer.datamodule.stop_ids})
+
+
+def rollout_rows(batch: Experience, num_samples: int, num_greedy: int) -> Experience:
+    """Return B prompts as rows without responses: B * num_samples, then B * num_greedy.
+
+    Args:
+        batch: B prompts.
+        num_samples: G, sampled responses per prompt.
+        num_greedy: Greedy responses per prompt, 0 or 1.
+
+    Example:
+        >>> rows = rollout_rows(Experience({}, prompts=torch.tensor([[5], [6]])), 2, 1)
+        >>> rows.group, rows.is_greedy
+        ([0, 0, 1, 1, 0, 1], [False, False, False, False, True, True])
+    """
+    prompts = list(range(len(batch)))
+    groups = [row for row in prompts for _ in range(num_samples)] + prompts * num_greedy
+    rows = batch.rows(groups)
+    rows.group = groups
+    rows.is_greedy = [row >= len(batch) * num_samples for row in range(len(groups))]
+    rows.is_offline = [False] * len(groups)
+    rows.offline_scores = rows.offline_logprobs = [None] * len(groups)
+    return rows

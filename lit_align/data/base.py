@@ -78,14 +78,7 @@ class TextDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ):
         super().__init__()
-        if not 0 <= eval_fraction < 1:
-            raise UserError(
-                f"eval_fraction must be at least 0 and below 1, found {eval_fraction}. "
-                "Set --data.eval_fraction."
-            )
-        for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
-            if size < 1:
-                raise UserError(f"{key} must be at least 1, found {size}. Set --data.{key}.")
+        check_sizes(eval_fraction, batch_size, eval_batch_size or 1)
         one = [Source(path, name, split, 1.0, rename_columns)] if isinstance(path, str) else path
         self.sources: list[Source] = one
         self.eval_path, self.eval_split, self.eval_fraction = eval_path, eval_split, eval_fraction
@@ -277,6 +270,22 @@ class TextDataModule(LightningDataModule):
         if not examples:
             raise UserError(f"no row of '{source.path}' is left: dropped {format_counts(dropped)}")
         return examples
+
+
+def check_sizes(eval_fraction: float, batch_size: int, eval_batch_size: int) -> None:
+    """Refuse a fraction outside of [0, 1) and batches without rows.
+
+    Example:
+        >>> check_sizes(eval_fraction=0.5, batch_size=1, eval_batch_size=1)
+    """
+    if not 0 <= eval_fraction < 1:
+        raise UserError(
+            f"eval_fraction must be at least 0 and below 1, found {eval_fraction}. "
+            "Set --data.eval_fraction."
+        )
+    for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        if size < 1:
+            raise UserError(f"{key} must be at least 1, found {size}. Set --data.{key}.")
 
 
 def format_counts(reasons: Counter[str]) -> str:

@@ -167,7 +167,7 @@ def test_skipped_rows_are_not_new_in_validation(tmp_path):
 
 
 def test_failed_function_stops_run(tmp_path):
-    with pytest.raises(RewardError, match="reward 'fixed' returned inf, .*\n  prompt: p\n  compl"):
+    with pytest.raises(RewardError, match=r"reward 'fixed' returned inf, .*\n  prompt: p\n  compl"):
         trainer(Reward(Fixed(1, math.inf, 1, 1)), tmp_path).fit(KeepBatch(), prompts())
 
 

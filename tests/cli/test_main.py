@@ -173,11 +173,11 @@ def test_a_run_prints_its_batch_and_writes_its_files(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model.num_samples", "3",
           "--trainer.limit_train_batches", "2"])  # fmt: skip
-    printed = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in printed
+        "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in output
     )
-    assert "stop token ids: [3]" in printed
+    assert "stop token ids: [3]" in output
     run = tmp_path / "runs" / "remax"
     assert {"metrics.csv", "config.yaml", "curves.png", "hf"} <= {p.name for p in run.iterdir()}
 

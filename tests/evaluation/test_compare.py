@@ -1,4 +1,4 @@
-"""Several models on the same prompts."""
+"""Comparison of models on the same prompts."""
 
 import json
 
@@ -14,16 +14,17 @@ from lit_align.models.policy import Policy
 from lit_align.tools.resolve_model import resolve_model
 
 
-def rows(*scores: float, length: int = 3, said: str = "a b", **more: float) -> list[dict]:
+def rows(*scores: float, length: int = 3, text: str = "a b", **factors: float) -> list[dict]:
+    """Return a row per score; `factors` add columns of scores times a factor."""
     return [
         {
             "prompt": "p",
-            "completion": said,
+            "completion": text,
             "score": score,
             "length": length,
             "kl": 0.5,
             "truncated": False,
-            **{name.replace("__", "/"): score * factor for name, factor in more.items()},
+            **{name.replace("__", "/"): score * factor for name, factor in factors.items()},
         }
         for score in scores
     ]
@@ -39,15 +40,15 @@ def test_the_others_are_compared_with_the_first():
     assert found["other"]["length, tokens"] == 5.0
 
 
-def test_an_interval_is_over_prompts_and_not_over_their_samples():
+def test_an_interval_is_over_prompts_and_not_over_samples():
     found = compare_models({"one": rows(*[1, 3] * 40)}, 2)["one"]
     assert found["prompts"] == 40
     assert found["reward, 95 %"] == [2.0, 2.0]
 
 
-def test_a_source_that_says_right_or_wrong_gets_exact_match_and_pass_at_k():
-    answers = rows(1, 0, 0, 0, 1, 1, 1, 1, scores__exact_answer=1.0, scores__length=2.0)
-    found = compare_models({"one": answers}, 4)["one"]
+def test_a_reward_function_of_zeros_and_ones_has_exact_match_and_pass_at_k():
+    responses = rows(1, 0, 0, 0, 1, 1, 1, 1, scores__exact_answer=1.0, scores__length=2.0)
+    found = compare_models({"one": responses}, 4)["one"]
     assert found["exact_answer, exact match"] == 5 / 8
     assert found["exact_answer, pass@1"] == 5 / 8
     assert found["exact_answer, pass@2"] == (3 / 6 + 1) / 2
@@ -55,11 +56,11 @@ def test_a_source_that_says_right_or_wrong_gets_exact_match_and_pass_at_k():
     assert not [name for name in found if name.startswith("length, exact")]
 
 
-def test_other_prompts_are_refused():
+def test_unequal_prompts_are_refused():
     other = [{**row, "prompt": "q"} for row in rows(1, 2)]
-    with pytest.raises(ValueError, match="two answers other prompts than the first"):
+    with pytest.raises(ValueError, match="two has other prompts than the first model"):
         compare_models({"one": rows(1, 2), "two": other}, 1)
-    with pytest.raises(ValueError, match="no answers to compare"):
+    with pytest.raises(ValueError, match="There are no responses to compare"):
         compare_models({"one": []}, 1)
 
 
@@ -69,21 +70,22 @@ def test_the_table_has_a_column_per_model():
 
 
 def save(folder, seed: int, **config: object) -> str:
+    """Save random weights with the toy tokenizer and return the folder."""
     torch.manual_seed(seed)
     Policy(config={**WORDS, "initializer_range": 0.2, **config}).save(folder)
     load_tokenizer("toy").save_pretrained(folder)
     return str(folder)
 
 
-def test_a_run_or_an_export_of_several_roles_is_a_model_too(tmp_path):
-    for place in ("one/hf", "two/hf/policy"):
-        (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "config.json").write_text("{}")
+def test_a_run_folder_or_an_export_of_several_roles_is_resolved(tmp_path):
+    for folder in ("one/hf", "two/hf/policy"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path / "one")) == str(tmp_path / "one/hf")
     assert resolve_model(str(tmp_path / "two" / "hf")) == str(tmp_path / "two/hf/policy")
     assert resolve_model("some/hub-id") == "some/hub-id"
     (tmp_path / "notes").mkdir()
-    with pytest.raises(UserError, match=r"no model is saved there. Found: nothing"):
+    with pytest.raises(UserError, match=r"Give a folder with a saved model\. Found: nothing"):
         resolve_model(str(tmp_path / "notes"))
 
 
@@ -99,7 +101,7 @@ EVALUATE = (
 )
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_json_and_prints_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     one, other = save(tmp_path / "one", 0), save(tmp_path / "other", 1)
     assert main(["evaluate", one, other, *EVALUATE, "--out", "found/x.json"]) == 0
@@ -112,7 +114,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "win rate" in capsys.readouterr().out
 
 
-def test_a_file_of_its_own_is_evaluated_whole_and_greedy_answers_do_not_vary(tmp_path, monkeypatch):
+def test_all_rows_of_a_file_are_evaluated_and_greedy_responses_are_equal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"prompt": f"review of the {word} river:"}) for word in ("silent", "lost")]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
@@ -137,17 +139,15 @@ def test_a_file_of_its_own_is_evaluated_whole_and_greedy_answers_do_not_vary(tmp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--reward", "null"), "evaluate compares by rewards: add --reward.functions"),
+        (("--reward", "null"), "evaluate compares models by rewards. Set --reward.functions"),
         (("--rollout.predict_samples", "0"), "predict_samples must be at least 1"),
         (("--rollout.predict_greedy", "true"), "and 1 with predict_greedy, found 2"),
-        (("--data.pth", "x"), "'pth' is not accepted. Did you mean 'path'?"),
+        (("--data.pth", "x"), "PromptData has no setting 'pth'. Did you mean 'path'?"),
     ],
 )
-def test_mistakes(more, message, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_a_message(more, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as left:
-        raise SystemExit(main(["evaluate", save(tmp_path / "one", 0), *EVALUATE, *more]))
-    assert left.value.code == 2
+    assert main(["evaluate", save(tmp_path / "one", 0), *EVALUATE, *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "evaluation.json").exists()
 

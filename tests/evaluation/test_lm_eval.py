@@ -1,4 +1,4 @@
-"""The hook into lm-eval, with a task of our own, since there is no network."""
+"""Tasks of lm-eval, with a task from a local file, since tests have no network."""
 
 import json
 import sys
@@ -46,47 +46,47 @@ def argv(tmp_path, model, monkeypatch):
     return ["evaluate", model, *common, "--accelerator", "cpu", "--tasks_folder", "tasks"]
 
 
-def test_a_task_is_a_line_with_its_interval(argv, model, tmp_path):
+def test_a_task_has_its_accuracy_and_interval(argv, model, tmp_path):
     pytest.importorskip("lm_eval")
     assert main([*argv, "--tasks", "toy_choice"]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())["models"][model]
     network, tokenizer = Policy(model), load_tokenizer(model)
-    bos = [tokenizer.bos_token_id]  # which lm-eval puts in front, as the tokenizer does
-    right = []
+    bos = [tokenizer.bos_token_id]  # lm-eval adds it at the start, as the tokenizer does
+    is_correct = []
     for line in (tmp_path / "pairs.jsonl").read_text().splitlines():
         row = json.loads(line)
         sums = []
-        for answer in (row["chosen"], row["rejected"]):
+        for response in (row["chosen"], row["rejected"]):
             plain = {"add_special_tokens": False}
-            ids = bos + tokenizer(f"{row['prompt']} {answer}", **plain)["input_ids"]
+            ids = bos + tokenizer(f"{row['prompt']} {response}", **plain)["input_ids"]
             start = 1 + len(tokenizer(row["prompt"], **plain)["input_ids"])
             with torch.no_grad():
                 logprobs = network.network(torch.tensor([ids])).logits[0].log_softmax(-1)
             sums.append(sum(float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids))))
-        right.append(sums[0] > sums[1])
-    accuracy = sum(right) / len(right)
+        is_correct.append(sums[0] > sums[1])
+    accuracy = sum(is_correct) / len(is_correct)
     assert found["toy_choice, acc"] == pytest.approx(accuracy)
     low, high = found["toy_choice, acc, 95 %"]
-    error = (accuracy * (1 - accuracy) / (len(right) - 1)) ** 0.5
+    error = (accuracy * (1 - accuracy) / (len(is_correct) - 1)) ** 0.5
     assert (low, high) == pytest.approx((accuracy - 1.96 * error, accuracy + 1.96 * error))
 
 
-def test_an_unknown_task_is_named(argv, capsys):
+def test_an_unknown_task_is_a_message(argv, capsys):
     pytest.importorskip("lm_eval")
     assert main([*argv, "--tasks", "toy_choise"]) == 2
-    assert "knows no such task; did you mean 'toy_choice'?" in capsys.readouterr().err
+    assert "lm-eval has no such task. Did you mean 'toy_choice'?" in capsys.readouterr().err
     assert main([*argv, "--tasks", "x", "--tasks_folder", "nowhere"]) == 2
     assert "--tasks_folder nowhere: no such folder" in capsys.readouterr().err
 
 
-def test_without_the_harness_a_sentence_says_what_to_install(argv, monkeypatch, capsys):
+def test_a_missing_lm_eval_is_a_message_with_the_command_to_install_it(argv, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert main([*argv, "--tasks", "toy_choice"]) == 2
-    assert "--tasks needs the harness: pip install 'lit-align[lm-eval]'" in capsys.readouterr().err
+    assert "--tasks needs lm-eval. Run pip install 'lit-align[lm-eval]'" in capsys.readouterr().err
 
 
-def test_names_and_intervals():
+def test_a_metric_has_its_name_and_its_interval():
     values = {"acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1.0, "em_stderr,strict": "N/A"}
     assert metric_with_interval("t", "acc,none", 0.5, values) == {
         "t, acc": 0.5,

@@ -1,4 +1,4 @@
-"""Talking to a model through stdin."""
+"""A conversation with a model over stdin."""
 
 import io
 
@@ -22,7 +22,7 @@ PROMPT = "review of the silent river"
 
 @pytest.fixture
 def model(tmp_path):
-    """Saves random weights with the toy tokenizer."""
+    """Save random weights with the toy tokenizer."""
 
     def save(name: str, seed: int = 0, template: str | None = None) -> str:
         torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def chat_output(monkeypatch, capsys, argv: list[str], *lines: str) -> str:
     return capsys.readouterr().out
 
 
-def test_chunks_say_what_one_call_of_respond_says(model):
+def test_chunks_add_up_to_one_call_of_generate(model):
     chat_model = ChatModel(model("one"), max_new_tokens=20, temperature=0)
     pieces = list(chat_model.stream_response(PROMPT))
     ids = chat_model.tokenizer(PROMPT)["input_ids"]
@@ -51,27 +51,29 @@ def test_chunks_say_what_one_call_of_respond_says(model):
         prompt_lengths=[len(ids)],
     )
     noise = torch.zeros(1, 20)
-    whole = chat_model.policy.generate(prompt, noise, [True], chat_model.stops, 0, SamplingParams())
-    assert pieces[-1] == chat_model.decode(whole.tokens[0].tolist())
+    response = chat_model.policy.generate(
+        prompt, noise, [True], chat_model.stops, 0, SamplingParams()
+    )
+    assert pieces[-1] == chat_model.decode(response.tokens[0].tolist())
     assert len(pieces) > 1
     assert pieces[-1].startswith(pieces[0])
 
 
-def test_a_conversation_is_remembered_until_it_is_cleared(model):
+def test_a_conversation_is_kept_until_it_is_cleared(model):
     chat_model = ChatModel(model("one", template=TEMPLATE), max_new_tokens=3, system="good film")
-    answer = [*chat_model.stream_response("the plot")][-1]
-    assert [turn["content"] for turn in chat_model.turns] == ["good film", "the plot", answer]
+    response = [*chat_model.stream_response("the plot")][-1]
+    assert [turn["content"] for turn in chat_model.turns] == ["good film", "the plot", response]
     chat_model.clear()
     assert [turn["content"] for turn in chat_model.turns] == ["good film"]
 
 
-def test_an_answer_ends_at_a_stop(model):
+def test_a_response_ends_at_a_stop_token(model):
     chat_model = ChatModel(model("one"), max_new_tokens=40)
     chat_model.stops = list(range(192))
     assert list(chat_model.stream_response(PROMPT)) == [""]
 
 
-def test_one_seed_says_the_same_again(model, monkeypatch, capsys):
+def test_one_seed_gives_equal_responses(model, monkeypatch, capsys):
     argv = [model("one"), "--max_new_tokens", "12", "--seed", "3"]
     assert chat_output(monkeypatch, capsys, argv, PROMPT) == chat_output(
         monkeypatch, capsys, argv, PROMPT
@@ -80,32 +82,37 @@ def test_one_seed_says_the_same_again(model, monkeypatch, capsys):
     assert other != chat_output(monkeypatch, capsys, argv, PROMPT)
 
 
-def test_two_models_answer_side_by_side(model, monkeypatch, capsys):
+def test_two_models_are_shown_side_by_side(model, monkeypatch, capsys):
     argv = [model("one"), "--compare_with", model("two", seed=1), "--max_new_tokens", "4"]
     shown = chat_output(monkeypatch, capsys, argv, PROMPT).replace("\n", "")
     assert "│" in shown
-    assert shown.count("template") == 2  # each column breaks the sentence where it is full
+    assert shown.count("template") == 2  # once per model in the notice
 
 
-def test_commands(model, monkeypatch, capsys):
+def test_commands_print_what_they_did(model, monkeypatch, capsys):
     argv = [model("one"), "--max_new_tokens", "4"]
     shown = chat_output(
         monkeypatch, capsys, argv, "/clear", "/temperature 0.5", "/temperature x",
         "/temperature -1", "/what", "", "/quit", "never read",
     )  # fmt: skip
-    for part in ("forgotten", "temperature 0.5", "takes a number, found x", "must be at least 0"):
+    for part in (
+        "conversation removed",
+        "temperature 0.5",
+        "must be a number, found x",
+        "must be at least 0",
+    ):
         assert part in shown
-    assert shown.count("/clear forgets") == 2
+    assert shown.count("/clear removes") == 2
 
 
-def test_what_does_not_fit_is_said_and_the_conversation_goes_on(model, monkeypatch, capsys):
+def test_a_conversation_that_is_too_long_does_not_end_the_program(model, monkeypatch, capsys):
     argv = [model("one"), "--max_new_tokens", "100", "--temperature", "0"]
-    shown = chat_output(monkeypatch, capsys, argv, "river " * 60, "/clear")
-    assert "128 tokens, and this takes 61 and 100" in " ".join(shown.split())
-    assert "forgotten" in shown
+    shown = " ".join(chat_output(monkeypatch, capsys, argv, "river " * 60, "/clear").split())
+    assert "the conversation of 61 tokens plus a response of 100 exceeds it" in shown
+    assert "conversation removed" in shown
 
 
-def test_letters_that_steer_a_terminal_are_left_out(model, monkeypatch):
+def test_control_characters_of_terminals_are_removed(model, monkeypatch):
     chat_model = ChatModel(model("one"))
     monkeypatch.setattr(
         type(chat_model.tokenizer), "decode", lambda self, ids, **settings: "a\x1b[31mb\n\x07c"
@@ -113,9 +120,9 @@ def test_letters_that_steer_a_terminal_are_left_out(model, monkeypatch):
     assert chat_model.decode([1]) == "a[31mb\nc"
 
 
-def test_the_newest_of_each_until_all_have_ended():
-    answers = latest_of_each([iter("ab"), iter("xyz")])
-    assert list(answers) == [["a", "x"], ["b", "y"], ["b", "z"]]
+def test_the_latest_values_are_yielded_until_all_iterators_have_ended():
+    responses = latest_of_each([iter("ab"), iter("xyz")])
+    assert list(responses) == [["a", "x"], ["b", "y"], ["b", "z"]]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +134,6 @@ def test_the_newest_of_each_until_all_have_ended():
         (("--compare_with", "./nowhere"), "there is no tokenizer folder './nowhere'"),
     ],
 )
-def test_mistakes(more, message, model, capsys):
+def test_a_mistake_is_a_message(more, message, model, capsys):
     assert main(["chat", model("one"), *more]) == 2
     assert message in capsys.readouterr().err
