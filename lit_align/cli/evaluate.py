@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     silence_known_warnings()
     import_all()
     sys.path.insert(0, str(Path.cwd()))  # a user's own rewards, as python itself would find them
-    return run_evaluation(argv)
+    return run_evaluation(argv, add_options)
 
 
 def print_help() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,6 @@ from rich.console import Console
 from lit_align.algorithms.core.online import OnlineAlgorithm
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.cli.evaluate import ABOUT, add_options
 from lit_align.cli.overlays import (
     Settings,
     chosen_class,
@@ -33,14 +33,17 @@ from lit_align.evaluation.judge import judge_pairs
 from lit_align.evaluation.lm_eval import LMEvalTasks, torch_device
 from lit_align.tools.resolve_model import resolve_model
 
+AddOptions = Callable[[argparse.ArgumentParser], None]
 
-def run_evaluation(args: list[str]) -> int:
+
+def run_evaluation(args: list[str], add_options: AddOptions) -> int:
     """Query each model, print a table and write the figures as JSON.
 
     Args:
         args: The words after `evaluate`.
+        add_options: Adds the options that are not sections to a parser.
     """
-    options, built = parse(args)
+    options, built = parse(args, add_options)
     models = list(dict.fromkeys(map(resolve_model, options.models)))  # a repeated model runs once
     reference = resolve_model(options.reference or models[0])
     tasks = [task for task in options.tasks.split(",") if task]
@@ -64,13 +67,14 @@ def run_evaluation(args: list[str]) -> int:
     return 0
 
 
-def parse(args: list[str]) -> tuple[Namespace, Namespace]:
+def parse(args: list[str], add_options: AddOptions) -> tuple[Namespace, Namespace]:
     """Return the options, and the same with the objects of the sections.
 
     Args:
         args: The words after `evaluate`.
+        add_options: Adds the options that are not sections to a parser.
     """
-    parser = SettingsParser(prog="lit-align evaluate", description=ABOUT)
+    parser = SettingsParser(prog="lit-align evaluate")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help=argparse.SUPPRESS)
     add_options(parser)
     parser.add_argument("--data", type=PromptData, required=True)

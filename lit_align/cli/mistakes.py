@@ -24,7 +24,7 @@ from lit_align.cli.discovery import concrete_subclasses, init_arguments, module_
 from lit_align.data.base import TextDataModule
 from lit_align.renamed import renamed_class, renamed_key
 
-Tree = dict[str, Any]  # settings by name; a class's arguments are beside its `class_path`
+Tree = dict[str, Any]  # settings by name; a class's arguments are next to its `class_path`
 SECTIONS: dict[str, type] = {
     "model": Algorithm,
     "data": TextDataModule,
@@ -98,7 +98,7 @@ def read_value(text: str) -> Any:
 
 
 def merge(tree: Tree, settings: Tree) -> None:
-    """Merge settings into a tree; `init_args` are put beside their `class_path`.
+    """Merge settings into a tree; `init_args` are put next to their `class_path`.
 
     Args:
         tree: Changed in place.
@@ -210,7 +210,7 @@ def type_hints(cls: type) -> dict[str, Any]:
 
 
 def resolve_class(base: type, name: str) -> type | None:
-    """Return the class of a short name or an import path, None if there is none.
+    """Return the class of a short name or an import path, or None.
 
     Args:
         base: A parent of the class.
@@ -245,7 +245,7 @@ def unknown_key(key: str, owner: str, name: str, known: Iterable[str]) -> str:
     """Return a sentence about a key that is not there.
 
     Args:
-        key: The whole flag.
+        key: Flag of the setting, such as --model.kl_cof.
         owner: What does not have the key.
         name: The last part of the key.
         known: What the owner has.

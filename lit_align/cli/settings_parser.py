@@ -41,8 +41,16 @@ class SettingsParser(LightningArgumentParser):
             super().error(message, ex)
         if (wrapped := wrapped_user_error(ex)) is not None:
             raise UserError(str(wrapped)) from ex
-        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        parser: Any = getattr(ex, "subcommand_parser", None) or self.command_parser()
         options = {action.dest for action in parser._actions}  # argparse has no public list (3.13)
         known = {option.partition(".")[0] for option in options if option != argparse.SUPPRESS}
         mistake = find_mistake(self.words, known)
         raise UserError(mistake or one_line(message)) from ex
+
+    def command_parser(self) -> Any:
+        """Return the parser of the command that is parsed, or this one without commands."""
+        command = self.words[0] if self.words else ""
+        for action in self._actions:  # argparse has no public list (3.13)
+            if isinstance(action.choices, dict) and command in action.choices:
+                return action.choices[command]
+        return self

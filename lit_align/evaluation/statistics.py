@@ -122,8 +122,8 @@ def fit_logistic(
         ridge: L2 penalty, which keeps the coefficients of separable rows finite.
 
     Example:
-        >>> halves = fit_logistic(np.ones((2, 2)), np.array([0.0, 1.0]), np.ones((1, 2)))
-        >>> halves.tolist()  # as many wins as losses: the log-odds are 0
+        >>> fitted = fit_logistic(np.ones((2, 2)), np.array([0.0, 1.0]), np.ones((1, 2)))
+        >>> fitted.tolist()  # as many wins as losses: the log-odds are 0
         [[0.0, 0.0]]
     """
     theta = np.zeros((len(weights), features.shape[1]))

@@ -63,12 +63,12 @@ def weighted_batch(offline_logprobs, offline_scores=None, max_ratio=2.0):
     return prepared, groups, *both, algorithm.logged
 
 
-def expected(batch, logprobs, reference, behaviour, max_ratio=2.0):
+def expected(batch, logprobs, reference, behavior, max_ratio=2.0):
     return sample_weights(
         batch.scores.view(2, 3),
         logprobs,
         reference,
-        behaviour_logprobs=behaviour,
+        behaviour_logprobs=behavior,
         num_online=2,
         max_ratio=max_ratio,
         **COEFS,
@@ -94,9 +94,9 @@ def test_without_a_log_prob_the_reference_generated_the_response():
 
 def test_a_known_log_prob_is_used():
     batch, _, logprobs, reference, _ = weighted_batch([-0.5, None])
-    behaviour = reference.clone()
-    behaviour[0, 2] = -0.5
-    assert_weights(batch.weights, expected(batch, logprobs, reference, behaviour))
+    behavior = reference.clone()
+    behavior[0, 2] = -0.5
+    assert_weights(batch.weights, expected(batch, logprobs, reference, behavior))
     unknown = weighted_batch([None, None])[0]
     assert (batch.weights[:3] - unknown.weights[:3]).abs().max() > 1e-3
     assert torch.equal(batch.weights[3:], unknown.weights[3:])
@@ -118,9 +118,9 @@ def test_logged_ratios_are_capped():
     assert capped["spr/ratio_max"] == pytest.approx(1.2)
     assert capped["spr/ratio_clipped"] >= 1 / 3
     assert capped["spr/offline_fraction"] == pytest.approx(1 / 3)
-    behaviour = reference.clone()
-    behaviour[:, 2] = -50
-    assert_weights(batch.weights, expected(batch, logprobs, reference, behaviour, 1.2))
+    behavior = reference.clone()
+    behavior[:, 2] = -50
+    assert_weights(batch.weights, expected(batch, logprobs, reference, behavior, 1.2))
     mean = batch.weights.view(2, 3).sum(-1).mean()
     assert capped["spr/ratio_mean"] == pytest.approx(float(mean), rel=1e-6)
 

@@ -63,7 +63,7 @@ def test_the_help_of_an_algorithm_is_its_docstring(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "ReMax"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Reward lost per nat by which a token exceeds the reference." in text
+    assert "KL penalty: reward subtracted per nat of log-ratio to the reference" in text
     assert "Padded tokens per forward pass" in text
 
 
@@ -174,9 +174,7 @@ def test_a_run_prints_its_batch_and_writes_its_files(tmp_path, monkeypatch, caps
     main(["fit", "--config", "remax", "--config", "toy", *FAST, "--model.num_samples", "3",
           "--trainer.limit_train_batches", "2"])  # fmt: skip
     output = capsys.readouterr().out
-    assert (
-        "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in output
-    )
+    assert "64 prompts x 3 samples + 64 greedy = 256 rows per rollout and rank; 1 rank(s)" in output
     assert "stop token ids: [3]" in output
     run = tmp_path / "runs" / "remax"
     assert {"metrics.csv", "config.yaml", "curves.png", "hf"} <= {p.name for p in run.iterdir()}

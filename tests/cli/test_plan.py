@@ -74,7 +74,7 @@ def test_a_run_that_does_not_fit_has_status_1_and_suggestions(capsys):
     fewer = changes["--model.microbatch_tokens 2048"]
     assert fewer["fits"]
     assert fewer["peak"] < found["peak"]
-    assert changes["--config galore"]["message"].startswith("refused: GaLore ")
+    assert changes["--config galore"]["message"].startswith("refused: --model.optimizer: GaLore")
     assert "--config lora" not in changes
     # a single change fits, so no combinations are planned
     assert all(" --" not in line or "fsdp2" in line for line in changes)

@@ -97,6 +97,7 @@ def test_policy_and_critic_are_exported_from_a_sharded_checkpoint(tmp_path):
     torch.testing.assert_close(scores, expected, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_a_merged_adapter_has_the_logits_of_the_adapter(tmp_path):
     run, log, base = tmp_path / "run", tmp_path / "log", tmp_path / "base"
     succeed(fit_argv(base, "sft", epochs=1), log)

@@ -130,7 +130,7 @@ def test_the_latest_values_are_yielded_until_all_iterators_have_ended():
     [
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, found 0"),
         (("--temperature", "-1"), "temperature must be at least 0, found -1"),
-        (("--device", "nowhere"), "--device nowhere is not available here"),
+        (("--device", "nowhere"), "--device nowhere is not available: "),
         (("--compare_with", "./nowhere"), "there is no tokenizer folder './nowhere'"),
     ],
 )

@@ -294,45 +294,45 @@ let limit = PAGE;
 function cards() {
   const words = at("find").value.trim().toLowerCase(), run = at("which-run").value, moment = at("which-moment").value;
   const groups = new Map();
-  for (const answer of data.answers) {
-    if (at("again").checked && !repeatedPrompts.has(answer.p)) continue;
-    if (run !== "" && answer.r !== Number(run)) continue;
-    if (moment !== "" && answer.t !== moment) continue;
-    if (words && !data.prompts[answer.p].toLowerCase().includes(words) && !answer.c.toLowerCase().includes(words)) continue;
-    if (groups.has(answer.p)) groups.get(answer.p).push(answer); else groups.set(answer.p, [answer]);
+  for (const response of data.answers) {
+    if (at("again").checked && !repeatedPrompts.has(response.p)) continue;
+    if (run !== "" && response.r !== Number(run)) continue;
+    if (moment !== "" && response.t !== moment) continue;
+    if (words && !data.prompts[response.p].toLowerCase().includes(words) && !response.c.toLowerCase().includes(words)) continue;
+    if (groups.has(response.p)) groups.get(response.p).push(response); else groups.set(response.p, [response]);
   }
-  const found = [...groups.entries()].map(([prompt, answers]) => {
-    const ordered = answers.sort((a, b) => a.r - b.r || a.o - b.o), scores = ordered.filter((a) => a.s !== undefined).map((a) => a.s);
+  const found = [...groups.entries()].map(([prompt, responses]) => {
+    const ordered = responses.sort((a, b) => a.r - b.r || a.o - b.o), scores = ordered.filter((a) => a.s !== undefined).map((a) => a.s);
     const several = scores.length > 1;
-    return { prompt, answers: ordered, place: prompt, low: Math.min(...scores), high: Math.max(...scores), gain: several ? scores.at(-1) - scores[0] : -1e9 };
+    return { prompt, responses: ordered, place: prompt, low: Math.min(...scores), high: Math.max(...scores), gain: several ? scores.at(-1) - scores[0] : -1e9 };
   }).sort(ORDERS[at("order").value]);
-  at("counted").textContent = `${found.length.toLocaleString("en")} prompts, ${found.reduce((sum, each) => sum + each.answers.length, 0).toLocaleString("en")} responses`;
+  at("counted").textContent = `${found.length.toLocaleString("en")} prompts, ${found.reduce((sum, each) => sum + each.responses.length, 0).toLocaleString("en")} responses`;
   at("cards").replaceChildren(...found.slice(0, limit).map(card));
   at("more-cards").hidden = found.length <= limit;
 }
 
-function ends(answers) {  // the first two and the last two responses of each run to one prompt
+function ends(responses) {  // the first two and the last two responses of each run to one prompt
   return data.runs.flatMap((_, run) => {
-    const mine = answers.filter((answer) => answer.r === run);
+    const mine = responses.filter((response) => response.r === run);
     return mine.length <= 4 ? mine : [...mine.slice(0, 2), ...mine.slice(-2)];
   });
 }
 
-function card({ prompt, answers }) {
-  const kept = ends(answers);
-  const sides = kept.map((answer) => {
+function card({ prompt, responses }) {
+  const kept = ends(responses);
+  const sides = kept.map((response) => {
     const about = make("div", { class: "about" });
-    if (answer.s !== undefined) about.append("reward ", make("b", { text: figures(answer.s) }), " \u00b7 ");
-    const facts = [answer.t, data.runs.length > 1 ? data.runs[answer.r].name : "", answer.n === undefined ? "" : `${answer.n} tokens`,
-      answer.k === undefined ? "" : `KL ${figures(answer.k)} nats`, ...answer.m.map((mark) => MARKS[mark] || mark)];
+    if (response.s !== undefined) about.append("reward ", make("b", { text: figures(response.s) }), " \u00b7 ");
+    const facts = [response.t, data.runs.length > 1 ? data.runs[response.r].name : "", response.n === undefined ? "" : `${response.n} tokens`,
+      response.k === undefined ? "" : `KL ${figures(response.k)} nats`, ...response.m.map((mark) => MARKS[mark] || mark)];
     about.append(facts.filter(Boolean).join(" \u00b7 "));
-    const side = make("div", { class: "side" }, about, make("p", { text: answer.c || "(empty)" }));
-    side.style.borderColor = color(armIndex[answer.r]);
+    const side = make("div", { class: "side" }, about, make("p", { text: response.c || "(empty)" }));
+    side.style.borderColor = color(armIndex[response.r]);
     return side;
   });
   const lines = data.runs.map((_, run) => make("div", { class: "sides" }, ...sides.filter((_, i) => kept[i].r === run))).filter((line) => line.children.length);
   const found = make("article", { class: "card" }, make("p", { class: "prompt", text: data.prompts[prompt] }), ...lines);
-  if (kept.length < answers.length) found.append(make("p", { class: "note", text: `${answers.length - kept.length} responses in between are not shown` }));
+  if (kept.length < responses.length) found.append(make("p", { class: "note", text: `${responses.length - kept.length} responses in between are not shown` }));
   return found;
 }
 
@@ -343,7 +343,7 @@ function choices(id, pairs) {
 function start() {
   summary();
   choices("which-run", [["", "all"], ...data.runs.map((run, i) => [String(i), run.name])]);
-  const times = [...new Set([...data.answers].sort((a, b) => a.o - b.o).map((answer) => answer.t))];
+  const times = [...new Set([...data.answers].sort((a, b) => a.o - b.o).map((response) => response.t))];
   choices("which-moment", [["", "all"], ...times.map((time) => [time, time])]);
   at("again").checked = repeatedPrompts.size > 0;
   at("again-label").hidden = !repeatedPrompts.size;
