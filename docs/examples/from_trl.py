@@ -17,13 +17,13 @@ NUM_ROLLOUTS, NUM_PROMPTS, NUM_SAMPLES, NUM_TOKENS = 2, 4, 4, 12
 
 
 def brevity(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """A reward function as TRL has them: each word beyond what the row allows costs a point."""
+    """Score completions as a TRL reward function: each word above the row's limit costs a point."""
     lengths = [len(text.split()) for text in completions]
     return [-max(0, n - most) for n, most in zip(lengths, columns["max_words"], strict=True)]
 
 
 def prepare() -> tuple[Path, Path]:
-    """The model and the data that both read; their places."""
+    """Write the model and the data for both programs, and return their paths."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lit_align.data.toy import toy_rows, toy_tokenizer
@@ -40,7 +40,7 @@ def prepare() -> tuple[Path, Path]:
 
 
 def with_lit_align(model: Path, data: Path) -> None:
-    """What `lit-align fit` does with these words."""
+    """Run `lit-align fit` with the same settings."""
     from lit_align.cli.main import main
 
     words = [
