@@ -1,6 +1,5 @@
 """Tabular SPR: responses of two tokens from a vocabulary of three, without a Trainer."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -39,8 +38,6 @@ class Table(nn.Module):
         """Set the probabilities [9] of the responses: the exact solution of SFT."""
         joint = probs.view(3, 3)
         self.logits.data = torch.cat([joint.sum(1, keepdim=True).T, joint]).log()
-
-    adapters = SimpleNamespace(disabled=nullcontext)  # a table has no adapters
 
     def logprobs(self, batch: Experience) -> Tensor:
         return self.token_logprobs[batch.responses @ torch.tensor([3, 1])]

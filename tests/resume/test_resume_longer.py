@@ -47,7 +47,8 @@ def signal_argv(name: str, iteration: int, times: int = 1) -> tuple[str, ...]:
         pytest.param("remax", (), 1, "SIGUSR1", 3, marks=pytest.mark.long),
         ("sft", ("--data.num_workers=1",), 1, "SIGINT", 5),
         pytest.param("ppo", PPO, 1, "SIGUSR1", 6, marks=pytest.mark.long),
-        ("remax", TWO_RANKS, 2, "SIGTERM", 4),  # only one rank gets the signal
+        # only one rank gets the signal
+        pytest.param("remax", TWO_RANKS, 2, "SIGTERM", 4, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_saves_after_the_iteration_and_stops(

@@ -24,7 +24,7 @@ STRATEGIES = {
     "ddp, LoRA": ("--config=lora", "--model.policy.lora.r=4", "--trainer.strategy=ddp", TWO),
     "multi_node.yaml": ("--config=multi_node", TWO, "--trainer.num_nodes=1"),
 }
-FIRST_TIER = {("hydra_ppo", "ddp"), ("dpo", "fsdp.yaml, LoRA")}
+FIRST_TIER = {("dpo", "fsdp.yaml, LoRA")}
 IN_TIERS = [
     pytest.param(
         config, strategy, marks=() if (config, strategy) in FIRST_TIER else pytest.mark.long

@@ -43,6 +43,7 @@ def test_fsdp_selects_fsdp2_with_a_message(tmp_path):
     assert "strategy: fsdp2" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+@pytest.mark.long  # tests/scale/test_rank_failure.py has it without a launcher
 def test_a_broken_reward_ends_all_processes(tmp_path):
     (tmp_path / "my_reward.py").write_text(BROKEN)
     argv = ("--config", "remax", "--config", "toy", "--trainer.strategy", "fsdp")
