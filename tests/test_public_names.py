@@ -66,6 +66,7 @@ def test_an_unknown_name_is_an_attribute_error():
         lit_align.Remax  # noqa: B018
 
 
+@pytest.mark.long  # mypy reads the whole package
 def test_a_users_program_is_typed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
