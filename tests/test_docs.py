@@ -25,7 +25,7 @@ import lit_align
 from lit_align.algorithms.core.base import Algorithm
 from lit_align.callbacks.reward import Reward
 from lit_align.callbacks.rollout import Rollout
-from lit_align.cli import chat, evaluate_run, export, plan
+from lit_align.cli import chat, evaluate, evaluate_run, export, plan
 from lit_align.cli.align import AlignCLI
 from lit_align.cli.configs import packaged_configs
 from lit_align.cli.discovery import concrete_subclasses, import_all, init_arguments
@@ -309,7 +309,7 @@ def parse_command(words: list[str], parser, monkeypatch) -> None:
     elif name == "evaluate":
         monkeypatch.setattr(SettingsParser, "instantiate_classes", lambda parser, options: options)
         monkeypatch.setattr(evaluate_run, "resolve_model", str)
-        evaluate_run.parse(args)
+        evaluate_run.parse(args, evaluate.add_options)
     elif name == "configs":
         assert args == ["list"] or (args[0] == "copy" and args[1] in packaged_configs())
     elif name == "report":

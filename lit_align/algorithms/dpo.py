@@ -33,7 +33,8 @@ class DPO(Algorithm):
             policy at the start. For an adapted policy that is its base with the adapter disabled.
         offload_frozen: Keep frozen models on the CPU between uses. False keeps them on the GPU,
             which saves the copies.
-        beta: Implicit reward per nat. A larger value keeps the policy closer to the reference.
+        beta: Scale of the implicit reward per nat of log-ratio. A larger value keeps the policy
+            closer to the reference.
         label_smoothing: Probability that a preference label is wrong (conservative DPO).
         precompute: Compute the reference's log-probs of all rows before the first step, so that
             no reference is in memory. False: compute those of each batch.
@@ -127,7 +128,8 @@ class DPO(Algorithm):
 
     def reference_pair_logprobs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Return the reference's log-probs [n] of chosen and [n] of rejected responses, in nats."""
-        # With precompute there is no reference network: before the first step the policy is it.
+        # With `precompute` there is no reference network. Before the first step the policy equals
+        # the reference.
         is_precomputed = self.precomputed is not None
         return pair_logprobs(
             self.policy.logprobs if is_precomputed else self.reference_model.logprobs, batch
@@ -171,7 +173,7 @@ class DPO(Algorithm):
     def on_train_start(self) -> None:
         """Precompute the log-probs of all training and validation pairs, unless resumed.
 
-        Each rank computes its share, and all ranks gather all of them.
+        Each rank computes its own pairs, then all ranks gather the results.
         """
         if self.precomputed is None or self.precomputed:
             return

@@ -16,7 +16,9 @@ ResponseWeights = Callable[[Experience], Tensor]
 
 
 class GRPOVI(GRPO):
-    """GRPO on scores of the largest variance with the same mean, order and bounds.
+    """GRPO on transformed scores of maximal variance.
+
+    The mean, order and bounds of the group are kept.
 
     arXiv:2505.23247: in each group, maximize the variance of the scores, and keep their order,
     their bounds and their mean under the reference. `increase_variance` has the closed form.
@@ -28,7 +30,8 @@ class GRPOVI(GRPO):
         max_score: Largest possible score.
         running_bounds: Use the smallest and largest score of the run so far as the bounds.
         split_ties: Rank equal scores by their position in the group, as in the paper's problem.
-            That turns chance into advantage. False: equal scores stay equal.
+            Then the order of sampling decides which of two equal scores gets the advantage.
+            False: equal scores stay equal.
         response_weights: Function of a batch that returns unnormalized log-weights [N] of the
             responses. Default: the log-prob of each response under the reference, as in the paper.
     """

@@ -24,7 +24,7 @@ class ReMax(OnlineAlgorithm):
     Args:
         kl_coef: KL penalty: reward subtracted per nat of log-ratio to the reference (k1).
         kl_to_go: Subtract the KL penalty of all later tokens as well. This is the exact gradient
-            of the sequence KL. False: only the token's own.
+            of the sequence KL. False: subtract only the penalty of the token itself.
         num_samples: Sampled responses per prompt, which share one greedy baseline.
         gamma: Discount of the advantage per token before the end. The released code uses 0.99.
         advantage_clip: Clip advantages to [-advantage_clip, advantage_clip]. Default: no clipping.

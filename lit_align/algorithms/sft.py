@@ -15,8 +15,8 @@ from lit_align.models.policy import Policy
 class SFT(Algorithm):
     """Maximum likelihood of the target tokens (arXiv:2203.02155 section 3.5).
 
-    The loss is the mean of -log pi(y_t | x, y_<t) over all target tokens of the batch. Long
-    responses therefore weigh more than short ones.
+    The loss is the mean of -log pi(y_t | x, y_<t) over all target tokens of the batch. A
+    long response has more weight than a short one.
 
     Args:
         policy: The model to train.

@@ -34,20 +34,20 @@ from lit_align.models.parallel.offload import (
 class SPR(OnlineAlgorithm):
     """Weighted supervised fine-tuning on sampled and offline responses.
 
-    Each iteration moves the policy pi_t to the maximizer of
+    The new policy pi maximizes
     E[score] - kl_coef * KL(pi || pi_ref) - step_kl_coef * KL(pi || pi_t).
-    It is pi_t exp(ell) / Z, which weighted fine-tuning learns. The fixed point is the optimum of
-    the first two terms. One network is on the device at a time, and the optimizer state only
-    during the update. All formulas are our reconstruction: we know only the abstract and the
-    reviews of the paper (docs/spr.md).
+    It is the current policy pi_t with re-weighted responses, pi_t exp(ell) / Z. The
+    fixed point is the optimum of the first two terms. One network is on the device at a time, and
+    the optimizer state only during the update. All formulas are our reconstruction: we know only
+    the abstract and the reviews of the paper (docs/spr.md).
 
     Args:
         num_samples: Sampled responses per prompt.
-        kl_coef: Score subtracted per nat of KL to the reference, beta.
+        kl_coef: KL penalty to the reference (beta): score units subtracted per nat.
         step_kl_coef: Score subtracted per nat of KL to the sampling policy, tau.
         num_offline_samples: Offline responses per prompt in the first iteration.
-        offline_half_life: Iterations after which half of the offline responses are used. .inf
-            keeps all.
+        offline_half_life: Half-life in iterations of the number of offline responses per prompt.
+            .inf keeps all.
         max_importance_ratio: Upper limit of a response's importance ratio. null: no limit.
     """
 
@@ -177,7 +177,7 @@ class SPR(OnlineAlgorithm):
         return weights
 
     def fill_missing(self, values: list[float | None], otherwise: Tensor) -> Tensor:
-        """Return the known values, and those of `otherwise` where a value is None, [N].
+        """Replace each None in `values` by the entry of `otherwise`, [N].
 
         Args:
             values: [N] values of the data set.

@@ -197,7 +197,7 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, algorithm: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Print what a resume on another number of ranks cannot restore."""
+        """Print which states are lost if the number of ranks has changed."""
         self.rng_states, ranks = checkpoint.get("generators", []), checkpoint.get("num_ranks", 0)
         if trainer.training and ranks not in (0, trainer.world_size):
             rank_zero_only(print)(
@@ -250,7 +250,9 @@ def unknown_monitor_message(monitor: str, names: list[str]) -> str:
 
 
 def set_aside_foreign(folder: Path, num_done: int) -> None:
-    """Delete incomplete saves, and move checkpoints that the run has not reached yet.
+    """Delete incomplete saves, and move checkpoints of another run.
+
+    A checkpoint of a later iteration than the current one is from another run.
 
     Args:
         folder: Folder of the checkpoints.

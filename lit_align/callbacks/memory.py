@@ -51,8 +51,8 @@ class Memory(Callback):
     The bytes are those of the allocator, not of the process. `memory/<phase>` and `memory/peak` are
     logged in MiB, the largest of all ranks. `memory.csv` in the run folder has the largest peak of
     each phase in bytes, by category. A GPU counts without cost. On a CPU, torch's profiler records
-    all of a fit but its evaluations: 30 % more time for a model of 0.26 M parameters, less for
-    larger ones. Put it before `Reward` to also count a reward model that is loaded.
+    the whole fit except evaluations. It costs 30 % more time for 0.26 M parameters, less for
+    larger models. Put it before `Reward` to also count a reward model that is loaded.
     """
 
     allocations: Allocations
@@ -150,7 +150,7 @@ class Memory(Callback):
             for tensor in optimizer_state_tensors(optimizer)
         ]
         static = (parameters, self.gradients, storage_bytes(state, self.device))
-        # weights that were loaded before `setup` may be missing in the allocator's count
+        # Add weights loaded before `setup`, which the allocator's count may lack.
         peak = max(measured, sum(static))
         self.latest_peaks[phase] = max(peak, self.latest_peaks.get(phase, 0))
         if phase not in self.peaks or peak > self.peaks[phase].peak:

@@ -18,7 +18,7 @@ from lit_align.rewards.weighted_sum import WeightedSum
 
 
 class Reward(Callback):
-    """Score responses with a weighted sum of reward functions. It must come after `Rollout`.
+    """Score responses with a weighted sum of reward functions. List it after `Rollout`.
 
     Args:
         functions: One or several reward functions: rules, reward models, Python functions.

@@ -163,7 +163,8 @@ class Rollout(Callback):
             num_samples: G, samples per prompt.
             seed_key: Text that selects the noise. The global seed is part of it too.
         """
-        # every rank draws the noise of all ranks: the result is the same for any number of ranks
+        # Every rank draws the noise of all ranks, so the result does not depend on the number of
+        # ranks.
         seed = random.Random(f"{torch.initial_seed()} {seed_key}").getrandbits(63)
         generator = torch.Generator().manual_seed(seed)
         shape = (num_prompts, trainer.world_size, num_samples, self.max_new_tokens)

@@ -12,9 +12,9 @@ from lit_align.algorithms.core.base import Algorithm
 class Timing(Callback):
     """Measure rollout, score, prepare and update of each iteration.
 
-    Logs `time/<phase>`, the seconds of the slowest rank, and `tokens_per_second`: tokens of prompts
-    and responses of all ranks, without padding, over the seconds of all phases. A phase ends when
-    its kernels are finished, so a GPU is synchronized once per phase.
+    Logs `time/<phase>` (seconds, slowest rank) and `tokens_per_second` (real tokens of all ranks
+    per second of all phases). A phase ends when its kernels are finished, so a GPU is synchronized
+    once per phase.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ def library_message(error: BaseException) -> str | None:
     a library has wrapped.
 
     Args:
-        error: What a command raised.
+        error: Exception that the command raised.
     """
     if (wrapped := wrapped_user_error(error)) is not None:
         return str(wrapped)

@@ -1,7 +1,7 @@
 """Find the first wrong setting of a command line, and describe what is wrong with it.
 
-jsonargparse reports an error from the inside out, with all types that it has tried. Here the same
-settings are checked one by one, each against the signature of its class.
+jsonargparse lists the errors of all types it tried. Here each setting is checked once, against the
+constructor of its class.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def type_hints(cls: type) -> dict[str, Any]:
 
 
 def resolve_class(base: type, name: str) -> type | None:
-    """Return the class of a short name or an import path, or None.
+    """Return the class with this short name or import path, or None.
 
     Args:
         base: A parent of the class.
@@ -245,8 +245,8 @@ def unknown_key(key: str, owner: str, name: str, known: Iterable[str]) -> str:
     """Return a sentence about a key that is not there.
 
     Args:
-        key: Flag of the setting, such as --model.kl_cof.
-        owner: What does not have the key.
+        key: Full flag, such as --model.kl_cof.
+        owner: Class or section that was searched.
         name: The last part of the key.
         known: What the owner has.
     """
@@ -263,7 +263,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Return an annotation in words, such as `a number or null`."""
+    """Describe a type for a message: `a number or null`."""
     if hint is None or hint is type(None):
         return "null"
     if get_origin(hint) is Literal:

@@ -61,18 +61,18 @@ def check_section(config: str, section: str, value: Any) -> None:
 def to_inline_yaml(settings: Settings) -> str:
     """Return settings as one line of YAML, which the parser reads like a file.
 
-    JSON has no infinity that YAML reads.
+    JSON cannot write infinity in a form that YAML reads.
     """
     line: str = yaml.safe_dump(settings, default_flow_style=True, width=math.inf, sort_keys=False)
     return line.strip()
 
 
 def resolve_configs(argv: list[str]) -> list[str]:
-    """Replace each `--config` of a command line by its text, with overlays cut.
+    """Replace each `--config` of a command line by its text, without unused settings of overlays.
 
     An overlay is a config without `model.class_path`. It may have settings of several algorithms
-    and data modules. Those that only other classes have are removed. Unknown settings stay, so
-    that the parser refuses them.
+    and data modules. Settings of classes that were not chosen are removed. Unknown settings
+    stay, so that the parser refuses them.
 
     Args:
         argv: The words after `lit-align`.

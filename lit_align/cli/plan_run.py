@@ -1,4 +1,4 @@
-"""Run `lit-align plan` after its words are parsed: build the run and simulate two batches."""
+"""Run `lit-align plan` on parsed arguments: build the run and simulate two batches."""
 
 from __future__ import annotations
 

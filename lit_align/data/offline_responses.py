@@ -1,4 +1,4 @@
-"""Offline responses: prompts with those of the data set, and their rows in a rollout."""
+"""Offline responses: prompts that come with responses in the data set, and rows in a rollout."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def draw_offline(
     """Return B * number random offline responses, those of a prompt next to each other.
 
     A response is repeated only if its prompt has fewer than `number`. The choice depends on the
-    seed, `seed_key` and the prompt's position in the batch of all ranks, as the noise of samples.
+    seed, `seed_key` and the prompt's position in the batch of all ranks, in the same way as the
+    sampling noise.
 
     Args:
         batch: B prompts of this rank.
@@ -145,7 +146,7 @@ def draw_offline(
     found: list[OfflineResponse] = []
     for row, responses in enumerate(batch.offline_responses):
         index = row * world + rank
-        # a seed: another text here would change every run with offline responses
+        # Part of the seed. Changing this text changes every run with offline responses.
         source = random.Random(f"{torch.initial_seed()} {seed_key} stored {index}")
         found += sample_with_reuse(responses, number, source)
     return found

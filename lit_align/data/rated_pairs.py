@@ -38,7 +38,8 @@ class RatedPairs(TextDataModule):
 
     Args:
         rating: Column with the rating, a number. Higher is better.
-        min_difference: Least difference of the two ratings of a pair. Equal ratings never make one.
+        min_difference: Least difference of the two ratings of a pair. Texts with equal ratings are
+            never paired.
         pairs_per_text: Number of partners drawn for each text, by `seed`.
         max_tokens: Most tokens of prompt and text together. A longer text is cut and then has no
             stop token.
@@ -142,7 +143,8 @@ class RatedPairs(TextDataModule):
             better = max(
                 bisect_left(ratings, rating + self.min_difference), bisect_right(ratings, rating)
             )
-            # partners are texts[:worse] and texts[better:], numbered without the gap
+            # A partner is any text outside texts[worse:better]; index i >= worse means text
+            # i + (better - worse).
             others = worse + len(texts) - better
             for choice in rng.sample(range(others), min(self.pairs_per_text, others)):
                 other = choice if choice < worse else better + choice - worse

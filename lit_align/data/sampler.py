@@ -42,7 +42,7 @@ class ResumableSampler(DistributedSampler[int]):
     the data order and repeats rows until all ranks have the same number.
 
     Args:
-        rows: Rows to order.
+        rows: Rows that are permuted.
         batch_size: Rows per batch and rank.
         training: Permute the rows and drop the last incomplete batch.
         seed: Seed of the permutations.
@@ -129,7 +129,7 @@ class SamplerIterator(Iterator[int]):
         return {"epoch": self.epoch, "rows": self.num_taken * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at the saved position, or keep the start if the sampler's epoch is later.
+        """Load the position. If the sampler is already in a later epoch, start at 0.
 
         Example:
             >>> iterator = iter(ResumableSampler(IndexedRows([5, 6, 7, 8]), 2, training=True))

@@ -31,7 +31,7 @@ class Source:
         split: Split of a hub data set, a folder or the toy data.
         weight: Number of times that an epoch contains each training row. 0.5 takes a random half
             of the rows, 2 takes each row twice.
-        rename_columns: New column names, such as {question: prompt}. The old ones stay too.
+        rename_columns: New column names, such as {question: prompt}. The old names are kept.
         separator: Regular expression between two texts of a .txt file. Default: a blank line.
         column_names: Column names of a .csv or .tsv file without a header line. With them, a .txt
             file is read as a table with tabs between the columns.
@@ -175,7 +175,9 @@ def table_rows(path: Path, text: str, column_names: list[str] | None) -> Iterato
 
 
 def json_rows(path: Path, text: str) -> Iterator[Row]:
-    """Yield the objects of a JSON list, or of JSON lines, which many .json files of the hub are.
+    """Yield the objects of a JSON list or of JSON lines.
+
+    Many .json files on the hub are JSON lines.
 
     Args:
         path: File of the text, for error messages.

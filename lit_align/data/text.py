@@ -381,7 +381,7 @@ def end_with_stop(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
         >>> end_with_stop(toy_tokenizer(), [6, 16]), end_with_stop(toy_tokenizer(), [6, 16, 3, 3])
         ([6, 16, 3], [6, 16, 3])
     """
-    # walk back over stops and white space; `stop` ends at the first stop of that run
+    # Remove trailing white space. Keep one stop token of a run of stops.
     stops, end, stop = stop_ids(tokenizer), len(ids), -1
     while end and (ids[end - 1] in stops or not tokenizer.decode([ids[end - 1]]).strip()):
         end -= 1

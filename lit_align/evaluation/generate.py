@@ -46,7 +46,7 @@ def predict_responses(
     )
     callbacks: list[Callback] = [rollout] if reward is None else [rollout, reward]
     policy = partial(Policy, path, temperature=temperature)
-    # any online algorithm would do: all of them predict the same
+    # Any online algorithm gives the same predictions.
     algorithm = ReMax(policy=policy, reference=reference_factory)
     trainer = quiet_trainer(callbacks, accelerator, precision)
     rows: ResponseRows = []

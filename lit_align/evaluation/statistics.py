@@ -90,8 +90,8 @@ def length_controlled_win_rate(
 
     A logistic regression predicts the wins from tanh of the difference in length, divided by the
     standard deviation of the differences. The win rate is its prediction at difference 0
-    (arXiv:2404.04475 eq. 2, with one judge and without the instruction's term). A small ridge
-    keeps it finite if every response wins.
+    (arXiv:2404.04475 eq. 2, with one judge and without the instruction's term). A small
+    L2 penalty keeps the coefficients finite if one model always wins.
 
     Args:
         wins: [N] wins from 0 to 1, as `pairwise_wins` returns them.

@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens, computed in chunks so that the logits of a batch never exist.
+"""Log-probs of chosen tokens, computed so that only one chunk of logits is in memory.
 
 T tokens, V vocabulary, H hidden size.
 """
@@ -123,7 +123,7 @@ class _ChosenLogprobs(torch.autograd.Function):
 def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Return logits / temperature [n, V] of single tokens, minus the largest of each row.
 
-    The arithmetic is the arithmetic of `chosen_logprobs`, so that sampling and scoring agree.
+    Uses the same dtypes as `chosen_logprobs`, so sampling and scoring give equal log-probs.
 
     Args:
         hidden: [n, H] input of the head.

@@ -103,7 +103,7 @@ def dpo(
         policy_rejected: [B] nats, summed over the rejected response, under the policy.
         ref_chosen: [B] nats, the chosen response under the reference.
         ref_rejected: [B] nats, the rejected response under the reference.
-        beta: Implicit reward per nat; a larger one stays closer to the reference.
+        beta: Implicit reward per nat. A larger beta keeps the policy closer to the reference.
         label_smoothing: Probability that a preference label is wrong (conservative DPO).
 
     Example:
@@ -152,7 +152,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
     Args:
         chosen: [B] scores of the chosen responses.
         rejected: [B] scores of the rejected responses.
-        margin: [B] required lead of the chosen score, arXiv:2307.09288 eq. 2. None means 0.
+        margin: [B] required difference of the two scores, arXiv:2307.09288 eq. 2. None: 0.
 
     Example:
         >>> bradley_terry(torch.tensor([3.0]).log(), torch.zeros(1))  # -log 3/4

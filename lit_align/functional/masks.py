@@ -23,7 +23,7 @@ def through_first(tokens: Tensor, stops: Sequence[int]) -> Tensor:
         [[True, True, False], [True, True, True]]
     """
     is_stop = torch.isin(tokens, tokens.new_tensor(stops))
-    # subtracting the stop itself counts the stops before a token, so the first one stays True
+    # Count the stops before each token. The first stop has 0 before it, so it is True.
     return is_stop.cumsum(-1) - is_stop.long() == 0
 
 

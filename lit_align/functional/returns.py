@@ -63,7 +63,7 @@ def gae(
         values: [N, R] predictions of the critic before each token is chosen.
         mask: [N, R] bool.
         gamma: Discount per token; 1 does not discount.
-        lam: Decay of later errors; 0 trusts the critic, 1 gives Monte Carlo returns.
+        lam: Lambda: 0 uses one-step errors only, 1 uses full returns.
 
     Example:
         >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])

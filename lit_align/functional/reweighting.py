@@ -1,7 +1,7 @@
 """Weights of samples in successive policy re-weighting (SPR).
 
-A reconstruction of OpenReview LglOy15bqe, of which no formula is public. B prompts, G samples of
-each prompt.
+Our reconstruction; the paper is not public (OpenReview LglOy15bqe). B prompts, G samples of each
+prompt.
 """
 
 import math
@@ -24,13 +24,14 @@ def sample_weights(
     """Return the weights w_i = rho_i exp(ell_i) / (G Z) [B, G] of samples in the SFT loss.
 
     The SFT target maximizes E[score] - kl_coef KL(pi || ref) - step_coef KL(pi || pi_t). Z is the
-    mean of exp(ell) with weights rho. A row sums to its mean rho. The weights have no gradient.
+    mean of exp(ell) with weights rho. The weights of a prompt sum to its mean rho, the
+    importance ratio. They have no gradient.
 
     Args:
         scores: [B, G] scores.
         logprobs: [B, G] nats, summed over a sample's tokens, under the current policy pi_t.
         ref_logprobs: [B, G] nats, summed, under the reference.
-        kl_coef: Score that a nat of KL to the reference costs.
+        kl_coef: KL penalty: score subtracted per nat of KL to the reference.
         step_coef: Score that a nat of KL to the current policy costs.
         behaviour_logprobs: [B, G] nats, summed, under the offline sampler mu. None sets rho to 1.
         num_online: Number of samples, in any column, that the policy sampled; None means 0.
@@ -61,7 +62,7 @@ def shaped_scores(
         scores: [B, G] scores.
         logprobs: [B, G] nats, summed over a sample's tokens, under the current policy.
         ref_logprobs: [B, G] nats, summed, under the reference.
-        kl_coef: Score that a nat of KL to the reference costs.
+        kl_coef: KL penalty: score subtracted per nat of KL to the reference.
         step_coef: Score that a nat of KL to the current policy costs.
 
     Example:

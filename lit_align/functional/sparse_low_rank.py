@@ -1,6 +1,6 @@
-"""Products with W = scale B A + S that do not keep W (SLTrain, arXiv:2406.02214).
+"""Linear layer with W = scale B A + S (SLTrain, arXiv:2406.02214).
 
-A and B are low-rank factors, S is sparse with nnz entries.
+W is built for the product and freed. A and B are low-rank factors, S is sparse with nnz entries.
 """
 
 from typing import Protocol
@@ -113,7 +113,7 @@ def _draw_support(values: Tensor, size: int, seed: int | None) -> Tensor:
 
 
 # An operator of its own: the number of draws depends on values, which fake tensors do not have.
-# Applied to a named function, since doctest does not look into an operator.
+# `custom_op` wraps a named function, because doctest cannot see examples of an operator.
 draw_support = torch.library.custom_op("lit_align::draw_support", _draw_support, mutates_args=())
 
 

@@ -33,15 +33,15 @@ def increase_variance(
     mass = F.pad(mass.cummax(-1).values, (1, 0))  # a parallel sum need not be monotone
     above, through = (mass[:, :-1], mass[:, 1:]) if split_ties else _tied_mass(ranked, mass)
 
-    # Summation by parts: scores that are all `low` or `high` give exactly a partial sum of probs,
-    # so that rounding creates no score between the two.
+    # Sum by parts. Then scores that are all `low` or all `high` stay exact, without a rounded value
+    # between.
     height = (ranked - low) / (high - low)
     steps = height - F.pad(height[:, 1:], (0, 1))
     mean = (steps * mass[:, 1:]).sum(-1, keepdim=True)
 
     fraction = ((mean - above) / (through - above)).clamp(0, 1)
     spread = (low * (1 - fraction) + high * fraction).clamp(low, high)
-    # 0 / 0: the mass of `high` ends at a score of probability 0, which keeps its value
+    # 0 / 0 if the boundary score has probability 0. Such a score is not changed.
     spread = torch.where(fraction.isnan(), ranked, spread)
     return torch.empty_like(spread).scatter(-1, order, spread).to(scores.dtype)
 

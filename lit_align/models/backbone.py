@@ -50,9 +50,9 @@ Result = TypeVar("Result")
 class Backbone(nn.Module):
     """A network from the hub, from a folder or with random weights. Dropout is set to 0.
 
-    Code that uses the weights runs inside `forward`, where FSDP2 gathers sharded weights. A network
-    that is built in a `torch.device("meta")` context reads its weights when it is sharded. Buffers
-    and new weights (heads, adapters) get their values at once.
+    Use the weights only inside `forward`: FSDP2 gathers them there. A network that is built in a
+    `torch.device("meta")` context reads its weights when it is sharded. Buffers and new weights
+    (heads, adapters) get their values at once.
 
     Args:
         path: Hub id or folder of the weights. An adapter's folder is merged into its base.

@@ -21,10 +21,11 @@ ACTOR, CRITIC = "actor", "critic"
 class Hydra(PolicyWithRewardHead):
     """A frozen two-headed base with an actor and a critic adapter (arXiv:2309.00754).
 
+    Each method changes the active adapter. Call backward before the next method, because the
+    backward pass needs the same adapter.
+
     With both adapters disabled, the language head is the reference model and the score head is the
-    reward model. The value head is the critic's own copy of the score head. Each method sets the
-    adapter that it needs and keeps it active, because the backward pass needs it, too. Run
-    backward before the next call.
+    reward model. The value head is the critic's own copy of the score head.
 
     Args:
         path: Hub id or folder of a two-headed model, as Hydra-SFT saves it.

@@ -52,7 +52,7 @@ def class_with_reward_head(config: PretrainedConfig) -> type[PreTrainedModel]:
     """Return transformers' causal class for `config`, with a second head named `score`.
 
     A saved folder loads as a causal model and as a sequence classifier. Each of the two auto
-    classes of transformers takes the head that it knows.
+    classes of transformers loads only its own head.
 
     Args:
         config: Configuration of a causal language model.

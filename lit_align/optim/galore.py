@@ -57,13 +57,14 @@ def leading_singular_vectors(gradient: Tensor, rank: int, right: bool) -> Tensor
         tensor([[0.6000],
                 [0.8000]])
     """
-    # Squaring costs half of the digits, which float64 can spare.
+    # The Gram matrix squares the condition number, so compute it in float64.
     wide = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).double()
     wide = wide.nan_to_num(0.0, 0.0, 0.0)  # eigh would raise; the projected gradient keeps its NaN
     vectors = torch.linalg.eigh(wide.mT @ wide if right else wide @ wide.mT).eigenvectors
     vectors = vectors[:, -rank:].flip(-1)
     # Moments are carried into the next subspace, so a sign that depends on rounding would decide
-    # the step. The margin of 1e-4 makes entries of one size equal.
+    # the step. Entries within 1e-4 of the largest count as equally large; the first one decides
+    # the sign.
     sizes = vectors.abs()
     leading = (sizes > (1 - 1e-4) * sizes.amax(0)).int().argmax(0, keepdim=True)
     basis: Tensor = (vectors * vectors.gather(0, leading).sign()).to(gradient.dtype)
@@ -236,7 +237,8 @@ class GaLoreAdamW(Optimizer):
         if projected:
             change = project_back(change, state["projector"], right)
         step, (first, second) = int(state["step"]), group["betas"]
-        # eps is in `change` already: the released code corrects the bias of the rate instead
+        # `eps` was added before. As in the released code, the bias correction changes only the step
+        # size.
         rate = group["lr"] * (1 - second**step) ** 0.5 / (1 - first**step)
         param.add_(change, alpha=-rate * scale)
         if group["weight_decay"] > 0:
@@ -273,7 +275,8 @@ class GaLore(GaLoreAdamW):
     Args:
         params: (name, tensor) pairs, as from `model.named_parameters()`, or groups of them.
         lr: Learning rate. A projected matrix has `scale` times this rate.
-        rank: Dimensions of the subspace. None projects nothing, for low-rank networks.
+        rank: Dimensions of the subspace. None: plain AdamW for all parameters, for example
+            with LoRA.
         update_gap: Number of steps for which a subspace is used.
         scale: Factor on the update of a projected matrix.
         targets: Regular expression that is searched in parameter names. The default matches the

@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 class OptimizerInBackward:
     """Hooks that update each parameter when its gradient is complete, and free the gradient.
 
-    A second backward before the optimizer's `step` is an error: k micro-batches would make k steps
-    on gradients that are k times too small.
+    Only one backward per optimizer `step` is allowed: each of k micro-batches would make its own
+    step on a gradient that is k times too small.
 
     Args:
         update: Method of an optimizer that updates a parameter, given the index of its group, the
-            parameter and its gradient. It is held weakly: without the optimizer nothing is updated.
+            parameter and its gradient. Stored as a weak reference. If the optimizer is
+            deleted, the hooks do nothing.
 
     Example:
         >>> import torch

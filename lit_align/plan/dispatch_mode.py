@@ -26,8 +26,8 @@ GRADIENT_SUMS = {aten.add.Tensor, aten.clone.default, aten.new_empty_strided.def
 class AllocationMode(TorchDispatchMode):
     """Track each new storage, and replace the values that fake tensors do not have.
 
-    A number read from a fake tensor is 1 and a bool is False. `nonzero` returns all indices. So no
-    response ends before its last token.
+    A number read from a fake tensor is 1, a bool is False. `nonzero` returns all indices. Therefore
+    responses never stop early.
 
     Args:
         tracker: Tracker of storages and peaks.

@@ -83,8 +83,8 @@ class MaxLengthData(LightningDataModule):
 
     def random_ids(self) -> tuple[Tensor, list[int]]:
         """Return random token ids [B, T] and the length of each row."""
-        # Every second row is a token shorter. Rows of equal length would need no mask and no
-        # packing, and take less memory than those of a data set.
+        # Every second row is one token shorter. Equal lengths would skip mask and packing and give
+        # a too low estimate.
         lengths = [max(self.width - row % 2, 1) for row in range(self.batch_size)]
         return torch.randint(
             FIRST_TOKEN_ID, self.vocabulary, (self.batch_size, self.width)

@@ -161,7 +161,8 @@ class MemoryTracker:
         for location, peak in self.phase_peaks.items():
             if self.total[location] + scratch_bytes > peak.total:
                 self.phase_peaks[location] = self.current_peak(location, function, scratch_bytes)
-        # A peak per operator, too: with more blocks another operator may have the highest one.
+        # Also keep a peak per operator. The operator at the peak can change with the number of
+        # blocks.
         backward = torch._C._current_graph_task_id() != -1
         context, known = (function, backward, torch.is_grad_enabled()), self.phase_peaks_by_context
         in_use = self.total[MemoryLocation.DEVICE] + scratch_bytes

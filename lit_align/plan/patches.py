@@ -91,7 +91,7 @@ def verify_from_config(network: Policy) -> None:
             f"{network.name} changes its logits after the output head: soft-capped or scaled "
             f"logits are not supported. Use another model."
         )
-    # The check is run for its memory, which is part of loading.
+    # Run the check although it has no result: its memory belongs to the load phase.
     if not network.defers_loading:
         network(network._head_difference)
 

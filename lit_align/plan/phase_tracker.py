@@ -81,7 +81,9 @@ class PhaseTracker(Callback):
             optimizer.register_step_post_hook(self.after_step)
 
     def on_train_start(self, trainer: Trainer, algorithm: LightningModule) -> None:
-        """Run an optimizer step in advance, so that its state exists in the first batch.
+        """Run one optimizer step before training.
+
+        So the optimizer state is in memory in the first batch.
 
         Args:
             trainer: Trainer of the run.

@@ -1,4 +1,4 @@
-"""Stubs of a simulated run: they replace texts, scores and repetitions of one shape."""
+"""Stubs of a simulated run: replace texts and scores, skip micro-batches of repeated shape."""
 
 from __future__ import annotations
 
@@ -99,9 +99,12 @@ class FakeReward:
 
 
 class SkipRepeatedMicrobatches:
-    """Skip micro-batches and minibatches that cannot raise the peak, because two were the same.
+    """Skip micro-batches and minibatches that cannot raise the peak.
 
-    The second micro-batch runs with the gradients of the first. The last one reduces gradients.
+    They have the same shape as two earlier ones.
+
+    The second micro-batch runs with the gradients of the first. Keep also the
+    last micro-batch: gradients are reduced there.
 
     Args:
         algorithm: Algorithm, whose methods are replaced.

@@ -1,4 +1,4 @@
-"""Suggestions: small changes of a run that reduce its memory, those with the least effect first."""
+"""Suggestions to reduce memory, ordered by their effect on training, smallest first."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def fsdp2_candidates(strategy: Namespace | str) -> Iterator[Argv]:
         if not strategy.init_args.cpu_offload:
             yield "--trainer.strategy.cpu_offload", "true"
     elif strategy in ("fsdp", "fsdp2"):
-        # A name takes no arguments: the class is needed.
+        # A strategy given by its short name has no arguments here, so use the class path.
         as_class = ("--trainer.strategy", "lit_align.models.parallel.fsdp2.FSDP2")
         yield *as_class, "--trainer.strategy.sync_every_microbatch", "true"
         yield *as_class, "--trainer.strategy.cpu_offload", "true"

@@ -199,10 +199,9 @@ def config_differences(runs: list[RunFolder]) -> list[ReportData]:
 
 
 def render_html(report: ReportData) -> str:
-    """Return the page. Texts of models and configs are data in it, never markup.
+    """Return the page. Texts of models and configs are embedded as JSON and never as HTML.
 
-    Its content security policy lets the browser run the one script whose hash it has, and fetch
-    nothing.
+    A content security policy allows only the script with the given hash and no network access.
 
     Args:
         report: Data of the page.

@@ -50,7 +50,7 @@ class SampledResponses:
             for order, (label, rows) in enumerate(tables.items())
         ]
         bytes_left = self.max_bytes
-        # in turn, so that a limit of bytes cuts every rollout at about the same rank
+        # Take one row of each table in turn, so the byte limit shortens all tables equally.
         for order, label, row in interleave(ranked):
             entry = page_entry(row, index, order, label)
             prompt = truncate_middle(conversation_text(row.get("prompt")))

@@ -25,7 +25,7 @@ from lit_align.rewards.base import RewardError, RewardFunction, last_turn
 
 @dataclass(frozen=True)
 class RowFailure:
-    """A failed row, in place of its score.
+    """A row without a score, and the reason.
 
     Args:
         message: The failure, as the rest of a sentence that starts with the function's name.
@@ -102,7 +102,7 @@ class RewardExecutor:
     def score_rows_separately(
         self, name: str, function: RewardFunction, batch: Experience, batch_result: RowFailure
     ) -> Iterator[Outcome]:
-        """Yield the outcome of each row scored alone, for at most twice the time limit in all.
+        """Score each row alone and yield its outcome. Stop after twice the time limit in total.
 
         Args:
             name: Name of the function.

@@ -22,7 +22,9 @@ NUMBER = re.compile(
 
 
 class AnswerRule(RewardFunction):
-    """Comparison of the completion with the true answer. A row without one (None) has no score.
+    """Comparison of the completion with the true answer.
+
+    A row without a true answer (None) gets None.
 
     Args:
         column: Column of the data set that holds the true answer.
@@ -101,7 +103,7 @@ class NumericAnswer(AnswerRule):
 class PrefixAnswer(AnswerRule):
     """Correct characters before the first mistake / (length of the true answer + 1).
 
-    The 1 is the stop token, which earns nothing. The best score is therefore just below 1.
+    The 1 is the stop token, which gives no score. The best score is therefore just below 1.
 
     Args:
         column: Column of the data set that holds the true answer.

@@ -33,7 +33,7 @@ class SharedBackboneReward(RewardFunction):
     algorithm: HasFrozenBase
 
     def setup(self, algorithm: LightningModule) -> None:
-        """Keep the algorithm, whose base scores."""
+        """Store the algorithm. Its base computes the scores."""
         if not isinstance(algorithm, HasFrozenBase):
             raise UserError(
                 f"SharedBackboneReward needs PPO with an adapted critic, or HydraPPO, found "

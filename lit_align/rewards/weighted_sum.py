@@ -15,7 +15,9 @@ from lit_align.rewards.execution import RewardExecutor, RowFailure, format_row
 
 
 class WeightedSum:
-    """The score as a weighted sum of reward functions. None of a function adds nothing.
+    """The score as a weighted sum of reward functions.
+
+    If a function returns None for a row, it is left out of the sum.
 
     Args:
         functions: One function or several.

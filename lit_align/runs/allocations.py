@@ -96,7 +96,9 @@ class CPUAllocations(Allocations):
     def start(self) -> None:
         """Start a session of the profiler, unless one runs."""
         if self.session is None:
-            gc.collect()  # before, so that blocks that were never counted are not freed in it
+            # Collect garbage first. Otherwise uncounted blocks are freed during the session and
+            # the count is negative.
+            gc.collect()
             self.session = start_profiler()
 
     def stop(self) -> None:

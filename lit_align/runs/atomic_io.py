@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder gets its name when all of it is on the disk."""
+"""Atomic writes: write under a temporary name, then rename."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def publish(part: Path, path: Path) -> None:
         delete_path(old)
     else:
         part.replace(path)
-    fsync_path(path.parent)  # the new name is an entry of the folder
+    fsync_path(path.parent)  # the parent folder stores the new name
 
 
 def fsync_path(path: Path) -> None:

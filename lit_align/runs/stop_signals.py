@@ -18,7 +18,8 @@ class StopSignals:
     """Handlers of SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C that only record the signal.
 
     A second Ctrl-C stops at once. Lightning's own handlers are replaced: its SLURM handler saves
-    in the middle of an iteration, and its SIGTERM handler starts a collective at any line.
+    in the middle of an iteration, and its SIGTERM handler may start a collective at any
+    point of the code.
     """
 
     def __init__(self) -> None:

@@ -19,9 +19,9 @@ class ActorCritic(OnlineAlgorithm):
     """Clipped policy updates with advantages from a critic, arXiv:1707.06347 eq. 7.
 
     The reward of a token is -kl_coef * k1, and the last token also gets the score
-    (arXiv:2203.02155 section 3.5). Advantages are GAE (arXiv:1506.02438 eq. 16). The score is
-    normalized, clipped and charged for a missing stop token, in this order. The log key `reward`
-    is the raw score.
+    (arXiv:2203.02155 section 3.5). Advantages are GAE (arXiv:1506.02438 eq. 16). Scores are
+    normalized, then clipped. Then `missing_eos_penalty` is subtracted if there is no stop token.
+    The log key `reward` is the raw score.
 
     Args:
         critic_lr: Learning rate of the critic. Default: that of the policy.
@@ -168,7 +168,8 @@ class ActorCritic(OnlineAlgorithm):
         """
         loss = clipped_value(values, batch.values, batch.returns, self.value_clip_range)
         unclipped = 0.5 * (values - batch.returns).square()
-        moved = (values.detach() - batch.values).abs() > self.value_clip_range  # beyond rounding
+        # Larger than the clip range: not only a rounding difference.
+        moved = (values.detach() - batch.values).abs() > self.value_clip_range
         self.metrics.add("loss/value_avg", loss, batch.response_mask)
         self.metrics.add("value/clipfrac", moved & (loss > unclipped), batch.response_mask)
         return self.aggregate(loss, batch)

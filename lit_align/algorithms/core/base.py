@@ -47,7 +47,7 @@ class Algorithm(LightningModule):
     Args:
         optimizer: Optimizer class and settings.
         warmup_ratio: Fraction of the run over which the learning rate rises from 0.
-        final_lr_ratio: Fraction of the learning rate after the cosine decay. 1: no decay.
+        final_lr_ratio: Final learning rate divided by `lr`, reached by cosine decay. 1: no decay.
         microbatch_tokens: Padded tokens per forward pass. Changes the memory, never the result.
         max_grad_norm: Gradient norm of each role to which a larger gradient is scaled down.
     """
@@ -96,7 +96,7 @@ class Algorithm(LightningModule):
 
     @abstractmethod
     def losses(self, batch: Any) -> Iterator[Tensor]:
-        """Yield losses [n, R] per token or [n] per row, one role at a time, never a mean.
+        """Yield one loss tensor per role, [n, R] per token or [n] per row. Do not average.
 
         `update` runs backward on each loss before it requests the next, which frees its memory.
         """
@@ -147,7 +147,8 @@ class Algorithm(LightningModule):
             microbatch = batch.rows(rows).trim_padding()
             self.set_gradient_sync(number == len(row_groups))
             for loss in self.losses(microbatch):
-                mask = microbatch.loss_mask  # a row counts if any of its tokens does
+                # A row is in the loss if one of its tokens is.
+                mask = microbatch.loss_mask
                 loss_mask = mask if loss.ndim == mask.ndim else mask.any(-1)
                 # `where`, since a product with the mask would keep a NaN of padding.
                 token_losses = torch.where(loss_mask, loss, 0.0)
@@ -158,7 +159,10 @@ class Algorithm(LightningModule):
         return {"loss": self.sum_over_ranks(total_loss) / world_size, **self.step()}
 
     def step(self) -> dict[str, Tensor]:
-        """Clip each role, take one optimizer step, and return the gradient norms [] before it."""
+        """Clip each role's gradient and take one optimizer step.
+
+        Return the norms [] before clipping.
+        """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # one, with a group per role
         self.grad_norms = clip_by_role(optimizer.param_groups, self.max_grad_norm)
@@ -175,7 +179,10 @@ class Algorithm(LightningModule):
         return run_phase(name, self.phase_listeners)
 
     def record_finite_rows(self, batch: AnyBatch, rows: list[int], losses: Tensor) -> None:
-        """Record which `rows` of the step have finite losses [n, r] or [n], reading no value."""
+        """Record which `rows` of the step have finite losses [n, r] or [n].
+
+        This does not wait for the device.
+        """
         finite = losses.detach().isfinite().view(len(rows), -1).all(-1)
         self.finite_rows.append(FiniteRows(rows, batch.columns, finite))
 
@@ -255,7 +262,7 @@ class Algorithm(LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Verify the networks that had no weights when they were built."""
+        """Check the networks whose weights were loaded after the sharding."""
         while self.to_verify:
             network = self.to_verify.pop()
             with self.trainer.precision_plugin.forward_context():

@@ -76,7 +76,8 @@ class MetricAccumulator:
         """Add one evaluation batch.
 
         Args:
-            batch: Rows with `is_new` False only complete the ranks' last batch and are left out.
+            batch: Rows with `is_new` False repeat earlier rows to fill the last batch. They are
+                not counted.
             **means: (values, mask or weights) by name, each [n, R] or [n].
         """
         for name, (values, weights) in means.items():

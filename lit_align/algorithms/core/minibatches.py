@@ -7,15 +7,17 @@ import random
 def shuffle_rows(
     num_rows: int, rows_per_prompt: int, rank: int, world_size: int, seed: str
 ) -> list[int]:
-    """Return the shuffled rows of this rank. Minibatch k has equal rows for any world size.
+    """Return the shuffled rows of this rank.
+
+    Minibatch k holds the same prompts for any number of ranks.
 
     Rank r holds each `world_size`-th prompt from r on. The order is that of one process, which
-    takes one sample of every prompt, then another sample of every prompt. A pass visits the n
-    prompts as (a i + b) mod n with random a and b, and a has no factor in common with n. Each
-    rank then has exactly one of any `world_size` neighbors in the order.
+    takes one sample of every prompt, then another sample of every prompt. A pass visits prompt
+    (a * i + b) mod n at step i. a and b are random, and a is coprime to n. So the next
+    `world_size` prompts are on different ranks.
 
     Args:
-        num_rows: Rows of this rank. Those of a prompt are adjacent.
+        num_rows: Rows of this rank. Rows of one prompt are adjacent.
         rows_per_prompt: Rows of a prompt.
         rank: Index of this rank.
         world_size: Number of ranks.

@@ -59,7 +59,10 @@ class OnlineAlgorithm(Algorithm):
         self.update_epochs, self.minibatch_size = update_epochs, minibatch_size
 
     def setup(self, stage: str) -> None:
-        """Check the loss aggregation, which a program can misspell; the command line cannot."""
+        """Check `loss_aggregation`: from Python any text can be passed.
+
+        The command line checks it already.
+        """
         check_choice(get_args(LossAggregation), loss_aggregation=self.loss_aggregation)
         super().setup(stage)
 
@@ -108,7 +111,7 @@ class OnlineAlgorithm(Algorithm):
     def minibatches(self, num_rows: int, epoch: int) -> list[list[int]]:
         """Return the rows of each optimizer step: shuffled minibatches, or all rows in order.
 
-        The rows of a step on all ranks are those of one process with as many rows.
+        All ranks together train on the same rows as one process with the same number of rows.
 
         Args:
             num_rows: Rows of the rollout on this rank.
@@ -122,7 +125,8 @@ class OnlineAlgorithm(Algorithm):
             )
         rows = list(range(num_rows))
         if size < num_rows:
-            # Not from torch's generator: a resumed run must shuffle as the run did.
+            # Torch's generator is not used: after a resume its state differs and the order would
+            # change.
             seed = f"{torch.initial_seed()} {self.iteration} {epoch}"
             rows_per_prompt = self.num_samples + self.num_offline_samples
             ranks = self.trainer.global_rank, self.trainer.world_size

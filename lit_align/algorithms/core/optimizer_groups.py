@@ -74,6 +74,6 @@ def clip_by_role(groups: list[Group], max_grad_norm: float) -> dict[str, Tensor]
     for group in groups:
         norm = nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
         name = "grad_norm" if is_single else f"grad_norm/{group['role']}"
-        # The norm of sharded gradients is a partial sum of each rank until it is gathered.
+        # Each rank has a partial sum of the squared norm of sharded gradients. Gather before use.
         norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return norms

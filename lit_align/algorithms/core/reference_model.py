@@ -42,7 +42,7 @@ class ReferenceModel:
         self.fingerprint = 0.0  # sum over the frozen weights of all roles
 
     def build(self, policy: Policy) -> dict[str, Backbone]:
-        """Return a reference network as {"reference": ...}, or {} if the policy's base serves.
+        """Return {"reference": network}, or {} if the policy's base is the reference.
 
         Args:
             policy: The policy, not yet sharded.
@@ -90,7 +90,7 @@ class ReferenceModel:
         Args:
             checkpoint: The loaded checkpoint.
         """
-        # A sum of weights depends on the order of the ranks' additions, hence the tolerance.
+        # The sum depends on the order in which ranks add, so a tolerance is needed.
         expected = checkpoint.get("frozen_fingerprint", self.fingerprint)
         if not math.isclose(expected, self.fingerprint, abs_tol=1e-6):
             raise UserError(

@@ -103,7 +103,7 @@ class RunningMeanStd(Float64State):
     def normalize(self, scores: Tensor) -> Tensor:
         """Return scores [N] minus the running mean, divided by the running standard deviation."""
         number, mean, squares = self.moments.unbind()
-        # The first rollout is in the moments already, so that one score alone gives 0.
+        # The first rollout is already in the moments, so a single score is normalized to 0.
         return (scores - mean) / (squares / (number - 1).clamp(min=1) + 1e-8).sqrt()
 
 

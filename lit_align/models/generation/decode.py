@@ -72,7 +72,7 @@ def sample_tokens(
 ) -> Tensor:
     """Sample one token per row by inverse-CDF sampling: the token at quantile `noise`.
 
-    A row depends on its own number only, not on the batch or the number of ranks.
+    The token of a row depends only on its own noise, not on batch size or ranks.
 
     Args:
         logprobs: [N, V] nats.
@@ -91,7 +91,8 @@ def sample_tokens(
     """
     mass = filter_top_k_top_p(logprobs, sampling).cumsum(-1)
     total = mass[:, -1:]
-    # Rounding must not move the target to the total mass: no token is right of it.
+    # Rounding must not give target == total: searchsorted would return an id beyond the
+    # vocabulary.
     target = (noise.unsqueeze(-1) * total).minimum(torch.nextafter(total, total.new_zeros(1)))
     # `right` skips tokens of zero probability in front, also for a noise of 0.
     sampled = torch.searchsorted(mass, target, right=True).squeeze(-1)
@@ -124,7 +125,8 @@ def decode(
         pad_id: Token id after the stop token.
         temperature: Divisor of the logits.
         sampling: Top-k and top-p.
-        all_ranks_done: Function of "all rows of this rank have stopped" that ends the loop if True.
+        all_ranks_done: Gets True if all rows of this rank have stopped. Returns True to end the
+            loop.
     """
     buffer = ResponseBuffer(prompts, noise, is_greedy, pad_id)
     interval = 1 if noise.device.type == "cpu" else STOP_CHECK_INTERVAL

@@ -63,8 +63,8 @@ def prefill(
         if has_plain_kv_cache(network)
         else len(rows)
     )
-    # Ranks that share weights gather them together, so all need the same number of passes: the
-    # largest number of chunks, but at most the smallest number of rows.
+    # Sharded ranks must run the same number of passes. That is the largest number of chunks,
+    # limited by the smallest number of rows.
     number = max_over_ranks(-(-len(rows) // chunk_rows))
     number = -max_over_ranks(-min(number, len(rows)))
     chunks = prefill_chunks(network, [prompts.rows(chunk) for chunk in rows.tensor_split(number)])

@@ -94,8 +94,8 @@ class StaticDecodeState(DecodeState):
             num_active: Rows that are still generating.
             num_rows: Rows in the batch.
         """
-        # A lower share than in `DecodeState`, because the step is recorded again. Never to one
-        # row: torch.compile specializes sizes of 1.
+        # A lower fraction than in `DecodeState`, because each change records the step again. Keep
+        # at least 2 rows: torch.compile specializes size 1.
         return 1 < num_active <= 0.5 * num_rows
 
     def select_rows(self, rows: Tensor) -> None:

@@ -69,7 +69,7 @@ def pack(batch: Experience | TextBatch) -> PackedBatch:
     # One copy of [3, N] numbers to the device instead of three.
     table = torch.tensor([starts, lengths, num_left_padding]).to(device, non_blocking=True)
     start, length, left_padding = table.unsqueeze(-1).unbind()
-    # Clamped to each sequence, so that padding reads a real hidden state, which is finite.
+    # Clamp to the sequence, so padding gets a finite hidden state.
     steps = (torch.arange(width, device=device) - left_padding).clamp(min=0).minimum(length - 1)
     return PackedBatch(
         batch.tokens.flatten().index_select(0, index).unsqueeze(0),

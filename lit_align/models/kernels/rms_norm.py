@@ -119,7 +119,7 @@ def outputs_match(norm: nn.Module, other: nn.Module, eps: float) -> bool:
     x = torch.cat([x, x * eps**0.5])  # the small rows show where eps is added
     both = norm, other
     one, two = (functional_call(each, {"weight": weight}, (x,)) for each in both)
-    # The dtype is compared in both mixtures: autocast has a wide weight, FSDP2 a wide input.
+    # Check the output dtype for a wide weight (autocast) and for a wide input (FSDP2).
     types = [
         [functional_call(each, {"weight": weight.to(own)}, (x.to(given),)).dtype for each in both]
         for given, own in MIXED_DTYPES

@@ -1,7 +1,7 @@
 """Attention over packed sequences: each sequence of a row attends to itself only.
 
-Shapes: T tokens of a row, D head size. `key heads` are as many as heads, or fewer (grouped-query
-attention).
+Shapes: T tokens of a row, D head size. `key heads` is the number of key heads: equal to the heads,
+or smaller (grouped-query attention).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class SequenceLengths:
 def enable_packing(network: PreTrainedModel) -> bool:
     """Set `sdpa_or_varlen_attention` as the attention of a network that supports packing.
 
-    A network supports packing if its tokens meet in attention only, and if each layer attends to
-    all earlier tokens by sdpa.
+    A network supports packing if its tokens interact only in attention (no convolution, no
+    recurrent state), and if every layer uses full causal sdpa.
 
     Args:
         network: Network, whose configuration is changed in place.

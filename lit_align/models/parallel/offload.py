@@ -1,8 +1,8 @@
 """Offloading of networks and optimizer state to page-locked CPU memory between uses.
 
 An offload replaces the data of a plain tensor. The tensor stays the same object, so that optimizers
-and hooks keep it. Three kinds of tensors are never offloaded: shards, which FSDP2 has split
-already; buffers, which are small and which DDP broadcasts; and weights that train under DDP.
+and hooks keep it. Not offloaded: shards (already split by FSDP2), buffers (small; DDP broadcasts
+them), and weights that train under DDP.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class OffloadedTensors:
 
 
 class ExclusiveOffload:
-    """Networks of which one is on the device: a forward call loads it and offloads the others.
+    """Keep one of several networks on the device.
+
+    A forward call loads its network and offloads the others.
 
     Args:
         networks: Networks that use their weights only in `forward`.

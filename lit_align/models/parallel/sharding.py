@@ -28,8 +28,10 @@ class ShardingConfig(NamedTuple):
     """Settings of the split of networks over the ranks.
 
     Args:
-        param_dtype: Dtype in which the weights of blocks are gathered. None means their own.
-        reduce_dtype: Dtype in which gradients are summed over the ranks. None means their own.
+        param_dtype: Dtype in which the weights of blocks are gathered. None: the dtype of the
+            weights.
+        reduce_dtype: Dtype in which gradients are summed over the ranks. None: the dtype of the
+            gradients.
         cpu_offload: Keep the shards in host memory.
         activation_checkpointing: Keep only the inputs of blocks and recompute the rest.
         gather_for_generation: Gather all weights before a rollout. None means to estimate if they
@@ -214,7 +216,7 @@ def unsharded_weights_fit(model: nn.Module, unsharded_size: int) -> bool:
     weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
     device = torch.device(weights[0].device_mesh.device_type)
     left = memory_headroom(model, unsharded_size, free_memory(device))
-    # Ranks that disagreed would wait for each other: gathering is a collective.
+    # If ranks decided differently they would hang, because gathering is a collective.
     headroom = torch.tensor(left, dtype=torch.float64, device=device)
     distributed.all_reduce(headroom, op=distributed.ReduceOp.MIN)
     return bool(headroom >= 0)
@@ -287,7 +289,7 @@ def gather_weights(model: nn.Module, is_gathered: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        # The root's setting is that of `shard`, the blocks reshard after each pass.
+        # Restore the root's setting from `shard`. Blocks reshard after each pass.
         for module in unsharded:
             module.set_reshard_after_forward(
                 not keeps_unsharded or id(module) != id(model), recurse=False

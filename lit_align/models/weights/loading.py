@@ -240,7 +240,7 @@ def without_dropout(config: PretrainedConfig, overrides: Mapping[str, Any]) -> P
 
 
 def resolve_dtype(name: str | None) -> torch.dtype:
-    """Return torch's data type of a name.
+    """Return the torch dtype that has this name.
 
     Args:
         name: Name such as bfloat16. None: the default dtype, which Lightning's precision sets.
@@ -259,7 +259,7 @@ def resolve_dtype(name: str | None) -> torch.dtype:
 def silence_transformers() -> Iterator[None]:
     """Disable transformers' progress bars and warnings while the context is open.
 
-    Missing weights are not only warned about: `check_missing_weights` raises an error.
+    Missing weights raise an error in `check_missing_weights`, so the warning is not needed.
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

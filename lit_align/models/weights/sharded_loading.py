@@ -120,7 +120,8 @@ def build_on_meta(
         return None
     with init_empty_weights(include_buffers=False):  # rotary frequencies are not in the files
         network: PreTrainedModel = auto_class.from_config(settings, **options)
-    network.tie_weights()  # moving weights to meta one by one has untied them
+    # Creating the network on meta unties the weights, so tie them again.
+    network.tie_weights()
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     keys = {name: files.file_key(name, network.base_model_prefix) for name in tensors}
     missing = sorted(name for name, _ in network.named_parameters() if keys[name] is None)
@@ -226,7 +227,7 @@ def load_shards(network: PreTrainedModel, files: WeightFiles, device: torch.devi
             if isinstance(weight, DTensor) and key is not None and weight not in loaded:
                 if weight.to_local().is_meta:
                     loaded[weight] = load_shard(weight, key, files, device)
-                else:  # peft's trainable copy of a layer, which has placeholder values
+                else:  # a copy made by peft's `modules_to_save`; it has placeholder values
                     files.read_rows(key, first_local_row(weight), weight.to_local())
             if weight in loaded:
                 module.register_parameter(name, loaded[weight])
@@ -257,7 +258,7 @@ def load_shard(weight: DTensor, key: str, files: WeightFiles, device: torch.devi
 def first_local_row(weight: DTensor) -> int:
     """Return the index of this rank's first row of a sharded weight.
 
-    FSDP2 gives every rank ceil(rows / ranks) rows, and the last ranks what remains.
+    With FSDP2 every rank holds ceil(rows / ranks) rows; the last ranks hold fewer.
 
     Args:
         weight: [out, ..] sharded by rows, or replicated.
