@@ -163,7 +163,7 @@ class AlignCLI(LightningCLI):
         kwargs |= self.checkpoint_arguments(config)
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             own = (config.trainer.accelerator, config.trainer.devices) != ("auto", "auto")
             hint = DEVICES if own else ""
             raise UserError(f"{one_line(str(error))}{hint}") from error

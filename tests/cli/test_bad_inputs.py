@@ -409,6 +409,10 @@ CASES |= {
         (*ONLINE, "--trainer.accelerator", "gpuu"),
         r"invalid accelerator name: `accelerator='gpuu'`. Available names are: auto",
     ),
+    "devices that are not a number": (
+        (*ONLINE, "--trainer.devices", "two"),
+        r"`devices` selected with `CPUAccelerator` should be an int > 0",
+    ),
     "zero devices": (
         (*ONLINE, "--trainer.devices", "0"),
         r"`Trainer\(devices='?0'?\)` value is not",
