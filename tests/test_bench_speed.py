@@ -128,6 +128,7 @@ def test_fractions_of_the_device_rate_are_printed(bench, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.long  # a fork of a process with free pages of its own takes fewer new ones
 def test_peak_memory_grows_by_the_bytes_touched(bench):
     """Two processes with the same imports differ by 200 million bytes."""
     import torch
